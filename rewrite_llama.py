@@ -1,0 +1,425 @@
+"""Rewrite captions with LLaMA by in-context learning: LaCLIP's text augmentation (arXiv 2305.20088, section 3).
+
+Every caption gets one rewrite a source. A source (chatgpt, bard, coco, human) is a set of input => output pairs; the
+prompt is a task line, three pairs drawn from the set, and the caption; the language model completes the line.
+
+    python rewrite_llama.py --input cc3m.jsonl --output cc3m.rewritten.jsonl --model huggyllama/llama-7b
+    torchrun --nproc_per_node 8 rewrite_llama.py ...the same arguments...    # ranks share the file, not the work
+    python rewrite_llama.py --input a.jsonl --output b.jsonl --model FOLDER --limit 20    # a first look, on a CPU too
+
+Row in:  {"image": "photos/1.jpg", "alt": "red bike"}
+Row out: the same and "rewrite_chatgpt": "...", ...; null where no usable answer came, the reason in "error".
+The same command goes on after any interruption, and its result is the same to the byte.
+"""
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections import Counter
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+SOURCES = ["chatgpt", "bard", "coco", "human"]  # M = 4 rewrites a caption (paper, section 3.1)
+TASK = "Rewrite each image caption in other words, keeping its meaning."  # the paper's sentence is not known: ours
+MAX_INPUT_TOKENS = 256  # a longer text is no caption: it is left null; assumed
+PAIRS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompts", "meta_pairs.jsonl")
+
+
+# === rows: the same lines in rewrite_llama.py, caption_llava.py and fuse_vicuna.py; a test compares them ==============
+# The input is cut into blocks of 64 KiB: the lines that start in it. A block is the unit of prompting, batching, fsync
+# and resume, so a row's text depends neither on the number of ranks nor on interruptions. Blocks form shards; rank r of
+# W takes shards r, r + W, ...; whoever finds all of them finished joins them. No process group, no row held for long.
+
+BLOCK = 64 * 1024  # bytes
+
+
+def die(message):
+    """A user's mistake: one line on stderr and exit status 2."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_block(f, block, end):
+    """The lines that start in a block and before byte `end`: [(byte offset, line without its newline)]."""
+    f.seek(max(block * BLOCK - 1, 0))
+    if block:
+        f.readline()  # it began in an earlier block
+    lines = []
+    while (offset := f.tell()) < min((block + 1) * BLOCK, end):
+        lines.append((offset, f.readline().rstrip(b"\n")))
+    return lines
+
+
+def parse_row(line):
+    """The line's object. Of a line that is none: (a row that keeps it as text, with the reason, and) False."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        reason = None if isinstance(row, dict) else "not a JSON object"
+    except (ValueError, RecursionError) as e:
+        reason = f"not JSON: {e}"
+    if reason is None:
+        return row, True
+    return {"error": {"line": reason}, "line": line.decode("utf-8", "backslashreplace")}, False
+
+
+def dump_row(row):
+    try:
+        return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate: only an escape can carry it
+        return json.dumps(row).encode("ascii") + b"\n"
+
+
+def set_error(row, field, reason):
+    row["error"] = {**(row["error"] if isinstance(row.get("error"), dict) else {}), field: reason}
+
+
+def make_header(args, field, settings):
+    """What the output depends on: the input (size, hash of its first and last MiB, where to stop) and the settings."""
+    with open(args.input, "rb") as f:
+        rows = [parse_row(line)[0] for _, line in zip(range(1000), f)]
+        if rows and not any(row.get(field) for row in rows):
+            die(f"none of the first {len(rows)} rows of {args.input} has the field {field!r}, only "
+                f"{', '.join(sorted({key for row in rows for key in row})[:12])}")
+        size = end = f.seek(0, os.SEEK_END)
+        digest = hashlib.sha256()
+        for start in (0, max(size - (1 << 20), 0)):
+            f.seek(start)
+            digest.update(f.read(1 << 20))
+        if args.limit is not None:
+            f.seek(0)
+            end = sum(len(f.readline()) for _ in range(args.limit))
+    return {"input_size": size, "input_sha256_of_ends": digest.hexdigest(), "end": end, **settings,
+            "blocks_per_shard": max(1, end // BLOCK // 4096)}  # no function of W: a relaunch may have another
+
+
+def open_run(args, header):
+    """Begin OUT.parts, or check that it was begun with the same header. -> False if OUT is finished already."""
+    path = os.path.join(args.output + ".parts", "header.json")
+    if not os.path.exists(path):
+        if os.path.exists(args.output):
+            die(f"{args.output} exists and is not this stage's work; move it away or choose another --output")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.{os.getpid()}", "w") as f:
+            json.dump(header, f, indent=1)
+        os.replace(f.name, path)  # every rank writes the same bytes
+    with open(path) as f:
+        begun = json.load(f)
+    for key in header:
+        if begun.get(key) != header[key]:
+            die(f"{args.output} was begun with {key} = {begun.get(key)!r}, now it is {header[key]!r}: choose another "
+                f"--output, or delete {args.output} and {args.output}.parts to start over")
+    return not os.path.exists(args.output)
+
+
+def cut_back(out, f, blocks, end):
+    """How many of a shard's blocks stand whole in its .partial file, which is cut off behind the last of them."""
+    out.seek(0)
+    whole = 0
+    for done, block in enumerate(blocks):
+        if not all(out.readline().endswith(b"\n") for _ in read_block(f, block, end)):
+            break
+        whole = out.tell()
+    else:
+        done = len(blocks)
+    out.truncate(whole)
+    return done
+
+
+def run_blocks(args, header, process):
+    """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    end, per_shard = header["end"], header["blocks_per_shard"]
+    n_blocks = -(-end // BLOCK)
+    shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
+    names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
+    progress = tqdm(total=sum(map(len, shards[rank::world])), unit="block", disable=rank > 0)
+    with open(args.input, "rb") as f:
+        for name, blocks in zip(names[rank::world], shards[rank::world]):
+            if os.path.exists(name):
+                progress.update(len(blocks))
+                continue
+            with open(name + ".partial", "ab+") as out:
+                lock(out) or die(f"another process is writing {name}.partial")
+                done = cut_back(out, f, blocks, end)
+                progress.update(done)
+                for block in blocks[done:]:
+                    lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
+                    process(block, [(offset, row) for offset, row, good in lines if good], progress)
+                    try:
+                        out.write(b"".join(dump_row(row) for _, row, _ in lines))
+                        out.flush()
+                        os.fsync(out.fileno())
+                    except OSError as e:
+                        die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
+                    progress.update()
+            os.replace(name + ".partial", name)
+    progress.close()
+    with open(args.output + ".parts/join.lock", "w") as guard:
+        if all(map(os.path.exists, names)) and lock(guard) and not os.path.exists(args.output):
+            with open(args.output + ".tmp", "wb") as out:
+                for name in names:
+                    with open(name, "rb") as f:
+                        shutil.copyfileobj(f, out, 1 << 20)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(args.output + ".tmp", args.output)
+            for name in names:
+                os.remove(name)
+
+
+def lock(f):
+    """Take a file for this process; the kernel gives it back when the process dies, so no lock is ever stale."""
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+# === end of rows ======================================================================================================
+
+
+# --- the prompt -------------------------------------------------------------------------------------------------------
+
+def clean(text):
+    """One line that cannot break a prompt: no control character, no line break of any kind, no separator."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(text.replace("=>", " ").split())
+
+
+def load_pairs(path, sources):
+    """{source: [example, ...]}, an example being a list of texts of one image of which two are drawn, or a pair."""
+    examples = {source: [] for source in sources}
+    try:
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                entry = json.loads(line)
+                if entry["source"] in examples:
+                    examples[entry["source"]].append(entry.get("captions") or (entry["input"], entry["output"]))
+    except (OSError, ValueError, KeyError) as e:
+        die(f"--pairs {path}: {e!r}; expected lines of source, input, output (or captions)")
+    return examples
+
+
+def draw_prefix(examples, shots, rng):
+    """The prompt up to the caption: the task and `shots` pairs, drawn once a block and source. -> (str, the pairs)"""
+    pairs = []
+    for i in rng.choice(len(examples), shots, replace=False):
+        example = examples[i]
+        if isinstance(example, list):  # captions of one image: two of them, in random order (paper, MSCOCO sampling)
+            example = [example[j] for j in rng.choice(len(example), 2, replace=False)]
+        pairs.append((clean(example[0]), clean(example[1])))
+    return TASK + "\n\n" + "".join(f"{a} => {b}\n" for a, b in pairs), pairs
+
+
+def reject(answer, ended, pairs):
+    """Why an answer is unusable, or None."""
+    words = answer.lower().split()
+    if not words:
+        return "empty"
+    if not ended:
+        return "no end of line within --max-new-tokens"
+    if "=>" in answer or any(answer in pair for pair in pairs):
+        return "copies the prompt"
+    triples = Counter(zip(words, words[1:], words[2:]))
+    if triples and max(triples.values()) > 1:
+        return "repeats itself"
+    return None
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+def bf16_is_native(device):
+    return torch.cpu.get_capabilities().get("avx512_bf16", False) if device == "cpu" else device.startswith("cuda")
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load_model(name, device, dtype):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
+    except (OSError, ValueError, KeyError) as e:
+        die(f"--model {name} is no language model that transformers can load: {str(e).splitlines()[0]}")
+    return model.eval(), tokenizer
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+def sample(logits, uniform, temperature, top_p):
+    """Nucleus sampling of one token a row: logits [B, V], uniform [B] in [0, 1) -> ids [B].
+
+    A row's own random number is looked up in the cumulative distribution of its own nucleus, so the draw does not
+    depend on the other rows of the batch. Temperature 0 is greedy."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, ids = (logits.float() / temperature).softmax(-1).topk(min(1024, logits.shape[-1]))  # descending
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the smallest set that reaches top_p, of at most 1024 tokens
+    cdf = p.cumsum(-1)
+    pick = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
+    return ids.gather(1, pick)[:, 0]
+
+
+class Generator:
+    """Completes lines. The prefix's keys and values are computed once and shared; rows leave the batch as they end."""
+
+    def __init__(self, model, tokenizer, max_new_tokens, temperature, top_p):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
+        pieces = tokenizer.batch_decode([[i] for i in range(model.config.vocab_size)])
+        self.stops = torch.tensor(["\n" in piece for piece in pieces], device=model.device)
+        eos = model.generation_config.eos_token_id
+        self.stops[torch.tensor([] if eos is None else eos, dtype=torch.long)] = True
+
+    @torch.inference_mode()
+    def start(self, prefix):
+        """Keys and values of the prefix, per layer [1, heads, P, head dim]."""
+        ids = self.tokenizer(prefix, return_tensors="pt").input_ids.to(self.model.device)
+        return self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    @torch.inference_mode()
+    def complete(self, prefix, texts, uniform):
+        """texts: B lists of ids; uniform [B, max_new_tokens]. -> B pairs (answer, whether its line ended)."""
+        from transformers import DynamicCache
+
+        device, B, T = self.model.device, len(texts), max(map(len, texts))
+        P = prefix.get_seq_length()
+        cache = DynamicCache(config=self.model.config)
+        for number, layer in enumerate(prefix.layers):
+            cache.update(layer.keys.expand(B, -1, -1, -1), layer.values.expand(B, -1, -1, -1), number)
+        ids = torch.tensor([[0] * (T - len(text)) + text for text in texts], device=device)  # padded on the left
+        mask = torch.tensor([[1] * P + [0] * (T - len(text)) + [1] * len(text) for text in texts], device=device)
+        position = mask.cumsum(-1)[:, P:] - 1  # [B, T], as if there were no padding
+        alive = torch.arange(B, device=device)  # the batch rows still at work
+        answers, ended = [[] for _ in range(B)], [False] * B
+        for step in range(self.max_new_tokens):
+            logits = self.model(ids, attention_mask=mask, position_ids=position.clamp(min=0), past_key_values=cache,
+                                use_cache=True, logits_to_keep=1).logits[:, -1]
+            ids = sample(logits, uniform[alive, step], self.temperature, self.top_p)
+            stop = self.stops[ids]
+            for b, token, stopped in zip(alive.tolist(), ids.tolist(), stop.tolist()):
+                answers[b].append(token)
+                ended[b] = stopped
+            keep = (~stop).nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            if len(keep) < len(alive):
+                alive, ids, mask, position = alive[keep], ids[keep], mask[keep], position[keep]
+                cache.batch_select_indices(keep)
+            ids, position = ids[:, None], position[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [(text.split("\n")[0].strip(), end) for text, end in zip(texts, ended)]
+
+
+def rewrite_texts(generator, prefix, pairs, texts, seeds, batch_size, progress=None):
+    """Rewrites of cleaned texts, each drawn again once if unusable. -> [(rewrite or None, reason or None)]"""
+    start = generator.start(prefix)
+    ids = [generator.tokenizer(f"{text} =>", add_special_tokens=False, split_special_tokens=True).input_ids
+           for text in texts]
+    results = [(None, "empty input" if not text else "input too long") for text in texts]
+    todo = [i for i, text in enumerate(texts) if text and len(ids[i]) <= MAX_INPUT_TOKENS]
+    for attempt in range(2):
+        todo.sort(key=lambda i: len(ids[i]))  # rows of one length share a batch: little padding
+        failed = []
+        for at in range(0, len(todo), batch_size):
+            batch = todo[at:at + batch_size]
+            uniform = np.stack([np.random.default_rng([*seeds[i], attempt]).random(generator.max_new_tokens, "f4")
+                                for i in batch])
+            answers = generator.complete(start, [ids[i] for i in batch],
+                                         torch.from_numpy(uniform).to(generator.model.device))
+            for i, (answer, ended) in zip(batch, answers):
+                reason = reject(answer, ended, pairs)
+                results[i] = (None if reason else answer, reason)
+                if reason:
+                    failed.append(i)
+        todo = failed
+    return results
+
+
+# --- the stage --------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = die
+    parser.add_argument("--input", required=True, help="JSONL, one row an image (data/README.md)")
+    parser.add_argument("--output", required=True, help="JSONL, one row for every row of --input, in its order")
+    parser.add_argument("--model", default="huggyllama/llama-7b", help="LLaMA-like folder or hub name (default: %(default)s)")
+    parser.add_argument("--field", default="alt", help="the field to rewrite, a text or a list of them (default: %(default)s)")
+    parser.add_argument("--sources", nargs="+", default=SOURCES, help="sets of pairs; each makes rewrite_SOURCE")
+    parser.add_argument("--pairs", default=PAIRS, help="JSONL of the sources' pairs (default: data/prompts/meta_pairs.jsonl)")
+    parser.add_argument("--shots", type=int, default=3, help="pairs in the prompt (default: %(default)s, paper)")
+    parser.add_argument("--temperature", type=float, default=0.9, help="0 is greedy (default: %(default)s, release)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus, 1 is off (default: %(default)s, release)")
+    parser.add_argument("--max-new-tokens", type=int, default=77, help="an answer's limit (default: %(default)s, release)")
+    parser.add_argument("--batch-size", type=int, default=64, help="texts at a time (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="only the first N lines of the input (default: all)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+                        help="auto: bf16 where the hardware computes in it, else fp32")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--seed", type=int, default=0, help="of the pairs and of every row's sampling")
+    args = parser.parse_args(argv)
+    started, counts = time.time(), Counter()
+
+    examples = load_pairs(args.pairs, args.sources)
+    for source, found in examples.items():
+        if len(found) < args.shots:
+            die(f"--pairs {args.pairs} has {len(found)} examples of source {source!r}, --shots needs {args.shots}")
+    device, dtype = pick_device(args.device), args.dtype
+    if dtype == "auto":
+        dtype = "bf16" if bf16_is_native(device) else "fp32"
+    settings = {name: getattr(args, name) for name in ("model", "field", "sources", "shots", "temperature", "top_p",
+                                                       "max_new_tokens", "batch_size", "seed")}
+    settings |= {"dtype": dtype, "pairs": examples}
+    header = make_header(args, args.field, json.loads(json.dumps(settings)))
+    if not open_run(args, header):
+        return print(f"{args.output} is finished")
+
+    model, tokenizer = load_model(args.model, device, DTYPES[dtype])
+    generator = Generator(model, tokenizer, args.max_new_tokens, args.temperature, args.top_p)
+
+    def process(block, rows, progress):
+        """One rewrite a source for every text of the block's rows."""
+        entries = []  # (row, index in its list or None, text, seed)
+        for offset, row in rows:
+            value = row.get(args.field)
+            for index, text in enumerate(value if isinstance(value, list) else [value]):
+                entries.append((row, index if isinstance(value, list) else None, text, offset))
+        texts = [clean(text) if isinstance(text, str) else "" for _, _, text, _ in entries]
+        for source in args.sources:
+            key = [args.seed, zlib.crc32(source.encode())]
+            prefix, pairs = draw_prefix(examples[source], args.shots, np.random.default_rng([*key, block]))
+            seeds = [[*key, offset, index or 0] for _, index, _, offset in entries]
+            results = rewrite_texts(generator, prefix, pairs, texts, seeds, args.batch_size)
+            field = f"rewrite_{source}"
+            for (row, index, _, _), (rewrite, reason) in zip(entries, results):
+                if index is None:
+                    row[field] = rewrite
+                else:
+                    row.setdefault(field, []).append(rewrite)
+                if reason:
+                    set_error(row, field, reason)
+                counts[reason or "rewritten"] += 1
+            progress.set_postfix(texts=sum(counts.values()))
+
+    run_blocks(args, header, process)
+    seconds = time.time() - started
+    print(f"{sum(counts.values())} texts in {seconds:.0f} s, {sum(counts.values()) / seconds:.1f} a second")
+    for reason, n in counts.most_common():
+        print(f"{n:8d}  {reason}")
+
+
+if __name__ == "__main__":
+    main()
