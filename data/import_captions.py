@@ -1,0 +1,378 @@
+"""Bring a known image-text data set to this project's JSONL: one line a row, one row an image.
+
+    python data/import_captions.py laclip cc3m_original.csv cc3m.jsonl --rewrites chatgpt=cc3m_chatgpt.txt
+    python data/import_captions.py tsv cc12m.tsv cc12m.jsonl
+    python data/import_captions.py img2dataset /data/cc12m cc12m.jsonl --image-root /data
+    python data/import_captions.py coco dataset_coco.json coco_test.jsonl --split test
+    python data/import_captions.py vecap wit_300m-0?-of-10.json vecap.jsonl
+    python data/import_captions.py folder photos photos.jsonl
+
+Each reader below yields rows and names where its format is documented. Nothing is dropped silently: a row
+that lacks something says so in `error` and is counted in the summary. All but COCO's JSON is streamed, so
+memory does not grow with the rows. Texts are carried as they are; data/filter_captions.py cleans.
+"""
+import argparse, codecs, contextlib, csv, itertools, json, os, re, signal, sys, tarfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+IMAGE_COLUMNS = ["filepath", "image", "image_path", "url"]  # a path before a URL, where a CSV has both
+CAPTION_COLUMNS = ["caption", "title", "text"]
+MAX_TEXT = 1 << 24  # characters in a field: an unclosed quote shall not take the rest of the file into memory
+is_url = re.compile(r"https?://", re.IGNORECASE).match
+invalid_utf8 = Counter()  # filled by the codec error handler below, printed in the summary
+
+
+def die(message):
+    """A user's mistake: one line on stderr, exit status 2 (tqdm.write does not tear the progress line)."""
+    tqdm.write("import_captions.py: error: " + " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def count_and_replace(error):
+    """Codec error handler: bytes of the web that are not UTF-8 become U+FFFD, and are counted."""
+    invalid_utf8["replaced"] += 1
+    return codecs.replace_errors(error)
+
+
+def open_text(path, newline="\n"):
+    """UTF-8, byte order mark or not. A line ends at \\n only: captions may hold \\r, \\x85 or U+2028."""
+    return open(path, encoding="utf-8-sig", errors="count_and_replace", newline=newline)
+
+
+# laclip: github.com/LijieFan/LaCLIP, README "Pre-computed Augmented Texts" and data.py. *_original.csv has no
+# header: image path, caption, and in cc3m's a URL. Only the order of the lines ties the .txt files to it,
+# hence the strict count. A comma-separated CSV of your own with a header is read as well.
+
+def find_columns(first, args):
+    """-> image column, caption column, URL column or None, is `first` a header?"""
+    names = [name.strip().lower() for name in first]
+    find = lambda known: next((names.index(name) for name in known if name in names), None)
+    image = find([args.image_column.lower()] if args.image_column else IMAGE_COLUMNS)
+    caption = find([args.caption_column.lower()] if args.caption_column else CAPTION_COLUMNS)
+    if image is not None and caption is not None:
+        return image, caption, find(["url"]), True
+    headless = len(first) > 1 and (is_url(first[0]) or names[0].endswith(IMAGE_EXTENSIONS))
+    if headless and not args.image_column and not args.caption_column:
+        return 0, 1, 2 if len(first) > 2 and is_url(first[2]) else None, False
+    die(f"{args.input}: expected columns {args.image_column or '/'.join(IMAGE_COLUMNS)} and "
+        f"{args.caption_column or '/'.join(CAPTION_COLUMNS)} (see --image-column, --caption-column); "
+        f"its first line is: {','.join(first)[:200]}")
+
+
+def read_csv(args):
+    """One row a CSV record, which is not one a line: a quoted caption may hold newlines."""
+    csv.field_size_limit(MAX_TEXT)
+    with open_text(args.input, newline="") as f:
+        records = csv.reader(f)
+        try:
+            first = next(records, [])
+            image, caption, url, is_header = find_columns(first, args)
+            for record in itertools.chain([] if is_header else [first], records):
+                if not record:
+                    continue  # a blank line
+                if len(record) <= max(image, caption):
+                    yield {"line": ",".join(record), "error": {"line": "too few columns"}}
+                    continue
+                # In this project `image` is a path below the image root, so a URL goes to `url`.
+                row = {"url" if is_url(record[image]) else "image": record[image], "alt": record[caption]}
+                yield row | ({"url": record[url]} if url is not None and len(record) > url else {})
+        except csv.Error as e:
+            die(f"{args.input}, line {records.line_num}: {e}")
+
+
+def laclip(args):
+    sources, counts = {}, Counter()
+    for item in args.rewrites:
+        source, _, path = item.partition("=")
+        if not path or not re.fullmatch(r"[A-Za-z0-9_-]+", source) or source in sources:
+            die(f"--rewrites {item}: expected SOURCE=FILE.txt, each source once, as in bard=cc3m_bard.txt")
+        sources[source] = path
+    with contextlib.ExitStack() as stack:
+        texts = [stack.enter_context(open_text(path)) for path in sources.values()]
+        for row, *lines in itertools.zip_longest(read_csv(args), *texts):
+            counts.update(k for k, entry in enumerate((row, *lines)) if entry is not None)
+            if row is not None and None not in lines:  # else only count on, for the message
+                yield row | {f"rewrite_{s}": line.rstrip("\r\n") for s, line in zip(sources, lines)}
+    for k, path in enumerate(sources.values(), start=1):
+        if counts[k] != counts[0]:
+            die(f"{args.input} has {counts[0]} rows but {path} {counts[k]} lines; line k must be of row k")
+
+
+# tsv: CC3M is "caption TAB url" (ai.google.com/research/ConceptualCaptions/download), CC12M "url TAB caption"
+# (github.com/google-research-datasets/conceptual-12m, README "Format"). Neither comes with a header, but
+# img2dataset's recipes for both tell the user to put one on top.
+
+def tsv(args):
+    try:
+        args.image_pattern.format(index=0)
+    except (LookupError, ValueError, AttributeError):
+        die(f"--image-pattern {args.image_pattern}: expected a name with {{index}}, as in {{index:08d}}.jpg")
+    orders, index = [["url", "caption"], ["caption", "url"]], 0
+    with open_text(args.input) as lines:
+        for number, line in enumerate(lines):
+            cells = line.rstrip("\r\n").split("\t")
+            if number == 0 and cells in orders:
+                continue
+            # The order of the row before goes first: it decides where the caption is a URL, too.
+            order = next((o for o in orders if len(cells) == 2 and is_url(cells[o.index("url")])), None)
+            if args.columns and len(cells) == 2:
+                order = args.columns.split(",")
+            if order:
+                orders.sort(key=lambda o: o != order)
+                cell = dict(zip(order, cells))
+                row = {"url": cell["url"], "alt": cell["caption"]}
+            else:
+                row = {"line": line.rstrip("\r\n"), "error": {"line": "not one URL and one caption"}}
+            if order and args.images:
+                name = args.image_pattern.format(index=index)
+                found = os.path.isfile(os.path.join(args.images, name))
+                row |= {"image": name} if found else {"error": {"image": "missing file"}}
+            index += 1
+            yield row
+
+
+# img2dataset: github.com/rom1504/img2dataset, writer.py, WebDatasetSampleWriter. A shard 00000.tar holds
+# KEY.jpg (or .png, .webp: --encode_format), KEY.txt and KEY.json of every picture that could be downloaded,
+# one key after the other. The tar stays as it is: a row points at the picture's bytes in it.
+
+TAR_NAME = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$")  # compressed: refused, not passed over
+
+
+def read_shard(path):
+    """Yield (key, extension, member, its read function); die at the first sign of damage."""
+    try:
+        tar = tarfile.open(path, "r:")  # "r:" takes no compression
+    except tarfile.ReadError as e:
+        die(f"{path}: not an uncompressed tar ({e}); rows point at byte offsets, so decompress it first")
+    size, last = os.path.getsize(path), "none"
+    with tar:
+        try:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # tarfile would keep them all
+                if not 0 <= member.size <= size - member.offset_data:
+                    raise tarfile.ReadError
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")  # webdataset's rule: a key ends at the first dot
+                if member.isreg() and stem:
+                    yield folder + slash + stem, "." + extension.lower(), member, tar.extractfile(member).read
+                last = member.name
+            # tarfile takes a bad header, or a file cut between members, for the end of the archive without a
+            # word. The true end is marked by blocks of zeros.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError
+        except (tarfile.TarError, ValueError):
+            die(f"{path}: truncated or damaged; the last good member is {last}")
+
+
+def img2dataset(args):
+    shards, root = [], os.path.abspath(args.image_root)
+    for path in map(Path, args.input):
+        path.stat()  # a missing file: now, not hours later
+        tars = [path] if path.is_file() else sorted(p for p in path.rglob("*") if TAR_NAME.search(p.name))
+        shards += tars or die(f"{path}: no .tar below this folder")
+    for path in shards:
+        if not Path(os.path.abspath(path)).is_relative_to(root):
+            die(f"{path} is not below --image-root {args.image_root}")
+    for path in shards:
+        shard = Path(os.path.relpath(path, root)).as_posix()
+        for _, members in itertools.groupby(read_shard(path), key=lambda entry: entry[0]):
+            images, text, meta, errors = [], "", {}, {}
+            for _, extension, member, read in members:
+                if extension in IMAGE_EXTENSIONS:
+                    images.append({"image": f"{shard}@{member.offset_data}+{member.size}"})
+                elif extension == ".txt":
+                    text = read().decode("utf-8-sig", "count_and_replace").strip()
+                elif extension == ".json":
+                    try:
+                        meta = dict(json.loads(read().decode("utf-8-sig", "count_and_replace")))
+                    except (ValueError, TypeError, RecursionError):
+                        errors["json"] = "not a JSON object"
+            caption = meta.get("caption")
+            row = {"alt": text or (caption.strip() if isinstance(caption, str) else "")}
+            row |= {field: meta[field] for field in ("url", "width", "height") if field in meta}
+            for image in images or [{}]:  # one row an image
+                yield image | row | {"error": errors | ({} if image else {"image": "no image in shard"})}
+
+
+# coco: captions_train2014.json and its like, cocodataset.org/#format-data ("images" with id and file_name,
+# "annotations" with image_id and caption); and Karpathy's splits, on which COCO and Flickr30k retrieval is
+# reported, cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip ("images" with filename, split,
+# sentences[].raw, and filepath for COCO). Below 200 MB each, so loaded whole.
+
+def coco(args):
+    with open_text(args.input) as f:
+        try:
+            data = json.load(f)
+        except (ValueError, RecursionError) as e:
+            die(f"{args.input}: not valid JSON ({e})")
+    place = lambda *parts: "/".join(part.rstrip("/") for part in (args.images_dir, *parts) if part)
+    try:
+        if "annotations" not in data:  # Karpathy's
+            splits = sorted({image["split"] for image in data["images"]})
+            if not set(args.split) <= set(splits):
+                die(f"--split {' '.join(args.split)}: {args.input} has {', '.join(splits)}")
+            rows = [{"image": place(image.get("filepath"), image["filename"]),
+                     "alt": [sentence["raw"] for sentence in image["sentences"]]}
+                    for image in data["images"] if image["split"] in (args.split or splits)]
+        else:
+            if args.split:
+                die(f"--split: {args.input} is COCO's own JSON, which holds one split a file")
+            captions = defaultdict(list)
+            for annotation in data["annotations"]:
+                captions[annotation["image_id"]].append(annotation["caption"])
+            rows = [{"image": place(image["file_name"]), "alt": captions.pop(image["id"], [])}
+                    for image in data["images"]]
+            rows += [{"alt": texts, "error": {"image": "not in images"}} for texts in captions.values()]
+    except (KeyError, TypeError, AttributeError):
+        die(f"{args.input}: neither COCO captions (images, annotations with a caption) nor Karpathy's splits "
+            "(images with filename, split, sentences)")
+    yield from rows
+
+
+# vecap: github.com/apple/ml-veclip, README "VeCap-300M Download": ten JSON files, "for each image, we save
+# the web link and our caption". Its upload_dataset.py shows the layout: {url: caption}, without the
+# AltText. An object of 30 million pairs is too much for json.load, so it is read by chunks.
+
+PAIR_HEAD = re.compile(r'\s*[{,]\s*("[^"\\]*+(?:\\.[^"\\]*+)*+")\s*:\s*', re.DOTALL)
+
+
+def read_pairs(path):
+    """Yield the (key, value) pairs of one JSON object of any size, 1 MiB of it in memory."""
+    decode = json.JSONDecoder(strict=False).raw_decode
+    buffer, at, pairs = "", 0, 0
+    with open_text(path) as f:
+        while True:
+            try:
+                head = PAIR_HEAD.match(buffer, at)
+                key, value_at = decode(head[1])[0], head.end()
+                value, at = decode(buffer, value_at)
+            except (TypeError, ValueError, RecursionError):  # the pair ends beyond the buffer, or is none
+                more = f.read(1 << 20)
+                buffer, at = buffer[at:] + more, 0
+                if not more or len(buffer) > MAX_TEXT:
+                    break
+                continue
+            pairs += 1
+            yield key, value
+    if buffer.strip() != "}":
+        die(f'{path}: after {pairs} pairs cut off, or not one JSON object of "url": "caption" pairs')
+
+
+def vecap(args):
+    for path in args.input:
+        for url, text in read_pairs(path):
+            yield {"url": url, "vecap": text} if isinstance(text, str) else {
+                "url": url, "vecap": None, "error": {"vecap": "not a string"}}
+
+
+# folder: a picture and a .txt of the same name beside it, anywhere below DIR; several lines, several texts.
+
+def folder(args):
+    def fail(error):
+        raise error  # os.walk would pass over an unreadable folder
+
+    for place, folders, names in os.walk(args.input, onerror=fail):
+        folders.sort()  # in place: the order in which os.walk goes on
+        for name in sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)):
+            path, texts = os.path.join(place, name), []
+            with contextlib.suppress(FileNotFoundError), open_text(os.path.splitext(path)[0] + ".txt") as f:
+                texts = [line.strip() for line in f if line.strip()]
+            yield {"image": Path(os.path.relpath(path, args.input)).as_posix(),
+                   "alt": texts if len(texts) > 1 else "".join(texts)}
+
+
+# Writing, the same for all: what is empty is null and says so; the file is complete or absent.
+
+def finish(row):
+    """An empty caption becomes null with a reason. `error` comes last, and only if there is one."""
+    errors = row.pop("error", {})
+    for field in row:
+        if field in ("alt", "vecap") or field.startswith("rewrite_"):
+            if not row[field] or isinstance(row[field], str) and not row[field].strip():
+                row[field], errors = None, {field: "no text"} | errors
+    return row | {"error": errors} if errors else row
+
+
+def write_jsonl(rows, output, overwrite):
+    """Write under a temporary name, sync, rename. -> number of rows, Counter of errors by reason"""
+    if not output.endswith(".jsonl"):  # also saves the last shard when OUT was forgotten after a list of them
+        die(f"{output}: the output comes last and its name ends in .jsonl")
+    if os.path.exists(output) and not overwrite:
+        die(f"{output} exists; give another name or --overwrite")
+    if not os.path.isdir(os.path.dirname(output) or "."):
+        die(f"{output}: its folder does not exist")
+    temporary, count, failed, reasons = f"{output}.{os.getpid()}.tmp", 0, 0, Counter()
+    try:
+        with open(temporary, "wb") as f:
+            for row in map(finish, tqdm(rows, unit=" rows", unit_scale=True, disable=None)):
+                # A lone surrogate (half a character) has no UTF-8; the handler's \udXXX is its JSON escape.
+                f.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+                count += 1
+                failed += "error" in row
+                reasons.update(f"  {field}: {reason}" for field, reason in row.get("error", {}).items())
+            if not count:
+                die("no rows in the input; nothing written")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, output)
+    except BaseException:  # Ctrl-C and SIGTERM, too
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    return {"rows": count, "rows with error": failed, **dict(reasons.most_common())}
+
+
+def main(argv=None):
+    codecs.register_error("count_and_replace", count_and_replace)
+    parser = argparse.ArgumentParser(prog="import_captions.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(read, help, metavar, **kwargs):
+        sub = commands.add_parser(read.__name__, help=help, description=help)
+        sub.set_defaults(read=read)
+        sub.add_argument("input", metavar=metavar, **kwargs)
+        sub.add_argument("output", metavar="OUT.jsonl")
+        sub.add_argument("--overwrite", action="store_true", help="replace OUT if it exists (default: stop)")
+        return sub
+
+    sub = command(laclip, "LaCLIP's release: a CSV of captions, and a .txt of rewrites a source", "CSV")
+    sub.add_argument("--rewrites", nargs="+", default=[], metavar="SOURCE=FILE.txt",
+                     help="line k is the rewrite of row k and becomes its rewrite_SOURCE (default: none)")
+    sub.add_argument("--image-column", metavar="NAME", help="default: filepath, image, image_path or url; "
+                     "without a header, as released, the first column is the image, the second the caption")
+    sub.add_argument("--caption-column", metavar="NAME", help="default: caption, title or text")
+    sub = command(tsv, "CC3M's (caption, url) or CC12M's (url, caption) TSV", "FILE.tsv")
+    sub.add_argument("--columns", choices=["caption,url", "url,caption"], metavar="ORDER",
+                     help="caption,url or url,caption (default: by where the URL is)")
+    sub.add_argument("--images", metavar="DIR", help="pictures, later the --image-root (default: none yet)")
+    sub.add_argument("--image-pattern", default="{index:09d}.jpg", metavar="NAME",
+                     help="a picture's name below --images, by its row counted from 0 (default: %(default)s)")
+    sub = command(img2dataset, "img2dataset's webdataset shards, read in place", "DIR_OR_TAR", nargs="+")
+    sub.add_argument("--image-root", required=True, metavar="DIR", help="shards are named relative to it")
+    sub = command(coco, "COCO's captions_*.json, or Karpathy's dataset_{coco,flickr30k}.json", "JSON")
+    sub.add_argument("--images-dir", metavar="NAME", help="put before every file name (default: nothing)")
+    sub.add_argument("--split", nargs="+", default=[], metavar="NAME",
+                     help="Karpathy's train, restval, val, test (default: all); COCO trains on train restval")
+    command(vecap, "VeCap's JSON files: one object of \"url\": \"caption\" pairs each", "JSON", nargs="+")
+    command(folder, "pictures, each with a .txt of the same name beside it", "DIR")
+    for each in (parser, *commands.choices.values()):
+        each.error = die
+
+    args = parser.parse_args(argv)
+    try:
+        summary = write_jsonl(args.read(args), args.output, args.overwrite)
+    except OSError as e:
+        die(f"{e.filename}: {e.strerror}" if e.filename else e)
+    for name, count in {**summary, "invalid UTF-8 replaced": invalid_utf8["replaced"]}.items():
+        print(f"{name:<40} {count:>12,}")
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # leave by write_jsonl's clean-up, without a traceback
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    main()

@@ -1,0 +1,448 @@
+"""Writes the project's HTML: one self-contained page that opens anywhere, offline, and makes no request.
+
+    python data/page.py report out/demo/results.json out/demo/report.html --image-root out/demo/images
+
+Captions come from the web, so all text is hostile here. Three rules keep the page safe. Markup is made only
+by tag(), which escapes whatever is not markup already. A picture is opened only inside --image-root and is
+encoded anew. Should these two ever fail, the page's Content-Security-Policy forbids it scripts and requests.
+"""
+import argparse
+import base64
+import functools
+import html
+import io
+import json
+import math
+import os
+import re
+import sys
+import warnings
+
+from PIL import Image
+
+THUMBNAIL = 96                    # px, the longer side
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # not all of Pillow's: EPS runs Ghostscript
+# All that is not a printable character, tab or line break: C0 and C1 controls, lone surrogates.
+UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")
+DASHES = ("none", "9 4", "2 4", "12 4 2 4", "5 5", "16 5")  # one a series, for grey print
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fafaf8; --card: #fff; --ink: #1c1d1f; --soft: #5b6067;
+  --line: #e2e2dd; --link: #1f5fbf; --good: #14734a; --note: #fbf4e2; --edge: #b98516;
+  --s0: #1f5fbf; --s1: #c2410c; --s2: #14734a; --s3: #8b2fa8; --s4: #86660a; --s5: #4b5563 }
+@media (prefers-color-scheme: dark) { :root { --back: #131416; --card: #1b1d20; --ink: #e7e7e4;
+  --soft: #a2a7ae; --line: #303338; --link: #84b1f5; --good: #5fca96; --note: #29241a; --edge: #d0a144;
+  --s0: #84b1f5; --s1: #f5955f; --s2: #5fca96; --s3: #d294ea; --s4: #dcbc58; --s5: #b8bec8 } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--back); color: var(--ink); overflow-wrap: anywhere;
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
+header, main { max-width: 62rem; margin: 0 auto; padding: 3rem 1.25rem 0 } main { padding: 0 1.25rem 4rem }
+h1 { font-size: clamp(1.6rem, 5vw, 2.25rem); line-height: 1.2; text-wrap: balance; margin: 0 0 1rem }
+h2 { font-size: 1.3rem; line-height: 1.3; margin: 3.25rem 0 .75rem } h3 { font-size: 1rem; margin: 0 }
+p { margin: 0 0 .75rem; max-width: 68ch; text-wrap: pretty }
+ul, ol, dl, dd, figure { margin: 0; padding: 0; list-style: none }
+a { color: var(--link); text-underline-offset: .2em }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
+bdi { display: inline-block; max-width: 100% } /* a stray bidi control cannot leave an inline-block */
+code { font: .85em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }
+.soft { color: var(--soft); font-size: .9rem }
+
+nav ul, .machine, .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.5rem; font-size: .93rem }
+nav { margin-top: 1.5rem }
+.notes { background: var(--note); border-left: 3px solid var(--edge); border-radius: 4px;
+  padding: .9rem 1.1rem; margin: 1.5rem 0; max-width: 72ch }
+.notes h2 { font-size: 1rem; margin: 0 0 .3rem } .notes ul { list-style: disc; padding-left: 1.1rem }
+.machine div { display: flex; gap: .45rem } dt { color: var(--soft) }
+.block + .block { margin-top: 2rem } .block h3 { margin-bottom: .3rem }
+
+.scroll { overflow-x: auto; margin: .75rem 0 }
+table { border-spacing: 0; font-variant-numeric: tabular-nums; min-width: min(100%, 30rem) }
+th, td { padding: .5rem .9rem; line-height: 1.5; text-align: right; border-bottom: 1px solid var(--line);
+  overflow-wrap: normal } td { white-space: nowrap }
+th:first-child { position: sticky; left: 0; background: var(--back); text-align: left; padding-left: 0;
+  min-width: 9.5rem; max-width: 45vw; overflow-wrap: anywhere; font-weight: 500 }
+thead th { border-color: var(--soft); color: var(--soft); font-size: .875rem; font-weight: 500;
+  vertical-align: bottom }
+
+.chart > svg { display: block; width: 100%; height: auto } .chart text { font-size: 12px; fill: var(--soft) }
+.grid { stroke: var(--line) } .chance { stroke: var(--soft); stroke-dasharray: 5 5; stroke-width: 1.5 }
+.curve { fill: none; stroke-width: 2.25; stroke-linejoin: round; stroke-linecap: round }
+.curve { stroke: var(--hue) } .dot { fill: var(--hue) }
+.s0 { --hue: var(--s0) } .s1 { --hue: var(--s1) } .s2 { --hue: var(--s2) }
+.s3 { --hue: var(--s3) } .s4 { --hue: var(--s4) } .s5 { --hue: var(--s5) }
+.legend li { display: flex; align-items: center; gap: .5rem } .legend svg { flex: none }
+
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); gap: 1rem }
+.card { display: flex; gap: 1rem; padding: 1rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px } .card > div { flex: 1; min-width: 0 } .card h3 { margin-bottom: .5rem }
+.card dl > div { display: grid; grid-template-columns: 6rem 1fr; gap: 0 .75rem; padding: .3rem 0;
+  font-size: .93rem }
+.card p { margin: 0 } .card p + p { font-size: .9em } .card .picture { object-position: top }
+.picture { display: block; width: 6rem; height: 6rem; flex: none; border-radius: 4px; object-fit: contain }
+.none { border: 1px dashed var(--soft); color: var(--soft); padding: .3rem; overflow: hidden;
+  font-size: .72rem; line-height: 1.3 }
+
+.model { display: grid; grid-template-columns: 9rem 1fr; gap: .3rem 1rem; padding: .35rem 0;
+  align-items: center }
+.hits { display: grid; grid-template-columns: repeat(5, minmax(0, 6.75rem)); gap: .5rem }
+.hits figure { border: 2px solid transparent; border-radius: 8px; padding: .25rem }
+.hits .picture { width: 100%; height: auto; aspect-ratio: 1 }
+figcaption { text-align: center; white-space: nowrap; overflow: hidden; font-size: .8rem; color: var(--soft) }
+.hits .correct { border-color: var(--good) } .correct figcaption { color: var(--good); font-weight: 600 }
+
+.steps li { border-top: 1px solid var(--line); padding: .65rem 0 }
+.steps code { color: var(--soft); white-space: pre-wrap }
+.steps h3 { display: flex; justify-content: space-between; gap: 1rem; font-weight: 500 }
+.time, .legend, figcaption { font-variant-numeric: tabular-nums } .time { white-space: nowrap }
+
+@media (max-width: 40rem) { header { padding-top: 1.75rem } .chart text { font-size: 22px }
+  .model, .card dl > div { grid-template-columns: 1fr } .card .picture { width: 4.5rem; height: 4.5rem }
+  .hits { gap: .25rem } .hits figure { padding: .1rem } figcaption { font-size: .72rem } }
+@media print { :root { --back: #fff } nav { display: none } body { font-size: 10pt }
+  h2, h3, p.soft { break-after: avoid }
+  .card, .model, .chart, tr, .steps li { break-inside: avoid } .scroll { overflow: visible } }
+"""
+
+DOCUMENT = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+{title}
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def die(message):
+    """A user's mistake: one line on stderr, exit status 2."""
+    print("page.py: error:", " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+# ---- markup: text becomes HTML here and nowhere else
+
+class Html(str):
+    """Text that is markup already. JSON cannot hold one, so nothing read from a file passes for markup."""
+
+
+def escape(value) -> Html:
+    """Any value as text that is safe in an element and in a quoted attribute."""
+    if isinstance(value, Html):
+        return value
+    return Html(html.escape(UNPRINTABLE.sub("\ufffd", str(value)), quote=True))
+
+
+def tag(name, *children, **attributes) -> Html:
+    """<name attribute="...">children</name>; `class_` stands for class, `aria_label` for aria-label."""
+    start = name
+    for key, value in attributes.items():
+        start += f' {key.strip("_").replace("_", "-")}="{escape(value)}"'
+    return Html(f"<{start}>" if name == "img" else f"<{start}>{''.join(map(escape, children))}</{name}>")
+
+
+def words(name, value, **attributes) -> Html:
+    """An element for text from outside. dir="auto" isolates it: a right-to-left override ends with it."""
+    return tag(name, "–" if value is None else value, dir="auto", **attributes)
+
+
+def get(node, key, kind, each=object):
+    """The list or object node[key], empty if absent or null; another type, of it or an entry, is an error."""
+    found = node.get(key)
+    if found is None:
+        return kind()
+    if not isinstance(found, kind) or not all(isinstance(entry, each) for entry in found):
+        die(f'"{key}" has to be a {kind.__name__}' + ("" if each is object else f" of {each.__name__}s"))
+    return found
+
+
+def is_number(value) -> bool:
+    """Finite and no bool (JSON's true is an int in Python); the comparison is false for NaN and infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+# ---- pictures
+
+@functools.lru_cache(maxsize=1024)  # the same picture answers several queries
+def thumbnail(root, name) -> str:
+    """The picture `name` inside `root` (a real path) as a data URI; ValueError says why there is none."""
+    try:
+        path = os.path.realpath(os.path.join(root, name))  # symlinks resolved, nothing opened
+    except ValueError:  # a NUL or a lone surrogate in it
+        raise ValueError("not a file name") from None
+    if os.path.isabs(name) or os.path.commonpath([root, path]) != root:
+        raise ValueError("not inside the image folder")
+    if not os.path.isfile(path):  # nor a pipe or a device, on which open() would wait
+        raise ValueError("no such file")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # a JPEG: decode near the needed size
+            small = image.convert("RGB")  # as the models see it
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        small.info.clear()  # no colour profile or comment from the file goes into the page
+        small.save(png := io.BytesIO(), "PNG", optimize=True)
+    except Exception:  # a damaged file makes Pillow raise nearly anything, and one must not cost the page
+        raise ValueError("not a readable image") from None
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def picture(root, name, alt) -> Html:
+    """<img>, or a visible placeholder with the reason."""
+    try:
+        if not isinstance(name, str):
+            raise ValueError("none is named")
+        return tag("img", src=thumbnail(root, name), alt=alt or "", title=alt or "", class_="picture")
+    except ValueError as reason:
+        return tag("span", f"no picture: {reason}", class_="picture none", title=name or "")
+
+
+# ---- the report's parts: each returns its elements, none if its key is absent
+
+def block(node, *children) -> Html:
+    """A part of a section, under its title and note if it has them."""
+    return tag("div", words("h3", node["title"]) if node.get("title") else "",
+               words("p", node["note"], class_="soft") if node.get("note") else "", *children, class_="block")
+
+
+def tables(results) -> list:
+    blocks = []
+    for node in get(results, "tables", list, dict):
+        columns, rows = get(node, "columns", list), get(node, "rows", list, list)
+        width = max(map(len, [columns, *rows]))
+        head = [words("th", name, scope="col") for name in columns + [""] * (width - len(columns))]
+        body = []
+        for row in rows:
+            cells = row + [None] * (width - len(row))
+            body.append(tag("tr", *(words("th", cell, scope="row") for cell in cells[:1]),
+                            *(words("td", cell) for cell in cells[1:])))
+        grid = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body))
+        # In the tab order, so that a keyboard can scroll it too.
+        blocks.append(block(node, tag("div", grid, class_="scroll", tabindex=0, role="region",
+                                      aria_label=node.get("title") or "table")))
+    return blocks
+
+
+def ticks(low, high, count=6) -> list:
+    """Round numbers that enclose low..high, a step of 1, 2, 5 or 10 times a power of ten apart."""
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m * count >= (high - low) * 0.999)
+    return [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
+
+
+def span(values) -> tuple:
+    """(least, greatest) of the values, widened if they are (nearly) all the same."""
+    low, high = min(values), max(values)
+    return (low, high) if high - low > 1e-9 * max(abs(low), abs(high), 1) else (low, low + max(abs(low), 1))
+
+
+def curves(results) -> list:
+    """The losses as an SVG line chart, with a dashed line where a model that guesses would be."""
+    node = get(results, "curves", dict)
+    series = []
+    for line in get(node, "series", list, dict):
+        points = [point[:2] for point in get(line, "points", list, list) if len(point) > 1]
+        points = [point for point in points if all(map(is_number, point))]  # not a loss of null or NaN
+        if points:
+            series.append((line.get("name", "–"), points))
+    if not series:
+        return []
+    chance = [node["chance"]] if is_number(node.get("chance")) else []
+    left, right = span([x for _, points in series for x, _ in points])
+    rows = ticks(*span([y for _, points in series for _, y in points] + chance))
+
+    def across(x):  # step -> x in a box of 720 x 372
+        return round(70 + 610 * (x - left) / (right - left), 1)
+
+    def down(y):  # loss -> y
+        return round(315 - 280 * (y - rows[0]) / (rows[-1] - rows[0]), 1)
+
+    def text(value, x, y, anchor="end"):
+        return tag("text", value, x=x, y=y, text_anchor=anchor)
+
+    def level(y, kind):
+        return tag("line", x1=70, x2=690, y1=down(y), y2=down(y), class_=kind)
+
+    marks = [text("loss", 58, 16), text("step", 690, 366)]
+    marks += [mark for y in rows for mark in (level(y, "grid"), text(f"{y:g}", 58, down(y) + 5))]
+    marks += [text(f"{x:g}", across(x), 340, "middle") for x in ticks(left, right) if left <= x <= right]
+    marks += [mark for y in chance for mark in (level(y, "chance"), text("ln(batch)", 688, down(y) - 7))]
+    legend = []
+    for i, (name, points) in enumerate(series):
+        hue, dash = f"s{i % len(DASHES)}", DASHES[i % len(DASHES)]
+        path = "M" + " L".join(f"{across(x)},{down(y)}" for x, y in points)
+        step, loss = points[-1]
+        marks += [tag("path", d=path, class_=f"curve {hue}", stroke_dasharray=dash),
+                  tag("circle", cx=across(step), cy=down(loss), r=4, class_=f"dot {hue}")]
+        swatch = tag("path", d="M2,5 H44", class_=f"curve {hue}", stroke_dasharray=dash)
+        legend.append(tag("li", tag("svg", swatch, width=46, height=10, aria_hidden="true"), tag("bdi", name),
+                          tag("span", f"{loss:.3f} at step {step:g}", class_="soft")))
+    title = node.get("title") or "Training loss"
+    about = "Loss by step; at the end: " + "; ".join(f"{name} {points[-1][1]:g}" for name, points in series)
+    drawing = tag("svg", tag("title", title, id="chart-title"), tag("desc", about, id="chart-about"), *marks,
+                  viewBox="0 0 720 372", role="img", aria_labelledby="chart-title chart-about")
+    return [tag("figure", words("h3", title), drawing, tag("ul", *legend, class_="legend"), class_="chart")]
+
+
+def card(root, image, heading, pairs) -> Html:
+    """A picture, if `image` is not None, beside a heading and (name, element) pairs."""
+    shown = "" if image is None else picture(root, image, heading)
+    title = words("h3", heading) if heading else ""
+    listed = tag("dl", *(tag("div", words("dt", name), value) for name, value in pairs))
+    return tag("li", shown, tag("div", title, listed), class_="card")
+
+
+def rewrites(results, root) -> list:
+    cards = []
+    for node in get(results, "rewrites", list, dict):
+        pairs = []
+        for text in get(node, "texts", list, dict):
+            said = words("dd", text.get("text"))
+            if text.get("text") is None or not text.get("kept", True):
+                said = "no text" if text.get("text") is None else tag("del", text["text"])
+                why = tag("p", "dropped: ", tag("bdi", text.get("reason") or "no reason given"))
+                said = tag("dd", words("p", said), why, class_="soft")
+            pairs.append((text.get("source"), said))
+        cards.append(card(root, node.get("image", ""), node.get("alt"), pairs))
+    about = "The original caption in bold, under it what each source made of it."
+    return cards and [tag("p", about, class_="soft"), tag("ul", *cards, class_="cards")]
+
+
+def queries(results, root) -> list:
+    blocks = []
+    for node in get(results, "queries", list, dict):
+        models = []
+        for row in get(node, "rows", list, dict):
+            hits = []
+            for hit in get(row, "hits", list, dict)[:5]:
+                score = f"{hit['score']:.3f}" if is_number(hit.get("score")) else hit.get("score", "")
+                caption = tag("figcaption", "✓ " if hit.get("correct") else "", tag("bdi", score))
+                hits.append(tag("figure", picture(root, hit.get("image"), hit.get("alt")), caption,
+                                class_="correct" if hit.get("correct") else "other"))
+            hits = tag("div", *hits, class_="hits")
+            models.append(tag("div", words("div", row.get("model")), hits, class_="model"))
+        blocks.append(block({"title": node.get("query")}, *models))
+    about = "The five nearest pictures of each model, best first, with scores. ✓ and a frame: correct."
+    return blocks and [tag("p", about, class_="soft"), *blocks]
+
+
+def samples(results, root) -> list:
+    blocks = []
+    for node in get(results, "samples", list, dict):
+        cards = []
+        for item in get(node, "items", list, dict):
+            pairs = [(name, words("dd", text)) for name, text in get(item, "fields", dict).items()]
+            cards.append(card(root, item.get("image"), "", pairs))
+        blocks.append(block(node, tag("ul", *cards, class_="cards")))
+    return blocks
+
+
+def duration(seconds) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def steps(results) -> list:
+    rows, total = [], 0
+    for step in get(results, "steps", list, dict):
+        seconds = step.get("seconds") if is_number(step.get("seconds")) else None
+        total += 0 if step.get("skipped") else seconds or 0
+        time = "skipped" if step.get("skipped") else "–" if seconds is None else duration(seconds)
+        rows.append(tag("li", tag("h3", tag("bdi", step.get("name", "")), tag("span", time, class_="time")),
+                        words("code", step.get("command", ""))))
+    rows += rows and [tag("li", tag("h3", "Total", tag("span", duration(total), class_="time")))]
+    return rows and [tag("ol", *rows, class_="steps")]
+
+
+def report(results, root) -> str:
+    """The page of a results file: an object with these keys, of which only "title" has to be there.
+
+    title: text            summary, notes: [text]            machine: {name: text}
+    tables: [{title, note, columns: [text], rows: [[text or number]]}]      short rows are filled up
+    curves: {title, chance: ln(batch), series: [{name, points: [[step, loss]]}]}
+    rewrites: [{image, alt, texts: [{source, text, kept: bool, reason}]}]
+    queries: [{query, rows: [{model, hits: [{image, alt, score, correct: bool}]}]}]
+    samples: [{title, note, items: [{image, fields: {name: text}}]}]
+    steps: [{name, command, seconds, skipped: bool}]
+    """
+    title = results.get("title")
+    if not isinstance(title, str) or not title.strip():
+        die('the results need a "title"')
+    parts = [("results", "Results", tables(results)), ("curves", "Training", curves(results)),
+             ("rewrites", "Rewrites", rewrites(results, root)),
+             ("queries", "Queries", queries(results, root)), ("samples", "Samples", samples(results, root)),
+             ("steps", "What ran", steps(results))]
+    parts = [part for part in parts if part[2]]
+    notes = [words("li", note) for note in get(results, "notes", list)]
+    machine = get(results, "machine", dict).items()
+    machine = [tag("div", words("dt", name), words("dd", value)) for name, value in machine]
+    links = [tag("li", tag("a", name, href=f"#{key}")) for key, name, _ in parts]
+    return document(title, tag(
+        "header", words("h1", title), *(words("p", text) for text in get(results, "summary", list)),
+        tag("aside", tag("h2", "Please note"), tag("ul", *notes), class_="notes") if notes else "",
+        tag("dl", *machine, class_="machine") if machine else "",
+        tag("nav", tag("ul", *links), aria_label="Sections") if links else "",
+    ), tag("main", *(tag("section", tag("h2", name), *content, id=key) for key, name, content in parts)))
+
+
+# ---- files
+
+def document(title, *body) -> str:
+    return DOCUMENT.format(title=tag("title", title), style=STYLE, body="\n".join(body))
+
+
+def read_json(path) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+    except OSError as error:
+        die(f"cannot read {path}: {error.strerror}")
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested without end
+        die(f"{path} is not a JSON file: {error}")
+    return results if isinstance(results, dict) else die(f"{path} has to hold one JSON object")
+
+
+def write(path, page):
+    """All of the page or nothing: to a temporary name beside it, then renamed."""
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.write(page)
+        os.replace(partial, path)
+    except OSError as error:
+        if os.path.exists(partial):
+            os.remove(partial)
+        die(f"cannot write {path}: {error.strerror}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Write a self-contained HTML page.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    command = commands.add_parser("report", help="the tables, curves and examples of a results file")
+    command.add_argument("results", metavar="RESULTS.json", help="what to show")
+    command.set_defaults(render=report)
+    for command in commands.choices.values():
+        command.add_argument("output", metavar="OUT.html", help="the page to write; replaced if it exists")
+        command.add_argument("--image-root", required=True, metavar="DIR",
+                             help="the folder of the pictures; nothing outside it is opened")
+        command.error = die
+    parser.error = die
+    args = parser.parse_args(argv)
+
+    root = os.path.realpath(args.image_root)
+    if not os.path.isdir(root):
+        die(f"--image-root {args.image_root} is not a folder")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # a picture over 89 Mpx is not decoded
+    write(args.output, args.render(read_json(args.results), root))
+
+
+if __name__ == "__main__":
+    main()
