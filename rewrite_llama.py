@@ -76,17 +76,27 @@ def dump_row(row):
         return json.dumps(row).encode("ascii") + b"\n"
 
 
-def set_error(row, field, reason):
-    row["error"] = {**(row["error"] if isinstance(row.get("error"), dict) else {}), field: reason}
+def put_texts(row, field, like, results):
+    """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
+    go to row["error"][field]."""
+    texts, reasons = ([result[i] for result in results] for i in (0, 1))
+    row[field] = texts if isinstance(like, list) else texts[0]
+    if any(reasons):
+        earlier = row["error"] if isinstance(row.get("error"), dict) else {}
+        row["error"] = {**earlier, field: reasons if isinstance(like, list) else reasons[0]}
 
 
-def make_header(args, field, settings):
+def make_header(args, reads, makes, settings):
     """What the output depends on: the input (size, hash of its first and last MiB, where to stop) and the settings."""
+    if not os.path.isfile(args.input):
+        die(f"--input {args.input}: no such file")
     with open(args.input, "rb") as f:
         rows = [parse_row(line)[0] for _, line in zip(range(1000), f)]
-        if rows and not any(row.get(field) for row in rows):
-            die(f"none of the first {len(rows)} rows of {args.input} has the field {field!r}, only "
-                f"{', '.join(sorted({key for row in rows for key in row})[:12])}")
+        fields = {key for row in rows for key in row if row[key] is not None}
+        if rows and not fields & set(reads):
+            die(f"none of the first {len(rows)} rows of {args.input} has {' or '.join(reads)}, only {sorted(fields)}")
+        if there := fields & set(makes):
+            die(f"{args.input} has {', '.join(sorted(there))} already, which this stage would overwrite")
         size = end = f.seek(0, os.SEEK_END)
         digest = hashlib.sha256()
         for start in (0, max(size - (1 << 20), 0)):
@@ -174,6 +184,14 @@ def run_blocks(args, header, process):
                 os.remove(name)
 
 
+def report(counts, unit, started):
+    """The end of a rank's run: how many of what, and how fast."""
+    seconds, total = time.time() - started, sum(counts.values())
+    print(f"{total} {unit} in {seconds:.0f} s, {total / seconds:.1f} a second")
+    for what, number in counts.most_common():
+        print(f"{number:9d}  {what}")
+
+
 def lock(f):
     """Take a file for this process; the kernel gives it back when the process dies, so no lock is ever stale."""
     try:
@@ -181,6 +199,23 @@ def lock(f):
         return True
     except BlockingIOError:
         return False
+
+def pick_device(name):
+    """auto: this rank's GPU, or Apple's, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+def pick_dtype(name, device):
+    """auto: bf16 where the hardware computes in it, else fp32. Another dtype gives other texts, so OUT records it."""
+    if name == "auto":
+        native = torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else device != "mps"
+        return "bf16" if native else "fp32"
+    return name
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # === end of rows ======================================================================================================
 
@@ -233,19 +268,6 @@ def reject(answer, ended, pairs):
     return None
 
 
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-
-
-def bf16_is_native(device):
-    return torch.cpu.get_capabilities().get("avx512_bf16", False) if device == "cpu" else device.startswith("cuda")
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
 def load_model(name, device, dtype):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     try:
@@ -258,25 +280,63 @@ def load_model(name, device, dtype):
 
 # --- generation -------------------------------------------------------------------------------------------------------
 
-def sample(logits, uniform, temperature, top_p):
+def sample(logits, uniform, temperature, top_p, k=256):
     """Nucleus sampling of one token a row: logits [B, V], uniform [B] in [0, 1) -> ids [B].
 
-    A row's own random number is looked up in the cumulative distribution of its own nucleus, so the draw does not
-    depend on the other rows of the batch. Temperature 0 is greedy."""
+    A row's own random number is looked up in the cumulative distribution of its nucleus, so its draw does not depend on
+    the other rows of the batch. Temperature 0 is greedy."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, ids = (logits.float() / temperature).softmax(-1).topk(min(1024, logits.shape[-1]))  # descending
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the smallest set that reaches top_p, of at most 1024 tokens
+    p, ids = (logits.float() / temperature).softmax(-1).topk(min(k, logits.shape[-1]))  # descending
+    wide = p.sum(-1) < top_p  # the k likeliest tokens do not hold the nucleus: these rows again, with more
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the smallest set of tokens that reaches top_p
     cdf = p.cumsum(-1)
-    pick = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1, keepdim=True)
-    return ids.gather(1, pick)[:, 0]
+    pick = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+    ids = ids.gather(1, pick)[:, 0]
+    if k < logits.shape[-1] and wide.any():
+        ids[wide] = sample(logits[wide], uniform[wide], temperature, top_p, 8 * k)
+    return ids
+
+
+def attend_with_prefix(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Attention over a prefix that all rows share and the row's own keys, as transformers calls it.
+
+    query [B, H, T, D], key and value [B, G, S, D] of the row itself (G = H heads or fewer, grouped), mask [B, 1, T, S].
+    The prefix, [1, G, P, D], is read once for all rows instead of being copied to each: at a batch of 64 and a prompt of
+    100 tokens that copy, not the matrix products, is what a step would cost."""
+    B, H, T, D = query.shape
+    G, P = key.shape[1], 0
+    q = query.reshape(B, G, H // G * T, D)
+    scores = q @ key.transpose(2, 3)  # [B, G, H / G T, S]
+    scores = scores.view(B, H, T, -1) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    if module.prefix is not None:
+        prefix_key, prefix_value = module.prefix
+        P = prefix_key.shape[2]
+        rows = q.transpose(0, 1).reshape(1, G, -1, D)  # all rows' queries as one matrix a group
+        shared = (rows @ prefix_key.transpose(2, 3)).view(G, B, H // G, T, P).transpose(0, 1).reshape(B, H, T, P)
+        scores = torch.cat([shared * scaling, scores], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)  # [B, H, T, P + S]
+    out = (weights[..., P:].reshape(B, G, H // G * T, -1) @ value).view(B, H, T, D)
+    if P:
+        rows = weights[..., :P].reshape(B, G, -1, P).transpose(0, 1).reshape(1, G, -1, P)
+        out = out + (rows @ prefix_value).view(G, B, H // G, T, D).transpose(0, 1).reshape(B, H, T, D)
+    return out.transpose(1, 2), None  # [B, T, H, D]
 
 
 class Generator:
     """Completes lines. The prefix's keys and values are computed once and shared; rows leave the batch as they end."""
 
     def __init__(self, model, tokenizer, max_new_tokens, temperature, top_p):
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import eager_mask
+
+        AttentionInterface.register("attend_with_prefix", attend_with_prefix)
+        AttentionMaskInterface.register("attend_with_prefix", eager_mask)
+        model.set_attn_implementation("attend_with_prefix")
         self.model, self.tokenizer = model, tokenizer
+        self.attentions = [module for module in model.modules() if hasattr(module, "q_proj")]
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         pieces = tokenizer.batch_decode([[i] for i in range(model.config.vocab_size)])
         self.stops = torch.tensor(["\n" in piece for piece in pieces], device=model.device)
@@ -284,30 +344,33 @@ class Generator:
         self.stops[torch.tensor([] if eos is None else eos, dtype=torch.long)] = True
 
     @torch.inference_mode()
-    def start(self, prefix):
-        """Keys and values of the prefix, per layer [1, heads, P, head dim]."""
+    def set_prefix(self, prefix):
+        """Compute the prefix's keys and values; what is completed afterwards continues it."""
+        for attention in self.attentions:
+            attention.prefix = None
         ids = self.tokenizer(prefix, return_tensors="pt").input_ids.to(self.model.device)
-        return self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        for attention, layer in zip(self.attentions, cache.layers, strict=True):
+            attention.prefix = layer.keys, layer.values
+        self.prefix_length = ids.shape[1]
 
     @torch.inference_mode()
-    def complete(self, prefix, texts, uniform):
-        """texts: B lists of ids; uniform [B, max_new_tokens]. -> B pairs (answer, whether its line ended)."""
+    def complete(self, texts, uniform):
+        """texts: B lists of ids; uniform [B, max_new_tokens]. -> B pairs (answer, whether its line ended)"""
         from transformers import DynamicCache
 
         device, B, T = self.model.device, len(texts), max(map(len, texts))
-        P = prefix.get_seq_length()
         cache = DynamicCache(config=self.model.config)
-        for number, layer in enumerate(prefix.layers):
-            cache.update(layer.keys.expand(B, -1, -1, -1), layer.values.expand(B, -1, -1, -1), number)
-        ids = torch.tensor([[0] * (T - len(text)) + text for text in texts], device=device)  # padded on the left
-        mask = torch.tensor([[1] * P + [0] * (T - len(text)) + [1] * len(text) for text in texts], device=device)
-        position = mask.cumsum(-1)[:, P:] - 1  # [B, T], as if there were no padding
+        ids = torch.tensor([[0] * (T - len(text)) + text for text in texts], device=device)  # [B, T], padded on the left
+        mask = torch.tensor([[0] * (T - len(text)) + [1] * len(text) for text in texts], device=device)
+        position = self.prefix_length + (mask.cumsum(-1) - 1).clamp(min=0)  # as if there were no padding
         alive = torch.arange(B, device=device)  # the batch rows still at work
         answers, ended = [[] for _ in range(B)], [False] * B
         for step in range(self.max_new_tokens):
-            logits = self.model(ids, attention_mask=mask, position_ids=position.clamp(min=0), past_key_values=cache,
-                                use_cache=True, logits_to_keep=1).logits[:, -1]
-            ids = sample(logits, uniform[alive, step], self.temperature, self.top_p)
+            logits = self.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
+                                logits_to_keep=1).logits[:, -1]  # [rows, V]
+            ids = torch.cat([sample(some, u, self.temperature, self.top_p) for some, u in
+                             zip(logits.split(32), uniform[alive, step].split(32))])  # in pieces that fit a cache
             stop = self.stops[ids]
             for b, token, stopped in zip(alive.tolist(), ids.tolist(), stop.tolist()):
                 answers[b].append(token)
@@ -324,9 +387,9 @@ class Generator:
         return [(text.split("\n")[0].strip(), end) for text, end in zip(texts, ended)]
 
 
-def rewrite_texts(generator, prefix, pairs, texts, seeds, batch_size, progress=None):
+def rewrite_texts(generator, prefix, pairs, texts, seeds, batch_size):
     """Rewrites of cleaned texts, each drawn again once if unusable. -> [(rewrite or None, reason or None)]"""
-    start = generator.start(prefix)
+    generator.set_prefix(prefix)
     ids = [generator.tokenizer(f"{text} =>", add_special_tokens=False, split_special_tokens=True).input_ids
            for text in texts]
     results = [(None, "empty input" if not text else "input too long") for text in texts]
@@ -338,8 +401,7 @@ def rewrite_texts(generator, prefix, pairs, texts, seeds, batch_size, progress=N
             batch = todo[at:at + batch_size]
             uniform = np.stack([np.random.default_rng([*seeds[i], attempt]).random(generator.max_new_tokens, "f4")
                                 for i in batch])
-            answers = generator.complete(start, [ids[i] for i in batch],
-                                         torch.from_numpy(uniform).to(generator.model.device))
+            answers = generator.complete([ids[i] for i in batch], torch.from_numpy(uniform).to(generator.model.device))
             for i, (answer, ended) in zip(batch, answers):
                 reason = reject(answer, ended, pairs)
                 results[i] = (None if reason else answer, reason)
@@ -377,13 +439,12 @@ def main(argv=None):
     for source, found in examples.items():
         if len(found) < args.shots:
             die(f"--pairs {args.pairs} has {len(found)} examples of source {source!r}, --shots needs {args.shots}")
-    device, dtype = pick_device(args.device), args.dtype
-    if dtype == "auto":
-        dtype = "bf16" if bf16_is_native(device) else "fp32"
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
     settings = {name: getattr(args, name) for name in ("model", "field", "sources", "shots", "temperature", "top_p",
                                                        "max_new_tokens", "batch_size", "seed")}
-    settings |= {"dtype": dtype, "pairs": examples}
-    header = make_header(args, args.field, json.loads(json.dumps(settings)))
+    settings |= {"dtype": dtype, "pairs": json.loads(json.dumps(examples))}
+    header = make_header(args, [args.field], [f"rewrite_{source}" for source in args.sources], settings)
     if not open_run(args, header):
         return print(f"{args.output} is finished")
 
@@ -392,33 +453,23 @@ def main(argv=None):
 
     def process(block, rows, progress):
         """One rewrite a source for every text of the block's rows."""
-        entries = []  # (row, index in its list or None, text, seed)
-        for offset, row in rows:
-            value = row.get(args.field)
-            for index, text in enumerate(value if isinstance(value, list) else [value]):
-                entries.append((row, index if isinstance(value, list) else None, text, offset))
-        texts = [clean(text) if isinstance(text, str) else "" for _, _, text, _ in entries]
+        values = [row.get(args.field) for _, row in rows]
+        lists = [value if isinstance(value, list) else [value] for value in values]
+        texts = [clean(text) if isinstance(text, str) else "" for texts in lists for text in texts]
         for source in args.sources:
             key = [args.seed, zlib.crc32(source.encode())]
             prefix, pairs = draw_prefix(examples[source], args.shots, np.random.default_rng([*key, block]))
-            seeds = [[*key, offset, index or 0] for _, index, _, offset in entries]
+            seeds = [[*key, offset, i] for (offset, _), texts in zip(rows, lists) for i in range(len(texts))]
             results = rewrite_texts(generator, prefix, pairs, texts, seeds, args.batch_size)
-            field = f"rewrite_{source}"
-            for (row, index, _, _), (rewrite, reason) in zip(entries, results):
-                if index is None:
-                    row[field] = rewrite
-                else:
-                    row.setdefault(field, []).append(rewrite)
-                if reason:
-                    set_error(row, field, reason)
-                counts[reason or "rewritten"] += 1
-            progress.set_postfix(texts=sum(counts.values()))
+            counts.update(reason or "rewritten" for _, reason in results)
+            results = iter(results)
+            for (_, row), value, texts_of_row in zip(rows, values, lists):
+                put_texts(row, f"rewrite_{source}", value, [next(results) for _ in texts_of_row])
+            progress.set_postfix(texts=counts.total())
 
     run_blocks(args, header, process)
-    seconds = time.time() - started
-    print(f"{sum(counts.values())} texts in {seconds:.0f} s, {sum(counts.values()) / seconds:.1f} a second")
-    for reason, n in counts.most_common():
-        print(f"{n:8d}  {reason}")
+    report(counts, "texts", started)
+
 
 
 if __name__ == "__main__":

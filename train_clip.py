@@ -105,6 +105,9 @@ class BadRow(Exception):
     """A row that cannot be trained on, and why; another one takes its place and it is named in bad_images.jsonl."""
 
 
+UNREADABLE = (BadRow, OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)  # rows and pictures
+
+
 def shuffled(i, n, key):
     """The i-th element of a permutation of range(n) that depends on `key` alone: an epoch's order in O(1) memory.
 
@@ -133,7 +136,7 @@ def read_image(root, name):
     member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name) if isinstance(name, str) else None
     path = os.path.realpath(os.path.join(root, member[1] if member else name))
     if not path.startswith(os.path.join(os.path.realpath(root), "")):
-        raise BadRow(f"{name!r} is outside --image-root")
+        raise ValueError("outside --image-root")
     with open(path, "rb") as f:
         if member:
             f.seek(int(member[2]))
@@ -286,7 +289,7 @@ class Samples(torch.utils.data.Dataset):
                 sample = self.draw_texts(row, rng)
                 image = read_image(self.image_root, name)
                 break
-            except (BadRow, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            except UNREADABLE as e:
                 bad.append((name, f"{type(e).__name__}: {e}"))
                 index = int(rng.integers(len(self.rows)))
                 if len(bad) == 100:
@@ -556,6 +559,65 @@ def load_checkpoint(path, device="cpu"):
     return model.eval(), tokenizer, EvalTransform(**checkpoint["transform"])
 
 
+# === features, for the evaluations ====================================================================================
+
+def read_rows(path):
+    """All rows of a JSONL file, in order; an evaluation set with a broken line is a user's mistake."""
+    if not os.path.isfile(path):
+        die(f"{path}: no such file")
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                die(f"{path}, line {number}: not a JSON object")
+            yield row
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, root, names, transform):
+        self.root, self.names, self.transform = root, names, transform
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        """-> [3, S, S], or the reason why there is none"""
+        try:
+            return self.transform(read_image(self.root, self.names[i]))
+        except UNREADABLE as e:
+            return f"{type(e).__name__}: {e}"
+
+
+@torch.inference_mode()
+def encode_images(model, transform, root, names, batch_size=64, workers=2):
+    """Paths under `root` -> (features [N, d] of unit length, on the CPU; {index: reason} of those that cannot be read,
+    whose features are zero, so that they match nothing and stay in every denominator)."""
+    device, features, unreadable = model.logit_scale.device, torch.zeros(len(names), model.config.embed_dim), {}
+    loader = torch.utils.data.DataLoader(Pictures(root, names, transform), batch_size, num_workers=workers,
+                                         collate_fn=list)
+    for number, batch in enumerate(tqdm(loader, desc="images", unit="batch", leave=False)):
+        indices = range(number * batch_size, number * batch_size + len(batch))
+        unreadable |= {i: picture for i, picture in zip(indices, batch) if isinstance(picture, str)}
+        readable = [i for i in indices if i not in unreadable]
+        if readable:
+            pictures = torch.stack([picture for picture in batch if not isinstance(picture, str)]).to(device)
+            features[readable] = F.normalize(model.encode_image(pictures).float(), dim=-1).cpu()
+    return features, unreadable
+
+
+@torch.inference_mode()
+def encode_texts(model, tokenizer, texts, batch_size=256):
+    """list of str -> features [T, d] of unit length, on the CPU"""
+    device, features = model.logit_scale.device, torch.zeros(len(texts), model.config.embed_dim)
+    for at in tqdm(range(0, len(texts), batch_size), desc="texts", unit="batch", leave=False):
+        tokens = tokenizer(texts[at:at + batch_size]).to(device)
+        features[at:at + batch_size] = F.normalize(model.encode_text(tokens).float(), dim=-1).cpu()
+    return features
+
+
 # === the loop =========================================================================================================
 
 def parse_text(specs):
@@ -629,18 +691,21 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def start_ranks(name):
-    """torchrun's environment, or a single process. -> (rank, number of ranks, this rank's device)"""
-    device = name
+def pick_device(name):
+    """auto: this rank's GPU, or Apple's, or the CPU."""
     if name == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+def start_ranks(device):
+    """torchrun's environment, or a single process. -> (rank, number of ranks)"""
+    if "cuda" in device:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
-        return 0, 1, device
+        return 0, 1
     dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo")  # gloo: what CPUs tell each other
-    return dist.get_rank(), dist.get_world_size(), device
+    return dist.get_rank(), dist.get_world_size()
 
 
 def all_reduce(x, op=dist.ReduceOp.SUM):
@@ -678,7 +743,8 @@ def open_metrics(path, step):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, device = start_ranks(args.device)
+    device = pick_device(args.device)
+    rank, world = start_ranks(device)
 
     # the user's mistakes, before anything is written
     if args.batch_size < 1 or args.batch_size % world:

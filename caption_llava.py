@@ -1,0 +1,357 @@
+"""Caption images with LLaVA: VeCLIP's visual-enriched captions, VeC (arXiv 2310.07699, section 3.2).
+
+The model sees the picture and one fixed prompt; no caption field is read, so a VeC is independent of the AltText.
+
+    python caption_llava.py --input vecap.jsonl --output vecap.vec.jsonl --image-root DIR --model llava-hf/llava-1.5-7b-hf
+    torchrun --nproc_per_node 8 caption_llava.py ...the same arguments...    # ranks share the file, not the work
+    python caption_llava.py --input a.jsonl --output b.jsonl --image-root DIR --model FOLDER --limit 8   # a first look
+
+Row in:  {"image": "photos/1.jpg", "alt": "IMG_0123 sale!!"}
+Row out: the same and "vec": "a red bicycle leaning on a wall"; null for a picture that cannot be read, the reason in
+"error". The same command goes on after any interruption, and its result is the same to the byte.
+"""
+import argparse
+import fcntl
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+PROMPT = "Describe the image concisely, less than 20 words"  # paper, section 3.2
+
+
+# === rows: the same lines in rewrite_llama.py, caption_llava.py and fuse_vicuna.py; a test compares them ==============
+# The input is cut into blocks of 64 KiB: the lines that start in it. A block is the unit of prompting, batching, fsync
+# and resume, so a row's text depends neither on the number of ranks nor on interruptions. Blocks form shards; rank r of
+# W takes shards r, r + W, ...; whoever finds all of them finished joins them. No process group, no row held for long.
+
+BLOCK = 64 * 1024  # bytes
+
+
+def die(message):
+    """A user's mistake: one line on stderr and exit status 2."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_block(f, block, end):
+    """The lines that start in a block and before byte `end`: [(byte offset, line without its newline)]."""
+    f.seek(max(block * BLOCK - 1, 0))
+    if block:
+        f.readline()  # it began in an earlier block
+    lines = []
+    while (offset := f.tell()) < min((block + 1) * BLOCK, end):
+        lines.append((offset, f.readline().rstrip(b"\n")))
+    return lines
+
+
+def parse_row(line):
+    """The line's object. Of a line that is none: (a row that keeps it as text, with the reason, and) False."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        reason = None if isinstance(row, dict) else "not a JSON object"
+    except (ValueError, RecursionError) as e:
+        reason = f"not JSON: {e}"
+    if reason is None:
+        return row, True
+    return {"error": {"line": reason}, "line": line.decode("utf-8", "backslashreplace")}, False
+
+
+def dump_row(row):
+    try:
+        return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate: only an escape can carry it
+        return json.dumps(row).encode("ascii") + b"\n"
+
+
+def put_texts(row, field, like, results):
+    """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
+    go to row["error"][field]."""
+    texts, reasons = ([result[i] for result in results] for i in (0, 1))
+    row[field] = texts if isinstance(like, list) else texts[0]
+    if any(reasons):
+        earlier = row["error"] if isinstance(row.get("error"), dict) else {}
+        row["error"] = {**earlier, field: reasons if isinstance(like, list) else reasons[0]}
+
+
+def make_header(args, reads, makes, settings):
+    """What the output depends on: the input (size, hash of its first and last MiB, where to stop) and the settings."""
+    if not os.path.isfile(args.input):
+        die(f"--input {args.input}: no such file")
+    with open(args.input, "rb") as f:
+        rows = [parse_row(line)[0] for _, line in zip(range(1000), f)]
+        fields = {key for row in rows for key in row if row[key] is not None}
+        if rows and not fields & set(reads):
+            die(f"none of the first {len(rows)} rows of {args.input} has {' or '.join(reads)}, only {sorted(fields)}")
+        if there := fields & set(makes):
+            die(f"{args.input} has {', '.join(sorted(there))} already, which this stage would overwrite")
+        size = end = f.seek(0, os.SEEK_END)
+        digest = hashlib.sha256()
+        for start in (0, max(size - (1 << 20), 0)):
+            f.seek(start)
+            digest.update(f.read(1 << 20))
+        if args.limit is not None:
+            f.seek(0)
+            end = sum(len(f.readline()) for _ in range(args.limit))
+    return {"input_size": size, "input_sha256_of_ends": digest.hexdigest(), "end": end, **settings,
+            "blocks_per_shard": max(1, end // BLOCK // 4096)}  # no function of W: a relaunch may have another
+
+
+def open_run(args, header):
+    """Begin OUT.parts, or check that it was begun with the same header. -> False if OUT is finished already."""
+    path = os.path.join(args.output + ".parts", "header.json")
+    if not os.path.exists(path):
+        if os.path.exists(args.output):
+            die(f"{args.output} exists and is not this stage's work; move it away or choose another --output")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.{os.getpid()}", "w") as f:
+            json.dump(header, f, indent=1)
+        os.replace(f.name, path)  # every rank writes the same bytes
+    with open(path) as f:
+        begun = json.load(f)
+    for key in header:
+        if begun.get(key) != header[key]:
+            die(f"{args.output} was begun with {key} = {begun.get(key)!r}, now it is {header[key]!r}: choose another "
+                f"--output, or delete {args.output} and {args.output}.parts to start over")
+    return not os.path.exists(args.output)
+
+
+def cut_back(out, f, blocks, end):
+    """How many of a shard's blocks stand whole in its .partial file, which is cut off behind the last of them."""
+    out.seek(0)
+    whole = 0
+    for done, block in enumerate(blocks):
+        if not all(out.readline().endswith(b"\n") for _ in read_block(f, block, end)):
+            break
+        whole = out.tell()
+    else:
+        done = len(blocks)
+    out.truncate(whole)
+    return done
+
+
+def run_blocks(args, header, process):
+    """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    end, per_shard = header["end"], header["blocks_per_shard"]
+    n_blocks = -(-end // BLOCK)
+    shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
+    names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
+    progress = tqdm(total=sum(map(len, shards[rank::world])), unit="block", disable=rank > 0)
+    with open(args.input, "rb") as f:
+        for name, blocks in zip(names[rank::world], shards[rank::world]):
+            if os.path.exists(name):
+                progress.update(len(blocks))
+                continue
+            with open(name + ".partial", "ab+") as out:
+                lock(out) or die(f"another process is writing {name}.partial")
+                done = cut_back(out, f, blocks, end)
+                progress.update(done)
+                for block in blocks[done:]:
+                    lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
+                    process(block, [(offset, row) for offset, row, good in lines if good], progress)
+                    try:
+                        out.write(b"".join(dump_row(row) for _, row, _ in lines))
+                        out.flush()
+                        os.fsync(out.fileno())
+                    except OSError as e:
+                        die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
+                    progress.update()
+            os.replace(name + ".partial", name)
+    progress.close()
+    with open(args.output + ".parts/join.lock", "w") as guard:
+        if all(map(os.path.exists, names)) and lock(guard) and not os.path.exists(args.output):
+            with open(args.output + ".tmp", "wb") as out:
+                for name in names:
+                    with open(name, "rb") as f:
+                        shutil.copyfileobj(f, out, 1 << 20)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(args.output + ".tmp", args.output)
+            for name in names:
+                os.remove(name)
+
+
+def report(counts, unit, started):
+    """The end of a rank's run: how many of what, and how fast."""
+    seconds, total = time.time() - started, sum(counts.values())
+    print(f"{total} {unit} in {seconds:.0f} s, {total / seconds:.1f} a second")
+    for what, number in counts.most_common():
+        print(f"{number:9d}  {what}")
+
+
+def lock(f):
+    """Take a file for this process; the kernel gives it back when the process dies, so no lock is ever stale."""
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+def pick_device(name):
+    """auto: this rank's GPU, or Apple's, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+def pick_dtype(name, device):
+    """auto: bf16 where the hardware computes in it, else fp32. Another dtype gives other texts, so OUT records it."""
+    if name == "auto":
+        native = torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else device != "mps"
+        return "bf16" if native else "fp32"
+    return name
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# === end of rows ======================================================================================================
+
+
+# --- pictures, in worker processes ------------------------------------------------------------------------------------
+
+def read_image(root, name):
+    """An RGB PIL image from a file under `root`, or from `shard.tar@OFFSET+SIZE`; transparency becomes white."""
+    member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name) if isinstance(name, str) else None
+    path = os.path.realpath(os.path.join(root, member[1] if member else name))
+    if not path.startswith(os.path.join(os.path.realpath(root), "")):
+        raise ValueError("outside --image-root")
+    with open(path, "rb") as f:
+        if member:
+            f.seek(int(member[2]))
+            f = io.BytesIO(f.read(int(member[3])))
+        image = ImageOps.exif_transpose(Image.open(f))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def prepare_batch(names, root, prompt):
+    """The processor's inputs for the pictures that can be read, and (picture or None for each name, the reason)."""
+    images, reasons = [], []
+    for name in names:
+        try:
+            images.append(read_image(root, name))
+            reasons.append(None)
+        except Exception as e:  # Pillow's decoders raise nearly everything; a worker must outlive any file
+            reasons.append(f"{type(e).__name__}: {e}" if name else "no image")
+    if not images:
+        return None, reasons
+    inputs = processor(images=images, text=[prompt] * len(images), padding=True, return_tensors="np")
+    return dict(inputs), reasons
+
+
+def ahead(pool, function, calls, depth):
+    """function(*call) for every call, in order, with `depth` of them under way in the pool."""
+    waiting = deque()
+    for call in calls:
+        waiting.append(pool.submit(function, *call))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+def load_processor(name, prompt):
+    """The model's own processor and the prompt in its chat template. The workers inherit the processor by fork."""
+    from transformers import AutoProcessor
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+        text = processor.apply_chat_template([message], add_generation_prompt=True)
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        die(f"--model {name} has no processor with a chat template: {str(e).splitlines()[0]}")
+    processor.tokenizer.padding_side = "left"  # a decoder-only model continues at the right end
+    return processor, text
+
+
+def load_model(name, device, dtype):
+    from transformers import AutoModelForImageTextToText
+    try:
+        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device).eval()
+    except (OSError, ValueError, KeyError) as e:
+        die(f"--model {name} is no image captioner that transformers can load: {str(e).splitlines()[0]}")
+
+
+@torch.inference_mode()
+def caption(model, processor, inputs, max_new_tokens):
+    """Greedy captions of one prepared batch, one line each. Finished rows are padded, not computed further."""
+    inputs = {key: torch.from_numpy(value).to(model.device) for key, value in inputs.items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    texts = processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]
+
+
+# --- the stage --------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = die
+    parser.add_argument("--input", required=True, help="JSONL, one row an image (data/README.md)")
+    parser.add_argument("--output", required=True, help="JSONL, one row for every row of --input, in its order")
+    parser.add_argument("--image-root", required=True, help="the folder that the rows' image paths start from")
+    parser.add_argument("--model", default="llava-hf/llava-1.5-7b-hf",
+                        help="LLaVA folder or hub name (default: %(default)s; version 1.5 is assumed)")
+    parser.add_argument("--prompt", default=PROMPT, help="default: the paper's, %(default)r")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="a caption's limit (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=4, help="processes that read pictures (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="only the first N lines of the input (default: all)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+                        help="auto: bf16 where the hardware computes in it, else fp32")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--seed", type=int, default=0, help="kept in the header; greedy captions draw nothing")
+    args = parser.parse_args(argv)
+    started, counts = time.time(), Counter()
+
+    if not os.path.isdir(args.image_root):
+        die(f"--image-root {args.image_root}: no such folder")
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    settings = {name: getattr(args, name) for name in ("model", "prompt", "max_new_tokens", "batch_size", "seed")}
+    header = make_header(args, ["image"], ["vec"], {**settings, "dtype": dtype})
+    if not open_run(args, header):
+        return print(f"{args.output} is finished")
+
+    global processor
+    processor, prompt = load_processor(args.model, args.prompt)
+    pool = ProcessPoolExecutor(max(1, args.workers), multiprocessing.get_context("fork"),
+                               torch.set_num_threads, (1,))
+    list(pool.map(abs, range(args.workers)))  # forked now, before the model and CUDA are there
+    model = load_model(args.model, device, DTYPES[dtype])
+
+    def process(block, rows, progress):
+        """A caption for every row of the block whose picture can be read."""
+        batches = [[row for _, row in rows[at:at + args.batch_size]] for at in range(0, len(rows), args.batch_size)]
+        calls = [([row.get("image") for row in batch], args.image_root, prompt) for batch in batches]
+        for batch, (inputs, reasons) in zip(batches, ahead(pool, prepare_batch, calls, args.workers)):
+            texts = iter(caption(model, processor, inputs, args.max_new_tokens) if inputs else [])
+            for row, reason in zip(batch, reasons):
+                text = None if reason else next(texts)
+                reason = reason or (None if text else "empty")
+                put_texts(row, "vec", None, [(text or None, reason)])
+                counts[reason.split(":")[0] if reason else "captioned"] += 1
+            progress.set_postfix(images=counts.total())
+
+    run_blocks(args, header, process)
+    pool.shutdown()
+    report(counts, "images", started)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Drop unusable rewrites by plain rules: JSONL in, JSONL out, one row for every row.
+
+    python data/filter_captions.py rewritten.jsonl filtered.jsonl --field alt
+
+A rewrite (every rewrite_* field, or those of --fields) that breaks a rule becomes null and the rule's name goes to the
+row's "error"; the texts themselves are never changed. LLaMA-7B's rewrites were used unfiltered in the paper; those of a
+small model need it, and whether it helps is an experiment: train on either file. The rules, in this order:
+
+  identical    the same words as the original
+  short        under --min-words words
+  long         over --max-words words
+  repeats      two words occur twice, side by side and in the same order ("a red cap on a red cap")
+  unrelated    no content word of the original is left (words of three letters or more that are no stop word)
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+
+STOP_WORDS = frozenset("""a about above after all also am an and any are as at be been before being below between both but by
+can did do does doing down during each few for from further had has have having he her here hers him his how i if in into
+is it its itself just me more most my no nor not now of off on once only or other our out over own same she should so some
+such than that the their them then there these they this those through to too under until up very was we were what when
+where which while who whom why will with you your""".split())
+
+
+def die(message):
+    print(f"filter_captions.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def words_of(text):
+    return re.findall(r"\w+", text.lower())
+
+
+def content_words(words):
+    """Words that carry meaning, a plural s aside."""
+    return {word.rstrip("s") if len(word) > 3 else word for word in words if len(word) > 2 and word not in STOP_WORDS}
+
+
+def broken_rule(original, rewrite, min_words, max_words):
+    """The name of the first rule that a rewrite breaks, or None."""
+    before, after = words_of(original), words_of(rewrite)
+    if before == after:
+        return "identical"
+    if len(after) < min_words:
+        return "short"
+    if len(after) > max_words:
+        return "long"
+    pairs = Counter(zip(after, after[1:]))
+    if pairs and max(pairs.values()) > 1:
+        return "repeats"
+    kept = content_words(before)
+    if kept and not kept & content_words(after):
+        return "unrelated"
+    return None
+
+
+def filter_row(row, field, fields, rule):
+    """Apply `rule` to every rewrite of a row, in place. -> Counter of (field, rule or "kept")"""
+    counts = Counter()
+    original = row.get(field)
+    for name in fields or [key for key in row if key.startswith("rewrite_")]:
+        value = row.get(name)
+        texts = value if isinstance(value, list) else [value]
+        originals = original if isinstance(original, list) and len(original) == len(texts) else [original] * len(texts)
+        reasons = [rule(a, b) if isinstance(a, str) and isinstance(b, str) else None for a, b in zip(originals, texts)]
+        counts.update((name, reason or "kept") for reason, text in zip(reasons, texts) if text is not None)
+        if any(reasons):
+            texts = [None if reason else text for reason, text in zip(reasons, texts)]
+            row[name] = texts if isinstance(value, list) else texts[0]
+            earlier = row["error"] if isinstance(row.get("error"), dict) else {}
+            row["error"] = {**earlier, name: reasons if isinstance(value, list) else reasons[0]}
+    return counts
+
+
+def dump_row(row):
+    try:
+        return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate: only an escape can carry it
+        return json.dumps(row).encode("ascii") + b"\n"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = die
+    parser.add_argument("input")
+    parser.add_argument("output")
+    parser.add_argument("--field", default="alt", help="the original (default: %(default)s)")
+    parser.add_argument("--fields", nargs="+", help="the rewrites (default: every rewrite_* field)")
+    parser.add_argument("--min-words", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--max-words", type=int, default=30, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if not os.path.isfile(args.input):
+        die(f"{args.input}: no such file")
+
+    counts, rows, touched = Counter(), 0, 0
+    with open(args.input, "rb") as f, open(args.output + ".tmp", "wb") as out:
+        for line in f:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict):  # any other line goes through as it is
+                found = filter_row(row, args.field, args.fields, lambda a, b: broken_rule(a, b, args.min_words, args.max_words))
+                counts += found
+                if any(rule != "kept" for _, rule in found):
+                    line = dump_row(row)
+                    touched += 1
+            out.write(line if line.endswith(b"\n") else line + b"\n")
+            rows += 1
+    if not counts:
+        os.remove(args.output + ".tmp")
+        die(f"{args.input} has no rewrite in {' '.join(args.fields or ['rewrite_*'])}")
+    os.replace(args.output + ".tmp", args.output)
+
+    rules = ["kept", "identical", "short", "long", "repeats", "unrelated"]
+    names = sorted({name for name, _ in counts})
+    print(f"{rows} rows, {touched} with something dropped")
+    print(f"{'':24}" + "".join(f"{rule:>11}" for rule in rules))
+    for name in names:
+        print(f"{name:24}" + "".join(f"{counts[name, rule]:11d}" for rule in rules))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""Fuse AltText and VeC into one caption with Vicuna: VeCLIP's VeCap (arXiv 2310.07699, section 3.3).
+
+    python fuse_vicuna.py --input vecap.vec.jsonl --output vecap.fused.jsonl --model lmsys/vicuna-13b-v1.1
+    torchrun --nproc_per_node 8 fuse_vicuna.py ...the same arguments...      # ranks share the file, not the work
+    python fuse_vicuna.py --input a.jsonl --output b.jsonl --model FOLDER --format pairs --limit 8     # a small model
+
+Row in:  {"image": "photos/1.jpg", "alt": "IMG_0123 sale!!", "vec": "a red bicycle leaning on a wall"}
+Row out: the same and "vecap": "..."; a list of AltTexts gives a list. A refusal is asked again with the VeC alone, an
+AltText over --max-alt-tokens is cut and the VeC never, and where one of the two is missing the other is rewritten alone.
+The same command goes on after any interruption, and its result is the same to the byte.
+"""
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+# Vicuna 1.1's conversation (release) and the paper's instruction (section 3.3)
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+          "and polite answers to the user's questions.")
+INSTRUCTION = ("Rephrase the following {} into one short sentence while adhering to the provided instructions: Place "
+               "attributes before noun entities without introducing new meaning. Do not start with \"The image\".")
+SHOTS = 4  # pairs in the prompt of --format pairs
+PROMPTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompts")
+
+
+# === rows: the same lines in rewrite_llama.py, caption_llava.py and fuse_vicuna.py; a test compares them ==============
+# The input is cut into blocks of 64 KiB: the lines that start in it. A block is the unit of prompting, batching, fsync
+# and resume, so a row's text depends neither on the number of ranks nor on interruptions. Blocks form shards; rank r of
+# W takes shards r, r + W, ...; whoever finds all of them finished joins them. No process group, no row held for long.
+
+BLOCK = 64 * 1024  # bytes
+
+
+def die(message):
+    """A user's mistake: one line on stderr and exit status 2."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_block(f, block, end):
+    """The lines that start in a block and before byte `end`: [(byte offset, line without its newline)]."""
+    f.seek(max(block * BLOCK - 1, 0))
+    if block:
+        f.readline()  # it began in an earlier block
+    lines = []
+    while (offset := f.tell()) < min((block + 1) * BLOCK, end):
+        lines.append((offset, f.readline().rstrip(b"\n")))
+    return lines
+
+
+def parse_row(line):
+    """The line's object. Of a line that is none: (a row that keeps it as text, with the reason, and) False."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        reason = None if isinstance(row, dict) else "not a JSON object"
+    except (ValueError, RecursionError) as e:
+        reason = f"not JSON: {e}"
+    if reason is None:
+        return row, True
+    return {"error": {"line": reason}, "line": line.decode("utf-8", "backslashreplace")}, False
+
+
+def dump_row(row):
+    try:
+        return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate: only an escape can carry it
+        return json.dumps(row).encode("ascii") + b"\n"
+
+
+def put_texts(row, field, like, results):
+    """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
+    go to row["error"][field]."""
+    texts, reasons = ([result[i] for result in results] for i in (0, 1))
+    row[field] = texts if isinstance(like, list) else texts[0]
+    if any(reasons):
+        earlier = row["error"] if isinstance(row.get("error"), dict) else {}
+        row["error"] = {**earlier, field: reasons if isinstance(like, list) else reasons[0]}
+
+
+def make_header(args, reads, makes, settings):
+    """What the output depends on: the input (size, hash of its first and last MiB, where to stop) and the settings."""
+    if not os.path.isfile(args.input):
+        die(f"--input {args.input}: no such file")
+    with open(args.input, "rb") as f:
+        rows = [parse_row(line)[0] for _, line in zip(range(1000), f)]
+        fields = {key for row in rows for key in row if row[key] is not None}
+        if rows and not fields & set(reads):
+            die(f"none of the first {len(rows)} rows of {args.input} has {' or '.join(reads)}, only {sorted(fields)}")
+        if there := fields & set(makes):
+            die(f"{args.input} has {', '.join(sorted(there))} already, which this stage would overwrite")
+        size = end = f.seek(0, os.SEEK_END)
+        digest = hashlib.sha256()
+        for start in (0, max(size - (1 << 20), 0)):
+            f.seek(start)
+            digest.update(f.read(1 << 20))
+        if args.limit is not None:
+            f.seek(0)
+            end = sum(len(f.readline()) for _ in range(args.limit))
+    return {"input_size": size, "input_sha256_of_ends": digest.hexdigest(), "end": end, **settings,
+            "blocks_per_shard": max(1, end // BLOCK // 4096)}  # no function of W: a relaunch may have another
+
+
+def open_run(args, header):
+    """Begin OUT.parts, or check that it was begun with the same header. -> False if OUT is finished already."""
+    path = os.path.join(args.output + ".parts", "header.json")
+    if not os.path.exists(path):
+        if os.path.exists(args.output):
+            die(f"{args.output} exists and is not this stage's work; move it away or choose another --output")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(f"{path}.{os.getpid()}", "w") as f:
+            json.dump(header, f, indent=1)
+        os.replace(f.name, path)  # every rank writes the same bytes
+    with open(path) as f:
+        begun = json.load(f)
+    for key in header:
+        if begun.get(key) != header[key]:
+            die(f"{args.output} was begun with {key} = {begun.get(key)!r}, now it is {header[key]!r}: choose another "
+                f"--output, or delete {args.output} and {args.output}.parts to start over")
+    return not os.path.exists(args.output)
+
+
+def cut_back(out, f, blocks, end):
+    """How many of a shard's blocks stand whole in its .partial file, which is cut off behind the last of them."""
+    out.seek(0)
+    whole = 0
+    for done, block in enumerate(blocks):
+        if not all(out.readline().endswith(b"\n") for _ in read_block(f, block, end)):
+            break
+        whole = out.tell()
+    else:
+        done = len(blocks)
+    out.truncate(whole)
+    return done
+
+
+def run_blocks(args, header, process):
+    """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress)."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    end, per_shard = header["end"], header["blocks_per_shard"]
+    n_blocks = -(-end // BLOCK)
+    shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
+    names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
+    progress = tqdm(total=sum(map(len, shards[rank::world])), unit="block", disable=rank > 0)
+    with open(args.input, "rb") as f:
+        for name, blocks in zip(names[rank::world], shards[rank::world]):
+            if os.path.exists(name):
+                progress.update(len(blocks))
+                continue
+            with open(name + ".partial", "ab+") as out:
+                lock(out) or die(f"another process is writing {name}.partial")
+                done = cut_back(out, f, blocks, end)
+                progress.update(done)
+                for block in blocks[done:]:
+                    lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
+                    process(block, [(offset, row) for offset, row, good in lines if good], progress)
+                    try:
+                        out.write(b"".join(dump_row(row) for _, row, _ in lines))
+                        out.flush()
+                        os.fsync(out.fileno())
+                    except OSError as e:
+                        die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
+                    progress.update()
+            os.replace(name + ".partial", name)
+    progress.close()
+    with open(args.output + ".parts/join.lock", "w") as guard:
+        if all(map(os.path.exists, names)) and lock(guard) and not os.path.exists(args.output):
+            with open(args.output + ".tmp", "wb") as out:
+                for name in names:
+                    with open(name, "rb") as f:
+                        shutil.copyfileobj(f, out, 1 << 20)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(args.output + ".tmp", args.output)
+            for name in names:
+                os.remove(name)
+
+
+def report(counts, unit, started):
+    """The end of a rank's run: how many of what, and how fast."""
+    seconds, total = time.time() - started, sum(counts.values())
+    print(f"{total} {unit} in {seconds:.0f} s, {total / seconds:.1f} a second")
+    for what, number in counts.most_common():
+        print(f"{number:9d}  {what}")
+
+
+def lock(f):
+    """Take a file for this process; the kernel gives it back when the process dies, so no lock is ever stale."""
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+def pick_device(name):
+    """auto: this rank's GPU, or Apple's, or the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+def pick_dtype(name, device):
+    """auto: bf16 where the hardware computes in it, else fp32. Another dtype gives other texts, so OUT records it."""
+    if name == "auto":
+        native = torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else device != "mps"
+        return "bf16" if native else "fp32"
+    return name
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# === end of rows ======================================================================================================
+
+
+# --- the prompts ------------------------------------------------------------------------------------------------------
+
+def clean(text):
+    """One line that cannot break a prompt: no control character, no line break of any kind, no separator, no role."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    text = re.sub(r"\b(USER|ASSISTANT|SYSTEM)\s*:", r"\1", text.replace("=>", " "))
+    return " ".join(text.split())
+
+
+def usable(text):
+    """The cleaned text, or None if there is nothing to rewrite."""
+    return clean(text) or None if isinstance(text, str) else None
+
+
+def read_prompts():
+    """-> pairs for --format pairs, openings by which a refusal is known (lower case)"""
+    with open(os.path.join(PROMPTS, "fuse_pairs.jsonl"), encoding="utf-8") as f:
+        pairs = [json.loads(line) for line in f]
+    with open(os.path.join(PROMPTS, "refusals.txt"), encoding="utf-8") as f:
+        return pairs, tuple(f.read().splitlines())
+
+
+def chat_prompt(alt, vec):
+    """Vicuna 1.1's conversation around the paper's instruction. Either text may be None: the other is rewritten alone."""
+    given = [text for text in (alt, vec) if text]
+    what = "two sentences" if len(given) == 2 else "sentence"
+    texts = " ".join(f"{number}. {text}" for number, text in enumerate(given, 1))
+    return f"{SYSTEM} USER: {INSTRUCTION.format(what)} {texts} ASSISTANT:"
+
+
+def pairs_prompt(pairs, alt, vec):
+    """The deviation for base models and small ones, which do not follow the instruction but continue a list."""
+    given = [text for text in (vec, alt) if text]
+    return "Merge two texts about one picture into one short caption.\n\n" + "".join(
+        f"{clean(pair['vec'])} + {clean(pair['alt'])} => {clean(pair['output'])}\n" for pair in pairs) + " + ".join(given) + " =>"
+
+
+def cut(tokenizer, text, limit):
+    """The text's first `limit` tokens, and whether that is less than all."""
+    if not text:
+        return None, False
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    return (tokenizer.decode(ids[:limit]).strip(), True) if len(ids) > limit else (text, False)
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+def load_model(name, device, dtype):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")  # a decoder continues at the right end
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
+    except (OSError, ValueError, KeyError) as e:
+        die(f"--model {name} is no language model that transformers can load: {str(e).splitlines()[0]}")
+    if tokenizer.pad_token is None:  # LLaMA has none; what is padded is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+@torch.inference_mode()
+def answer(model, tokenizer, prompts, stops, batch_size, max_new_tokens):
+    """Greedy answers, one line each. Prompts of one length share a batch."""
+    answers = [None] * len(prompts)
+    order = sorted((i for i, prompt in enumerate(prompts) if prompt), key=lambda i: len(prompts[i]))
+    for at in range(0, len(order), batch_size):
+        batch = order[at:at + batch_size]
+        inputs = tokenizer([prompts[i] for i in batch], return_tensors="pt", padding=True, split_special_tokens=True)
+        inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops,
+                             pad_token_id=tokenizer.pad_token_id)
+        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+        for i, text in zip(batch, texts):
+            answers[i] = " ".join(text.strip().split("\n")[0].split()).strip('"')
+    return answers
+
+
+def is_refusal(text, openings):
+    return text.lower().replace("\u2019", "'").startswith(openings)
+
+
+# --- the stage --------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = die
+    parser.add_argument("--input", required=True, help="JSONL, one row an image (data/README.md)")
+    parser.add_argument("--output", required=True, help="JSONL, one row for every row of --input, in its order")
+    parser.add_argument("--model", default="lmsys/vicuna-13b-v1.1", help="folder or hub name (default: %(default)s, paper)")
+    parser.add_argument("--alt-field", default="alt", help="AltText, a text or a list of them (default: %(default)s)")
+    parser.add_argument("--vec-field", default="vec", help="what the picture shows (default: %(default)s)")
+    parser.add_argument("--max-alt-tokens", type=int, default=128, help="AltText is cut there, VeC never (default: %(default)s)")
+    parser.add_argument("--format", default="chat", choices=["chat", "pairs"],
+                        help="chat: Vicuna 1.1's conversation; pairs: in-context pairs, a deviation for base models")
+    parser.add_argument("--max-new-tokens", type=int, default=77, help="an answer's limit (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows at a time (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="only the first N lines of the input (default: all)")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+                        help="auto: bf16 where the hardware computes in it, else fp32")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--seed", type=int, default=0, help="of the pairs' draw; the answers are greedy")
+    args = parser.parse_args(argv)
+    started, counts = time.time(), Counter()
+
+    pairs, openings = read_prompts()
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    settings = {name: getattr(args, name) for name in ("model", "alt_field", "vec_field", "max_alt_tokens", "format",
+                                                       "max_new_tokens", "batch_size", "seed")}
+    header = make_header(args, [args.alt_field, args.vec_field], ["vecap"], {**settings, "dtype": dtype})
+    if not open_run(args, header):
+        return print(f"{args.output} is finished")
+
+    model, tokenizer = load_model(args.model, device, DTYPES[dtype])
+    stops = [tokenizer.eos_token_id]
+    if args.format == "pairs":
+        pieces = tokenizer.batch_decode([[i] for i in range(model.config.vocab_size)])
+        stops += [i for i, piece in enumerate(pieces) if "\n" in piece]
+
+    def ask(given, block):
+        """Answers to [(alt or None, vec or None)], None where both are missing."""
+        drawn = [pairs[i] for i in np.random.default_rng([args.seed, block]).choice(len(pairs), SHOTS, replace=False)]
+        prompts = [None if not alt and not vec else chat_prompt(alt, vec) if args.format == "chat" else
+                   pairs_prompt(drawn, alt, vec) for alt, vec in given]
+        return answer(model, tokenizer, prompts, stops, args.batch_size, args.max_new_tokens)
+
+    def judge(alt, vec, text):
+        """(fused caption or None, reason or None); what it was made of is counted."""
+        reason = (f"neither {args.alt_field} nor {args.vec_field}" if not alt and not vec else
+                  "refused" if is_refusal(text, openings) else None if text else "empty")
+        counts[reason or ("fused" if alt and vec else "AltText alone" if alt else "VeC alone")] += 1
+        return (None, reason) if reason else (text, None)
+
+    def process(block, rows, progress):
+        """A fused caption for every AltText of the block's rows."""
+        values = [row.get(args.alt_field) for _, row in rows]
+        lists = [value if isinstance(value, list) else [value] for value in values]
+        given = []  # (alt or None, vec or None) for every AltText
+        for (_, row), alts in zip(rows, lists):
+            for alt in alts:
+                alt, shortened = cut(tokenizer, usable(alt), args.max_alt_tokens)
+                counts["AltText cut"] += shortened
+                given.append((alt, usable(row.get(args.vec_field))))
+        answers = ask(given, block)
+        again = [i for i, (alt, vec) in enumerate(given) if alt and vec and is_refusal(answers[i], openings)]
+        counts["refused, asked again with the VeC alone"] += len(again)  # paper, section 3.3: ethical concerns
+        for i, text in zip(again, ask([(None, given[i][1]) for i in again], block)):
+            answers[i] = text
+        results = iter([judge(alt, vec, text) for (alt, vec), text in zip(given, answers)])
+        for (_, row), value, alts in zip(rows, values, lists):
+            put_texts(row, "vecap", value, [next(results) for _ in alts])
+        progress.set_postfix(texts=len(given))
+
+    run_blocks(args, header, process)
+    report(counts, "texts", started)
+
+
+if __name__ == "__main__":
+    main()
