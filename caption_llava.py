@@ -183,11 +183,11 @@ def run_blocks(args, header, process):
                 os.remove(name)
 
 
-def report(counts, unit, started):
-    """The end of a rank's run: how many of what, and how fast."""
-    seconds, total = time.time() - started, sum(counts.values())
+def report(started, unit, outcomes, notes):
+    """The end of a rank's run: how many, how fast, with which outcome, and what else is worth knowing."""
+    seconds, total = time.time() - started, outcomes.total()
     print(f"{total} {unit} in {seconds:.0f} s, {total / seconds:.1f} a second")
-    for what, number in counts.most_common():
+    for what, number in outcomes.most_common() + notes.most_common():
         print(f"{number:9d}  {what}")
 
 
@@ -317,7 +317,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--seed", type=int, default=0, help="kept in the header; greedy captions draw nothing")
     args = parser.parse_args(argv)
-    started, counts = time.time(), Counter()
+    started, outcomes, notes = time.time(), Counter(), Counter()
 
     if not os.path.isdir(args.image_root):
         die(f"--image-root {args.image_root}: no such folder")
@@ -345,12 +345,12 @@ def main(argv=None):
                 text = None if reason else next(texts)
                 reason = reason or (None if text else "empty")
                 put_texts(row, "vec", None, [(text or None, reason)])
-                counts[reason.split(":")[0] if reason else "captioned"] += 1
-            progress.set_postfix(images=counts.total())
+                outcomes[reason.split(":")[0] if reason else "captioned"] += 1
+            progress.set_postfix(images=outcomes.total())
 
     run_blocks(args, header, process)
     pool.shutdown()
-    report(counts, "images", started)
+    report(started, "images", outcomes, notes)
 
 
 if __name__ == "__main__":

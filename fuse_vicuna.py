@@ -185,11 +185,11 @@ def run_blocks(args, header, process):
                 os.remove(name)
 
 
-def report(counts, unit, started):
-    """The end of a rank's run: how many of what, and how fast."""
-    seconds, total = time.time() - started, sum(counts.values())
+def report(started, unit, outcomes, notes):
+    """The end of a rank's run: how many, how fast, with which outcome, and what else is worth knowing."""
+    seconds, total = time.time() - started, outcomes.total()
     print(f"{total} {unit} in {seconds:.0f} s, {total / seconds:.1f} a second")
-    for what, number in counts.most_common():
+    for what, number in outcomes.most_common() + notes.most_common():
         print(f"{number:9d}  {what}")
 
 
@@ -322,14 +322,16 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--seed", type=int, default=0, help="of the pairs' draw; the answers are greedy")
     args = parser.parse_args(argv)
-    started, counts = time.time(), Counter()
+    started, outcomes, notes = time.time(), Counter(), Counter()
 
     pairs, openings = read_prompts()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     settings = {name: getattr(args, name) for name in ("model", "alt_field", "vec_field", "max_alt_tokens", "format",
                                                        "max_new_tokens", "batch_size", "seed")}
-    header = make_header(args, [args.alt_field, args.vec_field], ["vecap"], {**settings, "dtype": dtype})
+    header = make_header(args, [args.alt_field, args.vec_field], ["vecap"],
+                         {**settings, "dtype": dtype, "prompts_sha256": hashlib.sha256(
+                             json.dumps([SYSTEM, INSTRUCTION, pairs, openings]).encode()).hexdigest()})
     if not open_run(args, header):
         return print(f"{args.output} is finished")
 
@@ -350,7 +352,7 @@ def main(argv=None):
         """(fused caption or None, reason or None); what it was made of is counted."""
         reason = (f"neither {args.alt_field} nor {args.vec_field}" if not alt and not vec else
                   "refused" if is_refusal(text, openings) else None if text else "empty")
-        counts[reason or ("fused" if alt and vec else "AltText alone" if alt else "VeC alone")] += 1
+        outcomes[reason or ("fused" if alt and vec else "AltText alone" if alt else "VeC alone")] += 1
         return (None, reason) if reason else (text, None)
 
     def process(block, rows, progress):
@@ -361,20 +363,20 @@ def main(argv=None):
         for (_, row), alts in zip(rows, lists):
             for alt in alts:
                 alt, shortened = cut(tokenizer, usable(alt), args.max_alt_tokens)
-                counts["AltText cut"] += shortened
+                notes.update(["AltText cut"] * shortened)
                 given.append((alt, usable(row.get(args.vec_field))))
         answers = ask(given, block)
         again = [i for i, (alt, vec) in enumerate(given) if alt and vec and is_refusal(answers[i], openings)]
-        counts["refused, asked again with the VeC alone"] += len(again)  # paper, section 3.3: ethical concerns
+        notes.update(["refused, asked again with the VeC alone"] * len(again))  # paper, section 3.3: ethical concerns
         for i, text in zip(again, ask([(None, given[i][1]) for i in again], block)):
             answers[i] = text
         results = iter([judge(alt, vec, text) for (alt, vec), text in zip(given, answers)])
         for (_, row), value, alts in zip(rows, values, lists):
             put_texts(row, "vecap", value, [next(results) for _ in alts])
-        progress.set_postfix(texts=len(given))
+        progress.set_postfix(texts=outcomes.total())
 
     run_blocks(args, header, process)
-    report(counts, "texts", started)
+    report(started, "texts", outcomes, notes)
 
 
 if __name__ == "__main__":

@@ -184,11 +184,11 @@ def run_blocks(args, header, process):
                 os.remove(name)
 
 
-def report(counts, unit, started):
-    """The end of a rank's run: how many of what, and how fast."""
-    seconds, total = time.time() - started, sum(counts.values())
+def report(started, unit, outcomes, notes):
+    """The end of a rank's run: how many, how fast, with which outcome, and what else is worth knowing."""
+    seconds, total = time.time() - started, outcomes.total()
     print(f"{total} {unit} in {seconds:.0f} s, {total / seconds:.1f} a second")
-    for what, number in counts.most_common():
+    for what, number in outcomes.most_common() + notes.most_common():
         print(f"{number:9d}  {what}")
 
 
@@ -387,7 +387,7 @@ class Generator:
         return [(text.split("\n")[0].strip(), end) for text, end in zip(texts, ended)]
 
 
-def rewrite_texts(generator, prefix, pairs, texts, seeds, batch_size):
+def rewrite_texts(generator, prefix, pairs, texts, seeds, batch_size, notes):
     """Rewrites of cleaned texts, each drawn again once if unusable. -> [(rewrite or None, reason or None)]"""
     generator.set_prefix(prefix)
     ids = [generator.tokenizer(f"{text} =>", add_special_tokens=False, split_special_tokens=True).input_ids
@@ -408,6 +408,7 @@ def rewrite_texts(generator, prefix, pairs, texts, seeds, batch_size):
                 if reason:
                     failed.append(i)
         todo = failed
+        notes.update(["drawn again"] * len(failed) * (attempt == 0))
     return results
 
 
@@ -433,7 +434,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--seed", type=int, default=0, help="of the pairs and of every row's sampling")
     args = parser.parse_args(argv)
-    started, counts = time.time(), Counter()
+    started, outcomes, notes = time.time(), Counter(), Counter()
 
     examples = load_pairs(args.pairs, args.sources)
     for source, found in examples.items():
@@ -443,7 +444,7 @@ def main(argv=None):
     dtype = pick_dtype(args.dtype, device)
     settings = {name: getattr(args, name) for name in ("model", "field", "sources", "shots", "temperature", "top_p",
                                                        "max_new_tokens", "batch_size", "seed")}
-    settings |= {"dtype": dtype, "pairs": json.loads(json.dumps(examples))}
+    settings |= {"dtype": dtype, "pairs_sha256": hashlib.sha256(json.dumps(examples).encode()).hexdigest()}
     header = make_header(args, [args.field], [f"rewrite_{source}" for source in args.sources], settings)
     if not open_run(args, header):
         return print(f"{args.output} is finished")
@@ -460,15 +461,15 @@ def main(argv=None):
             key = [args.seed, zlib.crc32(source.encode())]
             prefix, pairs = draw_prefix(examples[source], args.shots, np.random.default_rng([*key, block]))
             seeds = [[*key, offset, i] for (offset, _), texts in zip(rows, lists) for i in range(len(texts))]
-            results = rewrite_texts(generator, prefix, pairs, texts, seeds, args.batch_size)
-            counts.update(reason or "rewritten" for _, reason in results)
+            results = rewrite_texts(generator, prefix, pairs, texts, seeds, args.batch_size, notes)
+            outcomes.update(reason or "rewritten" for _, reason in results)
             results = iter(results)
             for (_, row), value, texts_of_row in zip(rows, values, lists):
                 put_texts(row, f"rewrite_{source}", value, [next(results) for _ in texts_of_row])
-            progress.set_postfix(texts=counts.total())
+            progress.set_postfix(texts=outcomes.total())
 
     run_blocks(args, header, process)
-    report(counts, "texts", started)
+    report(started, "texts", outcomes, notes)
 
 
 

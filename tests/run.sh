@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set up .venv and run the tests: bash tests/run.sh [pytest arguments]. Can be run again at any time.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet -r requirements.txt -r data/requirements.txt -r tests/requirements.txt
+export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec .venv/bin/python -m pytest tests -q "$@"
