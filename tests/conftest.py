@@ -1,0 +1,87 @@
+"""Small real inputs for the tests: pictures, captions, a tokenizer and a trained run."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
+SHAPES = ["square", "bar", "cross", "frame"]
+
+
+def run(script, *arguments, env=None, ranks=None):
+    """A script as a user runs it. -> CompletedProcess"""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks \
+        else [sys.executable]
+    return subprocess.run([*launch, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, cwd=ROOT)
+
+
+def assert_mistake(done, *words):
+    """Exit status 2 and one clear line on stderr."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and "error:" in lines[0], done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def draw(shape, colour, size=40):
+    picture = np.full((size, size, 3), 255, np.uint8)
+    a, b = size // 4, 3 * size // 4
+    if shape == "square":
+        picture[a:b, a:b] = colour
+    elif shape == "bar":
+        picture[a:b, size // 2 - 3:size // 2 + 3] = colour
+    elif shape == "cross":
+        picture[a:b, size // 2 - 3:size // 2 + 3] = colour
+        picture[size // 2 - 3:size // 2 + 3, a:b] = colour
+    else:
+        picture[a:b, a:b] = colour
+        picture[a + 4:b - 4, a + 4:b - 4] = 255
+    return Image.fromarray(picture)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A folder with images/, captions.jsonl (16 coloured shapes with rewrites) and tokenizer.json."""
+    folder = tmp_path_factory.mktemp("shapes")
+    (folder / "images").mkdir()
+    rows = []
+    for colour, value in COLOURS.items():
+        for shape in SHAPES:
+            name = f"{colour}-{shape}.png"
+            draw(shape, value).save(folder / "images" / name)
+            rows.append({"image": name, "alt": f"{colour} {shape}", "rewrite_a": f"a {shape} that is {colour} all over",
+                         "rewrite_b": None if shape == "bar" else f"one {colour} coloured {shape}", "label": shape})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("data/make_tokenizer.py", folder / "captions.jsonl", folder / "tokenizer.json", "--text", "alt",
+               "rewrite_a", "rewrite_b", "--vocab-size", 400)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def train(shapes, out, *arguments, ranks=None, text=("alt", "rewrite_a", "rewrite_b")):
+    """train_clip.py on the shapes with defaults that suit 16 pictures; later arguments win."""
+    return run("train_clip.py", "--captions", shapes / "captions.jsonl", "--image-root", shapes / "images", "--text", *text,
+               "--model", "nano", "--image-size", 32, "--tokenizer", shapes / "tokenizer.json", "--batch-size", 8,
+               "--steps", 6, "--warmup", 2, "--workers", 0, "--log-every", 1, "--precision", "fp32", "--device", "cpu",
+               "--out", out, *arguments, ranks=ranks)
+
+
+@pytest.fixture(scope="session")
+def trained(shapes, tmp_path_factory):
+    """A run long enough to tell the shapes apart."""
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    done = train(shapes, out, "--batch-size", 16, "--steps", 150, "--lr", "2e-3", "--warmup", 10, "--wd", "0.1")
+    assert done.returncode == 0, done.stderr
+    return out

@@ -1,0 +1,386 @@
+"""train_clip.py: equal to the references, the same on any number of ranks, exact after a restart, clear about mistakes."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_clip as T
+from conftest import ROOT, assert_mistake, read_jsonl, train
+
+
+# --- the model equals transformers' -----------------------------------------------------------------------------------
+
+def from_hf(hf, heads):
+    """A Hugging Face CLIPModel's weights under OpenAI CLIP's names."""
+    state, out = hf.state_dict(), {}
+
+    def blocks(theirs, ours, layers):
+        for i in range(layers):
+            a, b = f"{theirs}.encoder.layers.{i}", f"{ours}.resblocks.{i}"
+            for kind in ("weight", "bias"):
+                out[f"{b}.attn.in_proj_{kind}"] = torch.cat([state[f"{a}.self_attn.{n}_proj.{kind}"] for n in "qkv"])
+                for x, y in (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
+                             ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+                    out[f"{b}.{y}.{kind}"] = state[f"{a}.{x}.{kind}"]
+
+    vision, text = hf.config.vision_config, hf.config.text_config
+    blocks("vision_model", "visual.transformer", vision.num_hidden_layers)
+    blocks("text_model", "transformer", text.num_hidden_layers)
+    for x, y in (("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+                 ("vision_model.embeddings.patch_embedding.weight", "visual.conv1.weight"),
+                 ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+                 ("text_model.embeddings.token_embedding.weight", "token_embedding.weight"),
+                 ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+                 ("logit_scale", "logit_scale")):
+        out[y] = state[x]
+    for x, y in (("vision_model.pre_layrnorm", "visual.ln_pre"), ("vision_model.post_layernorm", "visual.ln_post"),
+                 ("text_model.final_layer_norm", "ln_final")):
+        out |= {f"{y}.{kind}": state[f"{x}.{kind}"] for kind in ("weight", "bias")}
+    out["visual.proj"] = state["visual_projection.weight"].T
+    out["text_projection"] = state["text_projection.weight"].T
+    return out
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_both_towers_equal_transformers(activation):
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    torch.manual_seed(0)
+    text = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=500,
+                max_position_embeddings=77, hidden_act=activation, bos_token_id=498, eos_token_id=499)
+    vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=3, image_size=64,
+                  patch_size=16, hidden_act=activation)
+    hf = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)).eval()
+    for parameter in hf.parameters():  # their initialisation leaves biases at 0, which would hide a lost one
+        torch.nn.init.normal_(parameter, std=0.1)
+    ours = T.CLIP(T.Config(embed_dim=48, image_size=64, patch_size=16, vision_width=96, vision_layers=2, vision_heads=3,
+                           text_width=64, text_layers=3, text_heads=4, vocab_size=500, eot_id=499,
+                           quick_gelu=activation == "quick_gelu"))
+    ours.load_state_dict(from_hf(hf, 4))
+    images, tokens = torch.randn(5, 3, 64, 64), torch.randint(1, 498, (5, 20))
+    for row, end in zip(tokens, (19, 4, 11, 1, 7)):  # texts of different length: what follows the end has no effect
+        row[end] = 499
+    with torch.inference_mode():
+        image = hf.get_image_features(pixel_values=images).pooler_output
+        text = hf.get_text_features(input_ids=tokens).pooler_output
+        torch.testing.assert_close(ours.encode_image(images), image, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.encode_text(tokens), text, atol=1e-4, rtol=1e-4)
+        a, b, scale = ours(images, tokens)
+        torch.testing.assert_close(scale * a @ b.T, hf(input_ids=tokens, pixel_values=images).logits_per_image,
+                                   atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_on_the_cpu_equals_torchs(causal):
+    torch.manual_seed(0)
+    ours, theirs = T.Attention(48, 4), torch.nn.MultiheadAttention(48, 4, batch_first=True)
+    torch.nn.init.normal_(ours.in_proj_weight, std=0.2)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 9, 48)
+    mask = torch.full((9, 9), -math.inf).triu(1) if causal else None
+    torch.testing.assert_close(ours(x, causal), theirs(x, x, x, attn_mask=mask, need_weights=False)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_text_does_not_depend_on_its_padding():
+    torch.manual_seed(0)
+    model = T.CLIP(T.Config(**T.PRESETS["nano"], vocab_size=100, eot_id=99))
+    tokens = torch.tensor([[98, 5, 6, 99], [98, 7, 99, 0]])
+    longer = torch.cat([tokens, torch.zeros(2, 73, dtype=torch.long)], 1)
+    torch.testing.assert_close(model.encode_text(tokens), model.encode_text(longer), atol=1e-6, rtol=1e-5)
+
+
+# --- the losses equal their formulas ----------------------------------------------------------------------------------
+
+def plain_nce(queries, keys, scale):
+    """-1/N sum_i log(exp(s q_i k_i) / sum_k exp(s q_i k_k)), as written in both papers, in float64."""
+    total = 0
+    for i in range(len(queries)):
+        similarity = [scale * (queries[i] * keys[k]).sum() for k in range(len(keys))]
+        total = total - torch.log(similarity[i].exp() / sum(s.exp() for s in similarity))
+    return total / len(queries)
+
+
+def unit(*shape):
+    x = torch.randn(*shape, dtype=torch.float64)
+    return (x / x.norm(dim=-1, keepdim=True)).requires_grad_()
+
+
+def same_value_and_gradients(loss, plain, *inputs):
+    torch.testing.assert_close(loss, plain, atol=1e-12, rtol=1e-10)
+    for a, b in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(plain, inputs)):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10)
+
+
+def test_clip_loss_equals_the_formula():
+    torch.manual_seed(0)
+    images, texts, scale = unit(6, 8), unit(6, 8), torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    plain = (plain_nce(images, texts, scale) + plain_nce(texts, images, scale)) / 2
+    same_value_and_gradients(T.clip_loss(images, texts, scale), plain, images, texts, scale)
+
+
+def test_multitext_loss_equals_the_formula_with_a_mean_over_all_texts():
+    torch.manual_seed(0)
+    images, texts, scale = unit(5, 8), unit(3, 5, 8), torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    drawn = torch.tensor([0, 2, 1, 1, 0])
+    l_i = sum(plain_nce(images, texts[j], scale) for j in range(3)) / 3  # M + 1 = 3 texts an image
+    l_t = plain_nce(torch.stack([texts[drawn[i], i] for i in range(5)]), images, scale)
+    same_value_and_gradients(T.multitext_loss(images, texts, drawn, scale), (l_i + l_t) / 2, images, texts, scale)
+
+
+def test_multitext_of_equal_texts_is_the_clip_loss():
+    """What the mean, 1/(M + 1), is for: M + 1 copies of one text change nothing. 1/M would weigh images more."""
+    torch.manual_seed(0)
+    images, texts, scale = unit(5, 8), unit(5, 8), torch.tensor(9.0, dtype=torch.float64)
+    loss = T.multitext_loss(images, texts.expand(4, 5, 8), torch.tensor([3, 1, 0, 2, 2]), scale)
+    torch.testing.assert_close(loss, T.clip_loss(images, texts, scale))
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 15, 16, 17, 100, 1023, 1025, 4097])
+def test_an_epochs_order_is_a_permutation(n):
+    assert sorted(T.shuffled(i, n, 7) for i in range(n)) == list(range(n))
+
+
+def test_epochs_have_different_orders_that_look_random():
+    orders = np.array([[T.shuffled(i, 1000, epoch) for i in range(1000)] for epoch in range(4)])
+    assert abs(np.corrcoef(orders)[np.triu_indices(4, 1)]).max() < 0.12
+    assert abs(np.corrcoef(orders[0], np.arange(1000))[0, 1]) < 0.12
+
+
+def test_rows_are_read_where_they_lie(tmp_path):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text('{"n": 0, "t": "\u2028 \u00e9"}\n\n[1]\n{"n": 3}')  # the last line is not ended
+    second.write_text('{"n": 4}\n')
+    for path in (first, second):
+        T.index_rows(str(path))
+    rows = T.Rows([str(first), str(second)])
+    assert len(rows) == 5 and [rows[i]["n"] for i in (0, 3, 4)] == [0, 3, 4]
+    for i in (1, 2):
+        with pytest.raises(T.BadRow):
+            rows[i]
+    first.write_text('{"n": 9}\n')  # a changed file gets a new index
+    os.utime(first, ns=(1, 1))
+    T.index_rows(str(first))
+    assert len(T.Rows([str(first)])) == 1
+
+
+def samples(shapes, tokenizer, fields, every_text=False, rows=None):
+    path = str(shapes / "captions.jsonl")
+    T.index_rows(path)
+    rows = rows or T.Rows([path])
+    return T.Samples(rows, str(shapes / "images"), fields, T.augment_crop, 32, tokenizer, 0, len(rows), every_text)
+
+
+def test_texts_are_drawn_by_weight_among_those_present(shapes):
+    tokenizer = T.Tokenizer.load(str(shapes / "tokenizer.json"))
+    rows = [{"image": "red-bar.png", "alt": "red bar", "rewrite_a": "a red bar", "rewrite_b": None, "vec": ["x y", None, "z w"]}]
+    data = samples(shapes, tokenizer, {"alt": 1, "rewrite_a": 3, "rewrite_b": 50, "vec": 0, "no": 5}, rows=rows)
+    texts = [tokenizer.tokenizer.decode(data[position]["ids"][0]).strip() for position in range(2000)]
+    assert set(texts) == {"red bar", "a red bar"}
+    assert abs(texts.count("a red bar") / 2000 - 0.75) < 0.04  # four standard deviations
+    data = samples(shapes, tokenizer, {"vec": 1}, rows=rows)
+    assert {tokenizer.tokenizer.decode(data[i]["ids"][0]).strip() for i in range(50)} == {"x y", "z w"}
+
+
+def test_one_word_gives_way_to_alt(shapes):
+    tokenizer = T.Tokenizer.load(str(shapes / "tokenizer.json"))
+    data = samples(shapes, tokenizer, {"r": 1}, rows=[{"image": "red-bar.png", "alt": "red bar", "r": "bar"}])
+    assert tokenizer.tokenizer.decode(data[0]["ids"][0]).strip() == "red bar"
+
+
+def test_multitext_fills_a_missing_version_with_the_first_present(shapes):
+    tokenizer = T.Tokenizer.load(str(shapes / "tokenizer.json"))
+    rows = [{"image": "red-bar.png", "alt": None, "a": "a red bar", "b": "one bar in red"}]
+    sample = samples(shapes, tokenizer, {"alt": 1, "a": 1, "b": 1}, every_text=True, rows=rows)[0]
+    assert sample["filled"] == 1 and sample["ids"][0] == sample["ids"][1] != sample["ids"][2] and sample["drawn"] in (1, 2)
+
+
+def test_a_sample_is_a_function_of_its_position(shapes):
+    tokenizer = T.Tokenizer.load(str(shapes / "tokenizer.json"))
+    a, b = (samples(shapes, tokenizer, {"alt": 1, "rewrite_a": 1}) for _ in range(2))
+    b[3], b[40]  # reading others first changes nothing
+    assert a[21]["ids"] == b[21]["ids"] and torch.equal(a[21]["image"], b[21]["image"])
+    assert not all(torch.equal(a[i]["image"], a[i + 16]["image"]) for i in range(4))  # another epoch, another crop
+
+
+def test_pictures_of_every_kind(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("CMYK", (8, 8)).save(tmp_path / "cmyk.jpg")
+    Image.new("L", (8, 8)).save(tmp_path / "grey.png")
+    rotated = Image.new("RGB", (8, 4))
+    rotated.save(tmp_path / "exif.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
+    blob = (tmp_path / "grey.png").read_bytes()
+    (tmp_path / "shard.tar").write_bytes(b"-" * 100 + blob + b"-" * 100)
+    root = str(tmp_path)
+    assert T.read_image(root, "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert T.read_image(root, "cmyk.jpg").mode == T.read_image(root, "grey.png").mode == "RGB"
+    assert T.read_image(root, "exif.jpg").size == (4, 8)
+    assert T.read_image(root, f"shard.tar@100+{len(blob)}").size == (8, 8)
+    os.symlink("/etc/hostname", tmp_path / "link.png")
+    for name in ("../x.png", "/etc/hostname", "link.png", None, 7, "missing.png"):
+        with pytest.raises(T.UNREADABLE):
+            T.read_image(root, name)
+
+
+def test_the_evaluation_transform_is_openais():
+    from torchvision.transforms import v2
+    theirs = v2.Compose([v2.Resize(32, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32), v2.ToImage(),
+                         v2.ToDtype(torch.float32, scale=True), v2.Normalize(T.MEAN, T.STD)])
+    rng = np.random.default_rng(0)
+    for size in ((50, 33), (33, 51), (32, 32), (20, 90)):
+        image = Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8))
+        torch.testing.assert_close(T.EvalTransform(32)(image), theirs(image))
+
+
+def test_tokenizer(shapes):
+    tokenizer = T.Tokenizer.load(str(shapes / "tokenizer.json"))
+    start, end = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    assert tokenizer.eot_id == end
+    hostile = ["", "<|endoftext|>", "red <|startoftext|> bar", "a\0b\u2028c\r\n", "\ud800", "red " * 50_000]
+    tokens = tokenizer(hostile)
+    assert tokens.shape == (len(hostile), 77) and tokens.dtype == torch.long
+    for row in tokens:
+        ids = row.tolist()
+        assert ids[0] == start and ids.count(end) == 1 and ids.count(start) == 1
+        assert not any(ids[ids.index(end) + 1:])  # zeros behind
+    assert tokens[-1, -1] == end  # cut text still ends
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+def losses(out):
+    return [row["loss"] for row in read_jsonl(out / "metrics.jsonl")]
+
+
+def test_it_learns(trained):
+    values = losses(trained)
+    assert values[0] > 2.5 and np.mean(values[-10:]) < 1.2  # ln(16) = 2.77; three texts a picture never reach 0
+    assert {"step", "epoch", "loss", "lr", "logit_scale", "samples_per_s", "data_wait_s"} <= set(
+        read_jsonl(trained / "metrics.jsonl")[0])
+
+
+@pytest.mark.parametrize("loss", ["infonce", "multitext"])
+def test_two_ranks_equal_one_process(shapes, tmp_path, loss):
+    for name, ranks in (("one", None), ("two", 2)):
+        done = train(shapes, tmp_path / name, "--loss", loss, "--workers", 1, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_a_run_cut_off_and_resumed_equals_an_uninterrupted_one(shapes, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = ("--steps", 30, "--save-every", 5)
+    assert train(shapes, whole, *arguments).returncode == 0
+    command = [sys.executable, str(ROOT / "train_clip.py"), *json.loads((whole / "settings.json").read_text())["command"][1:]]
+    command[command.index(str(whole))] = str(cut)
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (cut / "checkpoint.pt").exists() or len((cut / "metrics.jsonl").read_text().splitlines()) < 8:
+        assert killed.poll() is None
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert_mistake(train(shapes, cut, *arguments), "--resume")
+    assert_mistake(train(shapes, cut, *arguments, "--resume", "auto", "--lr", "1e-4"), "lr")
+    done = train(shapes, cut, *arguments, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    keep = ("step", "epoch", "loss", "lr", "logit_scale")
+    rows = [[{key: row[key] for key in keep} for row in read_jsonl(out / "metrics.jsonl")] for out in (whole, cut)]
+    assert rows[0] == rows[1]
+    assert "finished" in train(shapes, cut, *arguments, "--resume", "auto").stdout
+
+
+def test_sigterm_saves_and_leaves(shapes, tmp_path):
+    out = tmp_path / "run"
+    assert train(shapes, out, "--steps", 2).returncode == 0
+    command = [sys.executable, str(ROOT / "train_clip.py"), *json.loads((out / "settings.json").read_text())["command"][1:],
+               "--steps", "100000"]
+    shutil.rmtree(out)
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert running.poll() is None
+    running.terminate()
+    assert running.wait() == 0
+    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    assert step == read_jsonl(out / "metrics.jsonl")[-1]["step"] >= 3
+
+
+def test_unusable_rows_are_replaced_and_named(shapes, tmp_path):
+    rows = (shapes / "captions.jsonl").read_text() + '{"image": "gone.png", "alt": "no file"}\nnot json\n{"image": "red-bar.png"}\n'
+    (tmp_path / "captions.jsonl").write_text(rows)
+    done = train(shapes, tmp_path / "run", "--captions", tmp_path / "captions.jsonl")
+    assert done.returncode == 0, done.stderr
+    named = {row["image"]: row["reason"] for row in read_jsonl(tmp_path / "run" / "bad_images.jsonl")}
+    assert "FileNotFoundError" in named["gone.png"] and "no text" in named["red-bar.png"] and "not JSON" in named["row 17"]
+    done = train(shapes, tmp_path / "strict", "--captions", tmp_path / "captions.jsonl", "--max-bad", 0)
+    assert_mistake_last_line(done, "--max-bad")
+
+
+def assert_mistake_last_line(done, *words):
+    """A mistake found while training: the progress bar's lines stand before the message."""
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr.splitlines()[-1]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(shapes, tmp_path):
+    done = train(shapes, tmp_path / "run", "--steps", 30, "--lr", "1e30", "--warmup", 0, "--save-every", 1)
+    assert_mistake_last_line(done, "the loss is nan")
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"] if (
+        tmp_path / "run" / "checkpoint.pt").exists() else {}
+    assert all(value.isfinite().all() for value in checkpoint.values())
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--captions", "missing.jsonl"], ["missing.jsonl", "no such file"]),
+    (["--image-root", "missing"], ["missing", "no such folder"]),
+    (["--text", "nothing"], ["nothing"]),
+    (["--text", "alt=much"], ["alt=much"]),
+    (["--text", "alt=0"], ["weights"]),
+    (["--model", "ViT-Z"], ["ViT-Z", "nano"]),
+    (["--batch-size", 17], ["17", "16 rows"]),
+    (["--batch-size", 0], ["0"]),
+    (["--tokenizer", "missing.json"], ["missing.json"]),
+    (["--resume", "missing.pt"], ["missing.pt"]),
+    (["--precision", "fp8"], ["fp8"]),
+    (["--nonsense"], ["--nonsense"]),
+], ids=lambda value: str(value[:2]))
+def test_mistakes(shapes, tmp_path, arguments, words):
+    assert_mistake(train(shapes, tmp_path / "out", *arguments), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_an_end_token(shapes, tmp_path):
+    content = json.loads((shapes / "tokenizer.json").read_text())
+    content["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert_mistake(train(shapes, tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.json"), "end token")
+
+
+def test_load_checkpoint_needs_nothing_else(trained):
+    model, tokenizer, transform = T.load_checkpoint(str(trained / "checkpoint.pt"))
+    assert not model.training
+    assert model.encode_image(transform(Image.new("RGB", (50, 40)))[None]).shape == (1, 128)
+    assert model.encode_text(tokenizer(["red bar", "a"])).shape == (2, 128)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_what_is_no_checkpoint(tmp_path, content, capsys):
+    path = tmp_path / "checkpoint.pt"
+    if content is None:
+        torch.save({"epoch": 1}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        T.load_checkpoint(str(path))
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
