@@ -41,7 +41,7 @@ BLOCK = 64 * 1024  # bytes
 
 def die(message):
     """A user's mistake: one line on stderr and exit status 2."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -274,7 +274,7 @@ def load_processor(name, prompt):
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
         text = processor.apply_chat_template([message], add_generation_prompt=True)
     except (OSError, ValueError, KeyError, AttributeError) as e:
-        die(f"--model {name} has no processor with a chat template: {str(e).splitlines()[0]}")
+        die(f"--model {name} has no processor with a chat template: {type(e).__name__}: {e}")
     processor.tokenizer.padding_side = "left"  # a decoder-only model continues at the right end
     return processor, text
 
@@ -284,7 +284,7 @@ def load_model(name, device, dtype):
     try:
         return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device).eval()
     except (OSError, ValueError, KeyError) as e:
-        die(f"--model {name} is no image captioner that transformers can load: {str(e).splitlines()[0]}")
+        die(f"--model {name} is no image captioner that transformers can load: {type(e).__name__}: {e}")
 
 
 @torch.inference_mode()

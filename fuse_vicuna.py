@@ -43,7 +43,7 @@ BLOCK = 64 * 1024  # bytes
 
 def die(message):
     """A user's mistake: one line on stderr and exit status 2."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -274,7 +274,7 @@ def load_model(name, device, dtype):
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")  # a decoder continues at the right end
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
     except (OSError, ValueError, KeyError) as e:
-        die(f"--model {name} is no language model that transformers can load: {str(e).splitlines()[0]}")
+        die(f"--model {name} is no language model that transformers can load: {type(e).__name__}: {e}")
     if tokenizer.pad_token is None:  # LLaMA has none; what is padded is masked
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer

@@ -42,7 +42,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 def die(message):
     """A user's mistake: one line on stderr and exit status 2."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -235,13 +235,13 @@ class Tokenizer:
     def load(cls, name):
         """From a tokenizer.json, a folder or a hub name."""
         try:
-            if os.path.isfile(name):
+            if name.endswith(".json"):
                 with open(name, encoding="utf-8") as f:
                     return cls(f.read())
             from transformers import AutoTokenizer
             return cls(AutoTokenizer.from_pretrained(name).backend_tokenizer.to_str())
         except Exception as e:  # tokenizers raises bare Exception for a file it cannot parse
-            die(f"--tokenizer {name}: {str(e).splitlines()[0]}")
+            die(f"--tokenizer {name}: {type(e).__name__}: {e}")
 
     def encode(self, text):
         """Ids of one text. A hundred kilobytes are no caption: their first twenty are read."""
@@ -551,7 +551,7 @@ def read_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # torch raises a different class for every way in which a file is not one of its own
-        die(f"{path} is not a checkpoint of train_clip.py: {str(e).splitlines()[0]}")
+        die(f"{path} is not a checkpoint of train_clip.py: {type(e).__name__}: {e}")
     if missing := {"model", "config", "tokenizer", "transform"} - set(checkpoint):
         die(f"{path} is not a checkpoint of train_clip.py: it has no {', '.join(sorted(missing))}")
     return checkpoint

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
@@ -70,12 +71,16 @@ def shapes(tmp_path_factory):
     return folder
 
 
-def train(shapes, out, *arguments, ranks=None, text=("alt", "rewrite_a", "rewrite_b")):
-    """train_clip.py on the shapes with defaults that suit 16 pictures; later arguments win."""
-    return run("train_clip.py", "--captions", shapes / "captions.jsonl", "--image-root", shapes / "images", "--text", *text,
-               "--model", "nano", "--image-size", 32, "--tokenizer", shapes / "tokenizer.json", "--batch-size", 8,
-               "--steps", 6, "--warmup", 2, "--workers", 0, "--log-every", 1, "--precision", "fp32", "--device", "cpu",
-               "--out", out, *arguments, ranks=ranks)
+def train_arguments(shapes, out, *arguments):
+    """train_clip.py's command line for the shapes, with defaults that suit 16 pictures; later arguments win."""
+    return [str(a) for a in (
+        "--captions", shapes / "captions.jsonl", "--image-root", shapes / "images", "--text", "alt", "rewrite_a", "rewrite_b",
+        "--model", "nano", "--image-size", 32, "--tokenizer", shapes / "tokenizer.json", "--batch-size", 8, "--steps", 6,
+        "--warmup", 2, "--workers", 0, "--log-every", 1, "--precision", "fp32", "--device", "cpu", "--out", out, *arguments)]
+
+
+def train(shapes, out, *arguments, ranks=None):
+    return run("train_clip.py", *train_arguments(shapes, out, *arguments), ranks=ranks)
 
 
 @pytest.fixture(scope="session")
