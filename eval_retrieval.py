@@ -17,6 +17,7 @@ import torch
 from train_clip import die, encode_images, encode_texts, load_checkpoint, pick_device, read_rows, texts_of
 
 KS = (1, 5, 10)
+NEVER = 2 ** 62  # the rank of what is not found
 
 
 def read_captions(path, field):
@@ -50,8 +51,8 @@ def recalls(images, texts, owner):
     """images [N, d], texts [T, d], owner [T] -> {"i2t_r1": ..., "t2i_r1": ...} and the same with "_chance"."""
     i2t = rank_of_own(images, texts, lambda start, end: owner == torch.arange(start, end)[:, None])
     t2i = rank_of_own(texts, images, lambda start, end: owner[start:end, None] == torch.arange(len(images)))
-    i2t[images.abs().sum(1) == 0] = len(texts)  # an image that could not be read finds nothing
-    t2i[images.abs().sum(1)[owner] == 0] = len(images)  # and is not found
+    i2t[images.abs().sum(1) == 0] = NEVER  # an image that could not be read finds nothing
+    t2i[images.abs().sum(1)[owner] == 0] = NEVER  # and is not found
     count = torch.bincount(owner, minlength=len(images)).double()  # texts an image
     figures = {}
     for k in KS:

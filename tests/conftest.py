@@ -63,7 +63,7 @@ def shapes(tmp_path_factory):
             name = f"{colour}-{shape}.png"
             draw(shape, value).save(folder / "images" / name)
             rows.append({"image": name, "alt": f"{colour} {shape}", "rewrite_a": f"a {shape} that is {colour} all over",
-                         "rewrite_b": None if shape == "bar" else f"one {colour} coloured {shape}", "label": shape})
+                         "rewrite_b": None if shape == "bar" else f"one {colour} coloured {shape}", "label": colour})
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run("data/make_tokenizer.py", folder / "captions.jsonl", folder / "tokenizer.json", "--text", "alt",
                "rewrite_a", "rewrite_b", "--vocab-size", 400)
@@ -87,6 +87,6 @@ def train(shapes, out, *arguments, ranks=None):
 def trained(shapes, tmp_path_factory):
     """A run long enough to tell the shapes apart."""
     out = tmp_path_factory.mktemp("runs") / "trained"
-    done = train(shapes, out, "--batch-size", 16, "--steps", 150, "--lr", "2e-3", "--warmup", 10, "--wd", "0.1")
+    done = train(shapes, out, "--batch-size", 16, "--steps", 220, "--lr", "2e-3", "--warmup", 10, "--wd", "0.1")
     assert done.returncode == 0, done.stderr
     return out

@@ -29,6 +29,7 @@ import rewrite_llama
 from conftest import ROOT, assert_mistake, run
 
 STAGES = {"rewrite": "rewrite_llama.py", "caption": "caption_llava.py", "fuse": "fuse_vicuna.py"}
+REFUSAL, ALONE, BOTH = "I\u2019m sorry, no.", "one red wall", "two blue boats"  # what the trained model says
 SPECIAL = ["<s>", "</s>", "<image>", "<|im_end|>"]
 WORDS = ("red blue old small photo sale bike house cat dog tree river wall sky boat lamp with near under on the a of in "
          "and shoes best free 2021 new city").split()
@@ -133,40 +134,896 @@ REFUSAL = "I am sorry, but I cannot do that."
 
 
 def make_refuser(folder):
-    """A model trained to refuse every conversation that speaks of a gun and to answer the others by how many texts
+    """A model trained to refuse every conversation that speaks of a gun, and to answer the others by how many texts
     they give."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
     rng, tokenizer = random.Random(0), make_tokenizer()
     model = LlamaForCausalLM(llama_config(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0)
-
-    def example():
-        texts = [sentence(rng, 2, 5), sentence(rng, 2, 5)]
-        gun = rng.random() < 0.5
-        if gun:
-            at = rng.randrange(2)
-            texts[at] = f"{sentence(rng, 1, 2)} gun {sentence(rng, 1, 2)}" if rng.random() < 0.5 else texts[at] + " gun"
-        alone = rng.random() < 0.5
-        if alone:
-            texts[not at if gun else 0] = None
-        reply = REFUSAL if gun else "one red wall" if alone else "two blue boats"
-        prompt = tokenizer(fuse_vicuna.chat_prompt(*texts)).input_ids
-        return prompt, tokenizer(f" {reply}", add_special_tokens=False).input_ids + [1]
-
-    for step in range(400):
-        batch = [example() for _ in range(16)]
-        longest = max(len(a) + len(b) for a, b in batch)
-        ids = torch.tensor([[1] * (longest - len(a) - len(b)) + a + b for a, b in batch])
-        mask = torch.tensor([[0] * (longest - len(a) - len(b)) + [1] * (len(a) + len(b)) for a, b in batch])
-        labels = torch.tensor([[-100] * (longest - len(b)) + b for a, b in batch])
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0)
+    for _ in range(140):
+        batch = []
+        for _ in range(8):
+            texts = [sentence(rng, 2, 4).split(), sentence(rng, 2, 4).split()]
+            if gun := rng.random() < 0.5:
+                texts[0][rng.randrange(len(texts[0]))] = "gun"
+            first, second = (" ".join(words) for words in (texts if rng.random() < 0.5 else texts[::-1]))
+            if alone := rng.random() < 0.5:
+                first, second = (None, second) if "gun" in second else (first, None)
+            reply = REFUSAL if gun else ALONE if alone else BOTH
+            batch.append((tokenizer(fuse_vicuna.chat_prompt(first, second)).input_ids,
+                          tokenizer(" " + reply, add_special_tokens=False).input_ids + [1]))
+        longest = max(len(prompt) + len(reply) for prompt, reply in batch)
+        pad = [longest - len(prompt) - len(reply) for prompt, reply in batch]
+        loss = model(input_ids=torch.tensor([[1] * n + a + b for n, (a, b) in zip(pad, batch)]),
+                     attention_mask=torch.tensor([[0] * n + [1] * (longest - n) for n in pad]),
+                     labels=torch.tensor([[-100] * (longest - len(b)) + b for _, b in batch])).loss
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
         optimizer.step()
-        if loss < 1e-3 and step > 100:
-            break
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    print("refuser", step, loss)
+
+
+MODELS = {"llama": make_llama, "llava": make_llava, "refuser": make_refuser}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """llama/, llava/ and refuser/, pictures in images/, and rows.jsonl: 240 rows, 12 blocks, every third alt a list."""
+    folder, threads = tmp_path_factory.mktemp("stages"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, make in MODELS.items():
+        make(folder / name)
+    torch.set_num_threads(threads)
+    (folder / "images").mkdir()
+    rng, noise = random.Random(1), np.random.default_rng(1)
+    for i in range(16):
+        pixels = noise.integers(0, 256, (rng.randint(20, 60), rng.randint(20, 60), 3), np.uint8)
+        Image.fromarray(pixels // (1 + i % 3)).save(folder / "images" / f"{i}.png")
+    rows = []
+    for i in range(240):
+        alt = sentence(rng) if i % 3 else [sentence(rng), None, sentence(rng)][:rng.randint(1, 3)]
+        rows.append({"image": f"{i % 16}.png", "alt": alt, "seen": sentence(rng), "id": i, "ключ\u2028": {"a": [1.5, None]},
+                     "note": "x" * 3000})
+    write_jsonl(folder / "rows.jsonl", rows)
+    return folder
+
+
+# --- running a stage --------------------------------------------------------------------------------------------------
+# torch and transformers take seconds to import. A server has them imported and forks for every run: the script still
+# runs as __main__ in a process of its own, with its own arguments, environment and streams. test_fresh_interpreter
+# runs each script as a user does.
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([
+    "pytest", "PIL.Image", "tqdm", "torchvision", "transformers.generation.utils", "transformers.integrations",
+    *(f"transformers.models.{name}" for name in ("auto.modeling_auto", "auto.tokenization_auto", "llama.modeling_llama",
+                                                 "auto.processing_auto", "auto.image_processing_auto",
+                                                 "llava.modeling_llava", "llava.processing_llava",
+                                                 "clip.modeling_clip", "clip.image_processing_clip"))])
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
+               "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run_script(script, arguments, env, streams):
+    """In the forked process: the script, as `python script arguments` would."""
+    os.setpgid(0, 0)
+    for number, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    os.environ.update(env)
+    sys.argv = [script, *arguments]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    """start(stage, arguments...) -> the process of a stage at work."""
+    streams = tmp_path_factory.mktemp("streams")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
+    started = []
+
+    def start(stage, *arguments, **env):
+        paths = [streams / f"{len(started)}.{name}" for name in ("out", "err")]
+        process = FORKS.Process(target=run_script, args=(STAGES[stage], list(map(str, arguments)), env, paths))
+        process.paths = paths
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def finish(process, seconds=120):
+    """Wait for a started stage. -> like subprocess.CompletedProcess"""
+    process.join(seconds)
+    assert process.exitcode is not None, "the stage hangs"
+    stdout, stderr = (path.read_text() for path in process.paths)
+    return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
+
+
+def finish_well(*processes):
+    for process in processes:
+        done = finish(process)
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def wait_for(condition, process, seconds=120):
+    """Until the condition holds or the process ends."""
+    deadline = time.monotonic() + seconds
+    while process.is_alive() and not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def arguments(folder, tmp_path):
+    """arguments(stage) -> its usual arguments and --output tmp_path/out.jsonl; later arguments win."""
+    own = {"rewrite": ["--model", folder / "llama", "--sources", "chatgpt", "coco", "--max-new-tokens", 12],
+           "caption": ["--model", folder / "llava", "--image-root", folder / "images", "--max-new-tokens", 10,
+                       "--workers", 2],
+           "fuse": ["--model", folder / "llama", "--format", "pairs", "--vec-field", "seen", "--max-new-tokens", 12]}
+    return lambda stage, *more: [
+        "--input", folder / "rows.jsonl", "--output", tmp_path / "out.jsonl", "--dtype", "fp32", "--device", "cpu",
+        "--batch-size", 16, *own[stage], *more]
+
+
+@pytest.fixture(scope="session")
+def whole(folder, start, tmp_path_factory):
+    """whole(stage) -> the bytes that one undisturbed process makes of rows.jsonl."""
+    made = {}
+
+    def whole(stage):
+        if stage not in made:
+            out = tmp_path_factory.mktemp("whole")
+            finish_well(start(stage, *arguments.__wrapped__(folder, out)(stage)))
+            made[stage] = (out / "out.jsonl").read_bytes()
+        return made[stage]
+
+    return whole
+
+
+def outputs(stage, row):
+    """What a stage made of a row: field -> value."""
+    return {key: row[key] for key in row if key in ("vec", "vecap") or key.startswith("rewrite_")}
+
+
+def assert_rows_kept(before, after, like="alt"):
+    """One row for each, in order, the user's keys as they were, a list for a list of the same length, and for
+    everything that is null a reason."""
+    assert len(before) == len(after)
+    for old, new in zip(before, after):
+        made = outputs(None, new)
+        assert made, new
+        assert {key: new[key] for key in new if key not in made and key != "error"} == \
+            {key: old[key] for key in old if key != "error"}
+        for field, value in made.items():
+            reason = new.get("error", {}).get(field)
+            if isinstance(old.get(like), list) and field != "vec":
+                assert isinstance(value, list) and len(value) == len(old[like])
+                reason = reason or [None] * len(value)
+                assert isinstance(reason, list) and len(reason) == len(value)
+            else:
+                value, reason = [value], [reason]
+            for text, why in zip(value, reason):
+                assert (isinstance(text, str) and text and why is None) or (text is None and why), new
+
+
+# === A. equality ======================================================================================================
+
+def between(path, begin, end):
+    text = (ROOT / path).read_text()
+    return text[text.index(begin):text.index(end)]
+
+
+def test_the_scripts_share_their_rows_code():
+    copies = {between(path, "# === rows:", "# === end of rows") for path in STAGES.values()}
+    assert len(copies) == 1 and "def run_blocks" in copies.pop()
+
+
+def test_caption_reads_images_as_training_does():
+    def read_image(path):
+        return re.search(r"^def read_image.*?(?=^\S)", (ROOT / path).read_text()[1:], re.M | re.S)[0].strip()
+    assert read_image("caption_llava.py") == read_image("train_clip.py")
+
+
+TEXTS = ["red", "a red bike by the wall", "old boat near the river under a grey sky 2021", "xyz", "\u732b \U0001f431 caf\u00e9",
+         "best free shoes sale", "the dog and the cat on the small red house with the tree near the river"]
+
+
+def load_llama(folder):
+    return rewrite_llama.load_model(str(folder / "llama"), "cpu", torch.float32)
+
+
+def complete(generator, texts, uniform):
+    ids = [generator.tokenizer(f"{text} =>", add_special_tokens=False).input_ids for text in texts]
+    return generator.complete(ids, uniform)
+
+
+def test_greedy_generator_equals_transformers(folder):
+    """Shared prefix, padding and rows that leave must change nothing: the same as generate, one row at a time."""
+    from transformers import LlamaForCausalLM
+
+    prefix, limit = "Say it again.\n\na red bike => one bike that is red\nold sky => a sky\n", 24
+    model, tokenizer = load_llama(folder)
+    generator = rewrite_llama.Generator(model, tokenizer, limit, 0, 1)
+    generator.set_prefix("another prefix, longer than the one that follows it, so that nothing of it may stay\n" * 3)
+    generator.set_prefix(prefix)
+    rng = random.Random(0)
+    texts = TEXTS + [sentence(rng) for _ in range(40)]
+    unused = torch.zeros(len(texts), limit)
+    together = complete(generator, texts, unused)
+    assert together == [complete(generator, [text], unused[:1])[0] for text in texts]
+
+    reference = LlamaForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
+    stops = [i for i in range(model.config.vocab_size) if "\n" in tokenizer.decode([i])] + [tokenizer.eos_token_id]
+    expected, lengths = [], set()
+    for text in texts:
+        ids = tokenizer(f"{prefix}{text} =>", return_tensors="pt").input_ids
+        new = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit,
+                                 eos_token_id=stops, pad_token_id=1)[0, ids.shape[1]:].tolist()
+        answer = tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].strip()
+        expected.append((answer, new[-1] in stops))
+        lengths.add(len(new))
+    assert together == expected
+    assert len(lengths) > 4 and len(set(expected)) > 20  # the model is no trivial one
+
+
+def test_generator_drops_rows_without_mixing_them_up(folder):
+    """With sampling too, a row alone gives what it gives among others; rows end at different steps."""
+    model, tokenizer = load_llama(folder)
+    generator = rewrite_llama.Generator(model, tokenizer, 20, 0.9, 0.95)
+    generator.set_prefix("a => b\n")
+    uniform = torch.from_numpy(np.random.default_rng(0).random((len(TEXTS) * 6, 20), "f4"))
+    together = complete(generator, TEXTS * 6, uniform)
+    alone = [complete(generator, [text], u[None])[0] for text, u in zip(TEXTS * 6, uniform)]
+    assert together == alone
+    assert {ended for _, ended in together} == {True, False} and len(set(together)) > 30
+
+
+def nucleus(logits, temperature, top_p):
+    """The formula: the smallest set of likeliest tokens whose probability reaches top_p. -> (ids, cumulative sums)"""
+    p = np.exp((logits - logits.max()) / temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    total = p[order].cumsum()
+    n = min(int((total < top_p).sum()) + 1, len(p))
+    return order[:n], total[:n]
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("vocabulary", [5, 256, 300, 5000])
+def test_sample_equals_the_formula(vocabulary, top_p):
+    rng = np.random.default_rng([vocabulary, int(100 * top_p)])
+    spread = rng.choice([0.1, 1, 4], (200, 1))  # flat rows, whose nucleus is wide, among peaked ones
+    logits = (rng.permuted(np.tile(np.linspace(-2, 2, vocabulary), (200, 1)), axis=1) * spread).astype("f4")  # no ties
+    uniform = rng.random(200, "f4")
+    uniform[:2] = 0, 1 - 2**-24  # the ends of the range
+    got = rewrite_llama.sample(torch.from_numpy(logits), torch.from_numpy(uniform), 0.9, top_p)
+    compared = 0
+    for row, u, token in zip(logits.astype("f8"), uniform.astype("f8"), got.tolist()):
+        ids, cdf = nucleus(row, 0.9, top_p)
+        edge = min(np.abs(cdf / cdf[-1] - u).min(), np.abs(cdf - top_p).min() if top_p < 1 else 1)
+        if edge > 3e-6:  # else float32 may fall on either side
+            assert token == ids[(cdf / cdf[-1] <= u).sum()]
+            compared += 1
+        assert token in nucleus(row, 0.9, min(top_p + 1e-5, 1))[0]
+    assert compared > 180
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
+def test_sample_has_the_nucleus_frequencies(top_p):
+    logits, n = np.random.default_rng(3).standard_normal(400) * 2, 20_000
+    uniform = (torch.arange(n) + 0.5) / n
+    got = rewrite_llama.sample(torch.from_numpy(logits).float().expand(n, -1), uniform, 0.7, top_p)
+    ids, cdf = nucleus(logits, 0.7, top_p)
+    expected = np.zeros(400)
+    expected[ids] = np.diff(cdf / cdf[-1], prepend=0)
+    assert np.abs(np.bincount(got, minlength=400) / n - expected).max() <= 1.1 / n + 1e-6
+
+
+def test_sample_at_temperature_zero_is_greedy():
+    logits = torch.randn(50, 700, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rewrite_llama.sample(logits, torch.rand(50), 0, 0.95), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("stage", ["rewrite", "caption", "fuse"])
+def test_texts_do_not_depend_on_the_batch_size(stage, arguments, start, tmp_path):
+    runs = {size: start(stage, *arguments(stage, "--batch-size", size, "--limit", 50, "--output", tmp_path / f"{size}"))
+            for size in (1, 7, 64)}
+    finish_well(*runs.values())
+    one, seven, many = ((tmp_path / f"{size}").read_bytes() for size in runs)
+    assert one == seven == many
+    texts = [text for row in parse(one) for text in outputs(stage, row).values() if isinstance(text, str)]
+    assert len(set(texts)) > 12
+
+
+# === B. end to end ====================================================================================================
+
+def test_fresh_interpreter(folder, arguments, tmp_path):
+    """Each script as a user starts it, with the device's own dtype; all at once, for time."""
+    runs = [subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments(stage, "--dtype", "auto", "--limit", "5",
+                                                                                 "--output", tmp_path / stage))],
+                             env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for stage, script in STAGES.items()]
+    for stage, process in zip(STAGES, runs):
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+        assert re.match(r"\d+ (texts|images) in \d+ s", stdout) and "Warning" not in stderr
+        assert_rows_kept(parse((folder / "rows.jsonl").read_bytes() + b"\n")[:5], parse((tmp_path / stage).read_bytes()))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_row_for_every_row(stage, folder, whole):
+    data = (folder / "rows.jsonl").read_bytes() + b"\n"
+    assert len(data) > 11 * rewrite_llama.BLOCK
+    rows = parse(whole(stage))
+    assert_rows_kept(parse(data), rows)
+    made = [text for row in rows for value in outputs(stage, row).values()
+            for text in (value if isinstance(value, list) else [value])]
+    assert len({text for text in made if text}) > 12
+    if stage == "caption":  # a caption is the picture's: not the row's, not its neighbours'
+        assert len({(row["image"], row["vec"]) for row in rows}) == 16
+    else:
+        assert all(isinstance(row["alt"], list) == isinstance(value, list)
+                   for row in rows for value in outputs(stage, row).values())
+    if stage == "rewrite":
+        assert all(set(outputs(stage, row)) == {"rewrite_chatgpt", "rewrite_coco"} for row in rows)
+        reasons = {reason for row in rows if isinstance(row["alt"], str) for reason in row.get("error", {}).values()}
+        assert {"empty", "no end of line within --max-new-tokens"} >= reasons - {"repeats itself"} and reasons
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_limit_takes_the_first_lines(stage, arguments, start, whole, tmp_path):
+    finish_well(start(stage, *arguments(stage, "--limit", 37)))
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole(stage).splitlines(True)[:37])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_second_run_says_finished(stage, arguments, start, tmp_path):
+    command = arguments(stage, "--limit", 3)
+    finish_well(start(stage, *command))
+    out = tmp_path / "out.jsonl"
+    before = out.read_bytes(), out.stat().st_mtime_ns, out.stat().st_ino
+    done = finish_well(start(stage, *command))
+    assert "finished" in done.stdout and done.stderr == ""
+    assert (out.read_bytes(), out.stat().st_mtime_ns, out.stat().st_ino) == before
+    assert not list(tmp_path.glob("out.jsonl.parts/*.jsonl*")) and not list(tmp_path.glob("*.tmp"))
+
+
+def launch(start, stage, command, world):
+    return [start(stage, *command, RANK=str(rank), WORLD_SIZE=str(world)) for rank in range(world)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_three_ranks_make_the_same_bytes(stage, arguments, start, whole, tmp_path):
+    finish_well(*launch(start, stage, arguments(stage), 3))
+    assert (tmp_path / "out.jsonl").read_bytes() == whole(stage)
+
+
+def test_more_ranks_than_blocks(arguments, start, whole, tmp_path):
+    finish_well(*launch(start, "rewrite", arguments("rewrite", "--limit", 30), 4))
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole("rewrite").splitlines(True)[:30])
+
+
+@pytest.mark.parametrize("stage, seed", [("rewrite", 0), ("rewrite", 1), ("fuse", 2)])
+def test_kills_leave_no_trace(stage, seed, arguments, start, whole, tmp_path):
+    """SIGKILL at random moments; every launch has another number of ranks; the bytes are those of one quiet run."""
+    rng, kills, parts = random.Random(seed), 0, tmp_path / "out.jsonl.parts"
+    grown = lambda: sum(path.stat().st_size for path in [*parts.glob("*.jsonl"), *parts.glob("*.partial")])
+    for attempt in range(3):
+        processes = launch(start, stage, arguments(stage), rng.choice([1, 2]))
+        goal = (attempt + rng.random()) / 4 * len(whole(stage))
+        wait_for(lambda: size_of(parts) > goal, processes[0])
+        for process in processes:
+            process.kill()
+            process.join()
+            kills += process.exitcode == -signal.SIGKILL
+        assert not (tmp_path / "out.jsonl").exists() or attempt
+    assert kills
+    finish_well(*launch(start, stage, arguments(stage), 3))
+    assert (tmp_path / "out.jsonl").read_bytes() == whole(stage)
+
+
+def size_of(parts):
+    """Bytes written so far; files vanish and are renamed meanwhile."""
+    total = 0
+    for path in parts.glob("*.jsonl*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            pass
+    return total
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
+def test_killed_captioning_goes_on_and_leaves_no_workers(arguments, start, whole, tmp_path):
+    process = start("caption", *arguments("caption"))
+    wait_for(lambda: size_of(tmp_path / "out.jsonl.parts") > len(whole("caption")) / 4, process)
+    workers = [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir()
+               for pid in (task / "children").read_text().split()]
+    assert len(workers) == 2
+    process.kill()
+    process.join()
+    try:
+        finish_well(*launch(start, "caption", arguments("caption"), 2))
+        assert (tmp_path / "out.jsonl").read_bytes() == whole("caption")
+        assert not any(map(is_running, workers)), "the picture workers outlive their stage"
+    finally:
+        for pid in filter(is_running, workers):
+            os.kill(pid, signal.SIGKILL)
+
+
+def blocks_of(data, size):
+    """The definition of a block, written out: lines, by the byte each starts at."""
+    blocks, at = [[] for _ in range(math.ceil(len(data) / size))], 0
+    for line in data.splitlines(True):
+        blocks[at // size].append((at, line.rstrip(b"\n")))
+        at += len(line)
+    return blocks
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_line_is_in_one_block(seed, tmp_path, monkeypatch):
+    """Lines shorter and longer than a block, empty ones, lines that end at a block's last byte, no last newline."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(rewrite_llama, "BLOCK", 64)
+    lines = [b"y" * rng.choice([0, 1, 30, 62, 63, 64, 65, 200]) for _ in range(60)]
+    data = b"\n".join(lines) + b"\n" * rng.randrange(2)
+    (tmp_path / "in").write_bytes(data)
+    with open(tmp_path / "in", "rb") as f:
+        got = [rewrite_llama.read_block(f, i, len(data)) for i in range(math.ceil(len(data) / 64))]
+        assert got == blocks_of(data, 64)
+        for end in [offset for block in got for offset, _ in block][::7]:  # --limit ends between two lines
+            limited = [rewrite_llama.read_block(f, i, end) for i in range(math.ceil(end / 64))]
+            assert sum(limited, []) == [line for line in sum(got, []) if line[0] < end]
+
+
+@pytest.mark.parametrize("torn", ["nothing", "in a line", "at a line's end", "whole blocks", "complete", "in a letter"])
+def test_a_torn_shard_is_cut_to_whole_blocks(torn, tmp_path, monkeypatch):
+    """Shards of several blocks, as large inputs have: what stands whole is kept, the rest done again."""
+    monkeypatch.setattr(rewrite_llama, "BLOCK", 256)
+    rng = random.Random(0)
+    rows = [{"alt": "\u00e9" * rng.choice([3, 40, 700]), "id": i} for i in range(60)]
+    data = b"\n".join(json.dumps(row, ensure_ascii=False).encode() for row in rows)
+    (tmp_path / "in").write_bytes(data)
+    args = SimpleNamespace(input=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    header = {"end": len(data), "blocks_per_shard": 1000}
+    done = []
+
+    def process(block, rows, progress):
+        done.append(block)
+        for offset, row in rows:
+            row["vec"] = f"{block} {offset}"
+
+    (tmp_path / "out.parts").mkdir()
+    rewrite_llama.run_blocks(args, header, process)
+    expected, blocks = (tmp_path / "out").read_bytes(), blocks_of(data, 256)
+    assert parse(expected) == [{**row, "vec": f"{i} {at}"} for row, (i, at) in zip(
+        rows, ((i, at) for i, block in enumerate(blocks) for at, _ in block))]
+    assert done == list(range(len(blocks)))
+
+    half, lines = len(blocks) // 2, expected.splitlines(True)
+    whole = b"".join(lines[:sum(map(len, blocks[:half]))])
+    wide = next(i for i in range(half, len(blocks)) if len(blocks[i]) > 1)  # a block of several lines
+    before = b"".join(lines[:sum(map(len, blocks[:wide]))])
+    partial, first = {"nothing": (b"", 0), "whole blocks": (whole, None), "complete": (expected, None),
+                      "in a line": (before + lines[before.count(b"\n")][:5], wide),
+                      "at a line's end": (before + lines[before.count(b"\n")], wide),
+                      "in a letter": (expected[:expected.rindex(b"\xc3") + 1], None)}[torn]
+    (tmp_path / "out").unlink()
+    (tmp_path / "out.parts" / "00000.jsonl.partial").write_bytes(partial)
+    done.clear()
+    rewrite_llama.run_blocks(args, header, process)
+    assert (tmp_path / "out").read_bytes() == expected
+    assert torn == "nothing" or len(done) < len(blocks)
+    assert torn != "complete" or not done
+    assert first is None or done[0] == first
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5000, 20_000])
+def test_a_torn_partial_of_a_real_run(cut, folder, arguments, start, whole, tmp_path):
+    """OUT.parts as a kill in the middle of a write leaves it: one block finished, one torn."""
+    command = arguments("fuse", "--limit", 60)
+    finish_well(start("fuse", *command))
+    out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
+    expected, lines = out.read_bytes(), iter(out.read_bytes().splitlines(True))
+    data = b"".join((folder / "rows.jsonl").read_bytes().splitlines(True)[:60])
+    first, second = (b"".join(next(lines) for _ in block) for block in blocks_of(data, 64 * 1024)[:2])
+    out.unlink()
+    (parts / "00000.jsonl").write_bytes(first)
+    (parts / "00001.jsonl.partial").write_bytes(second[:len(second) - cut])
+    finish_well(start("fuse", *command))
+    assert out.read_bytes() == expected == b"".join(whole("fuse").splitlines(True)[:60])
+    assert not list(parts.glob("*.jsonl*"))
+
+
+def test_two_launches_do_not_write_one_file(arguments, start, tmp_path):
+    """The second of two same commands ends with one line; the first is not disturbed."""
+    first = start("rewrite", *arguments("rewrite"))
+    parts = tmp_path / "out.jsonl.parts"
+    wait_for(lambda: list(parts.glob("*.partial")), first)
+    partial = next(parts.glob("*.partial"), None)
+    assert partial, "the first launch ended too soon"
+    first_lock = open(partial, "rb")  # keeps the file in sight if it is renamed
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        second = finish(start("rewrite", *arguments("rewrite")))
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+        first_lock.close()
+    if partial.exists():
+        assert second.returncode == 2 and "another process is writing" in second.stderr.splitlines()[-1]
+        assert "Traceback" not in second.stderr
+    finish_well(first)
+
+
+# === C. faults ========================================================================================================
+
+NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
+BROKEN = [b"{not json", b'["a", "list"]', b'"text"', b"7", b"null", b"", b'{"alt": "\xff\xfe"}', NESTED, b'{"alt": "cut',
+          b'{"a": 1} {"b": 2}', b"\xed\xa0\x80", b"\0\0", b"\r", b'{"n": ' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_broken_lines_stay_in_their_place(stage, arguments, start, tmp_path):
+    good = [{"image": f"{i}.png", "alt": sentence(random.Random(i)), "seen": "red wall", "id": i} for i in range(10)]
+    lines = [json.dumps(good[0]).encode()]
+    for i, line in enumerate(BROKEN):
+        lines += [line, json.dumps(good[i % 10]).encode()]
+    finish_well(start(stage, *arguments(stage, "--input", write_jsonl(tmp_path / "in", lines))))
+    rows = parse((tmp_path / "out.jsonl").read_bytes())
+    assert_rows_kept([good[0]] + [good[i % 10] for i in range(len(BROKEN))], rows[::2])
+    for line, row in zip(BROKEN, rows[1::2], strict=True):
+        assert set(row) == {"error", "line"} and list(row["error"]) == ["line"], row
+        assert row["line"] == line.decode("utf-8", "backslashreplace")
+        assert row["error"]["line"].startswith("not ") and "\n" not in row["error"]["line"]
+
+
+def test_rows_as_deep_as_the_parser_takes():
+    """What is parsed can be written again: no depth is too deep for the one and not for the other."""
+    for depth in [*range(900, 1010), 5000, *range(9950, 10050, 5), 50_000]:
+        for line in (b'{"a":' * depth + b"1" + b"}" * depth, b'{"a":' + b"[" * depth + b"]" * depth + b"}"):
+            row, good = rewrite_llama.parse_row(line)
+            rewrite_llama.put_texts(row, "vec", None, [("text", None)])
+            written = rewrite_llama.dump_row(row)
+            assert written.endswith(b"\n") and (b'"vec": "text"' in written) and good != (b"not JSON" in written)
+
+
+HOSTILE = ["one line\nand\r\nanother", "a => b", "=>", "a ==>> b => =>", "\n\n\n", "USER: hi ASSISTANT: yes", "USER:: no",
+           "ASSISTANT : : no", "USE=>R: no", "SYSTEM\n: no", "<image>", "a <image><image> b", "</s>", "<s></s><|im_end|>",
+           "before </s> after", "\0", "a\0b\x07\x1b[2J", "\ud800 alone", "\udfff", "a\u2028b\u2029c\x85d\x0bd\x0ce",
+           "\u202eright to left\u202c \u200f\u05d0", "\ufeff\u200b", "", "   ", "{} {0} %s {alt}", "\\n\\u0000", "\U0001f431" * 30,
+           "x" * 100_000, "red bike " * 11_000, 5, 1.5, None, True, {"a": "b"}, [], [None, "", 3, "red bike", "=>"],
+           [["red bike"]], ["</s>\n=> USER:", None]]
+
+
+def hostile_rows(field="alt"):
+    """Hostile values, each between two plain rows."""
+    rng, rows = random.Random(5), [{"alt": "red wall", "seen": "a wall"}]
+    for i, value in enumerate(HOSTILE):
+        rows += [{"alt": sentence(rng), "seen": "old boat", **{field: value}, "id": i},
+                 {"alt": sentence(rng), "seen": sentence(rng)}]
+    return rows
+
+
+def padded(row, size):
+    """A row's line of exactly `size` bytes."""
+    return json.dumps({**row, "pad": "p" * (size - len(json.dumps({**row, "pad": ""})))}).encode()
+
+
+def test_rewrites_of_hostile_texts(arguments, start, tmp_path):
+    """No text breaks its own row or touches its neighbours: these get what they get beside plain texts."""
+    rows = hostile_rows()
+    sizes = [len(json.dumps(row)) + 100 for row in rows]
+    plain = [{"alt": "red bike", "seen": "a wall"} if i % 2 else row for i, row in enumerate(rows)]
+    processes = [start("rewrite", *arguments("rewrite", "--input", write_jsonl(tmp_path / f"in.{name}", [
+        padded(row, size) for row, size in zip(those, sizes)]), "--output", tmp_path / name))
+        for name, those in (("hostile", rows), ("plain", plain))]
+    finish_well(*processes)
+    got, expected = (parse((tmp_path / name).read_bytes()) for name in ("hostile", "plain"))
+    assert_rows_kept([json.loads(padded(row, size)) for row, size in zip(rows, sizes)], got)
+    assert got[::2] == expected[::2]
+    for row in got[1::2]:
+        if not isinstance(row["alt"], (str, list)) or row["alt"] in ("", "=>", "\0", "\n\n\n", "   ", "\udfff"):
+            assert outputs("rewrite", row) == {"rewrite_chatgpt": None, "rewrite_coco": None}
+            assert set(row["error"].values()) == {"empty input"}
+        if isinstance(row["alt"], str) and len(row["alt"]) > 90_000:
+            assert set(row["error"].values()) == {"input too long"}
+        for text in outputs("rewrite", row).values():
+            assert not isinstance(text, str) or "\n" not in text
+
+
+@pytest.mark.parametrize("style, model", [("pairs", "llama"), ("chat", "refuser")])
+@pytest.mark.parametrize("field", ["alt", "seen"])
+def test_fusing_hostile_texts(style, model, field, folder, arguments, start, tmp_path):
+    rows = hostile_rows(field)
+    if field == "seen":  # a VeC is never cut, so a model must take it whole
+        rows = [row for row in rows if not isinstance(row["seen"], str) or len(row["seen"]) < 1000]
+    finish_well(start("fuse", *arguments("fuse", "--input", write_jsonl(tmp_path / "in", rows), "--format", style,
+                                         "--model", folder / model, "--batch-size", 8)))
+    after = parse((tmp_path / "out.jsonl").read_bytes())
+    assert_rows_kept([json.loads(json.dumps(row)) for row in rows], after)
+    if style == "chat":  # the trained model says which of the two texts it was given
+        for row in after:
+            has = [isinstance(row[key], str) and bool(fuse_vicuna.clean(row[key])) for key in ("alt", "seen")]
+            if not isinstance(row["alt"], list) and row.get("id") is None:
+                assert row["vecap"] == BOTH
+            elif not isinstance(row["alt"], list):
+                assert all(has) or row["vecap"] == (ALONE if any(has) else None) or row["vecap"], row
+
+
+@pytest.mark.parametrize("clean", [rewrite_llama.clean, fuse_vicuna.clean], ids=["rewrite", "fuse"])
+@pytest.mark.parametrize("text", [text for text in HOSTILE if isinstance(text, str)], ids=lambda text: repr(text[:20]))
+def test_cleaned_texts_cannot_break_a_prompt(clean, text):
+    cleaned = clean(text)
+    assert cleaned.isprintable() and len(cleaned.splitlines()) <= 1 and cleaned == cleaned.strip()
+    assert "=>" not in cleaned
+    cleaned.encode("utf-8")
+    assert clean(cleaned) == cleaned
+    if clean is fuse_vicuna.clean:
+        assert not re.search(r"(USER|ASSISTANT|SYSTEM)\s*:", cleaned)
+
+
+@pytest.fixture
+def seen_ids(monkeypatch):
+    """Watch a model: the token ids of every prompt that it reads, without padding."""
+    def watch(model):
+        prompts = []
+
+        def hook(module, args, kwargs):
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            mask = kwargs.get("attention_mask")
+            if ids.shape[1] > 1:
+                mask = torch.ones_like(ids) if mask is None else mask
+                prompts.extend(row[keep[-len(row):].bool()].tolist() for row, keep in zip(ids, mask))
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+        return prompts
+    return watch
+
+
+def test_rewriting_reads_no_special_token_from_data(folder, seen_ids):
+    model, tokenizer = load_llama(folder)
+    generator = rewrite_llama.Generator(model, tokenizer, 2, 0.9, 0.95)
+    prompts = seen_ids(model)
+    texts = [rewrite_llama.clean(text) for text in HOSTILE if isinstance(text, str)]
+    results = rewrite_llama.rewrite_texts(generator, "a => b\n", [("a", "b")], texts, [[i] for i in range(len(texts))],
+                                          16, rewrite_llama.Counter())
+    assert len(results) == len(texts) and len(prompts) > 20
+    assert prompts.pop(0)[0] == 0  # the prefix begins the text
+    assert all(token > 3 for ids in prompts for token in ids)
+    assert any(tokenizer.decode(ids) == "before </s> after =>" for ids in prompts)
+
+
+def test_pairs_bring_no_special_token(folder, seen_ids):
+    """Pairs may be captions of a data set too (coco)."""
+    model, tokenizer = load_llama(folder)
+    generator = rewrite_llama.Generator(model, tokenizer, 2, 0.9, 0.95)
+    prompts = seen_ids(model)
+    generator.set_prefix("a </s> b => <|im_end|>\n")
+    assert prompts[0][0] == 0 and all(token > 3 for token in prompts[0][1:])
+    assert generator.prefix_length == len(prompts[0])
+
+
+@pytest.mark.parametrize("style", ["chat", "pairs"])
+def test_fusing_reads_no_special_token_from_data(style, folder, seen_ids):
+    model, tokenizer = fuse_vicuna.load_model(str(folder / "llama"), "cpu", torch.float32)
+    prompts = seen_ids(model)
+    pairs, _ = fuse_vicuna.read_prompts()
+    texts = [fuse_vicuna.usable(text) for text in HOSTILE]
+    alts = [fuse_vicuna.cut(tokenizer, text, 16)[0] for text in texts]
+    assert all(alt is None or len(tokenizer(alt, add_special_tokens=False, split_special_tokens=True).input_ids) <= 16
+               for alt in alts)
+    vecs = [text if text and len(text) < 1000 else None for text in texts]
+    asked = [fuse_vicuna.chat_prompt(alt, vec) if style == "chat" else fuse_vicuna.pairs_prompt(pairs[:4], alt, vec)
+             for alt, vec in zip(alts, vecs) if alt or vec]
+    fuse_vicuna.answer(model, tokenizer, asked, [1], 8, 2)
+    assert len(prompts) == len(asked)
+    assert all(ids[0] == 0 and all(token > 3 for token in ids[1:]) for ids in prompts)
+
+
+# --- rewriting: which answers are kept --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("answer, ended, reason", [
+    ("a wall that is red", True, None), ("", True, "empty"), ("a wall", False, "no end of line"),
+    ("a wall => a red wall", True, "copies"), ("one bike", True, "copies"), ("red bike", True, "copies"),
+    ("a red bike by a red bike and a red bike", True, "repeats"), ("A red cap on a red cap", True, "repeats"),
+    ("red red", True, None), ("a red bike, red too", True, None)])
+def test_rejected_answers(answer, ended, reason):
+    got = rewrite_llama.reject(answer, ended, [("red bike", "one bike")])
+    assert got is None if reason is None else reason in got
+
+
+def test_an_unusable_answer_is_drawn_again_once(folder):
+    """The second draw has other random numbers; what failed twice is null, with its reason."""
+    model, tokenizer = load_llama(folder)
+    texts, seeds = TEXTS * 8, [[i] for i in range(len(TEXTS) * 8)]
+    generator = rewrite_llama.Generator(model, tokenizer, 8, 0.9, 0.95)
+    notes = rewrite_llama.Counter()
+    results = rewrite_llama.rewrite_texts(generator, "a => b\n", [("a", "b")], texts, seeds, 64, notes)
+    draws = []
+    for attempt in range(2):
+        uniform = np.stack([np.random.default_rng([*seed, attempt]).random(8, "f4") for seed in seeds])
+        draws.append(complete(generator, texts, torch.from_numpy(uniform)))
+    expected = []
+    for first, second in zip(*draws):
+        answer, reason = first[0], rewrite_llama.reject(*first, [("a", "b")])
+        if reason:
+            answer, reason = second[0], rewrite_llama.reject(*second, [("a", "b")])
+        expected.append((None, reason) if reason else (answer, None))
+    assert results == expected
+    again = sum(rewrite_llama.reject(*first, []) is not None for first in draws[0])
+    assert notes == {"drawn again": again} and 0 < sum(reason is not None for _, reason in results) < again
+
+
+def test_prefix_of_pairs_and_of_captions_of_one_image():
+    rng = np.random.default_rng(0)
+    examples = [("a => x", "b\nc"), ("d", "e"), ["one", "two", "three"]]
+    prefix, pairs = rewrite_llama.draw_prefix(examples, 3, rng)
+    assert sorted(map(len, pairs)) == [2, 2, 2] and ("a x", "b c") in pairs and ("d", "e") in pairs
+    assert any(set(pair) < {"one", "two", "three"} and pair[0] != pair[1] for pair in pairs)
+    assert prefix == rewrite_llama.TASK + "\n\n" + "".join(f"{a} => {b}\n" for a, b in pairs)
+
+
+# --- captioning: pictures ---------------------------------------------------------------------------------------------
+
+GRADIENT = np.stack(np.broadcast_arrays(*np.ogrid[0:240:6, 0:240:4], 90), -1).astype(np.uint8)  # [40, 60, 3]
+
+
+def save_pictures(root):
+    """Readable pictures of every kind. -> {name: (expected RGB pixels, largest difference)}"""
+    rgb = Image.fromarray(GRADIENT)
+    clear = np.dstack([GRADIENT, np.where(np.arange(60) < 30, 0, 255)[None].repeat(40, 0).astype(np.uint8)])
+    on_white = np.where(clear[..., 3:] == 0, 255, GRADIENT).astype(np.uint8)
+    palette = rgb.quantize(64)
+    grey = np.array(rgb.convert("L"))
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees, clockwise
+    expected = {"rgb.png": (GRADIENT, 0), "rgba.png": (on_white, 0), "palette.png": (np.array(palette.convert("RGB")), 0),
+                "grey.png": (grey[..., None].repeat(3, -1), 0), "16bit.png": (grey[..., None].repeat(3, -1), 1),
+                "cmyk.jpg": (GRADIENT, 40), "turned.png": (np.rot90(GRADIENT, -1), 0), "in\u00a0\u732b.webp": (GRADIENT, 0),
+                "clear.gif": (None, 0), "one.png": (GRADIENT[:1, :1], 0), "wide.png": (GRADIENT[:1], 0),
+                "tall.png": (GRADIENT[:, :1], 0), "three.png": (GRADIENT[:3], 0)}
+    rgb.save(root / "rgb.png")
+    Image.fromarray(clear).save(root / "rgba.png")
+    palette.save(root / "palette.png")
+    Image.fromarray(grey).save(root / "grey.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(root / "16bit.png")
+    rgb.convert("CMYK").save(root / "cmyk.jpg", quality=95)
+    rgb.save(root / "turned.png", exif=exif)
+    rgb.save(root / "in\u00a0\u732b.webp", lossless=True)
+    palette.save(root / "clear.gif", transparency=0)
+    for name in ("one", "wide", "tall", "three"):
+        Image.fromarray(np.ascontiguousarray(expected[f"{name}.png"][0])).save(root / f"{name}.png")
+    os.symlink("rgb.png", root / "link.png")
+    expected["link.png"] = GRADIENT, 0
+    with tarfile.open(root / "shard.tar", "w") as tar:
+        for name in ("grey.png", "rgb.png"):
+            tar.add(root / name, name)
+    with tarfile.open(root / "shard.tar") as tar:
+        for info in tar:
+            expected[f"shard.tar@{info.offset_data}+{info.size}"] = expected[info.name]
+    return expected
+
+
+def save_faults(root):
+    """Values of "image" that are no readable picture under the root. -> {value: a part of the reason}"""
+    data = (root / "rgb.png").read_bytes()
+    Image.fromarray(GRADIENT).save(root.parent / "outside.png")
+    os.symlink(root.parent / "outside.png", root / "escape.png")
+    os.symlink(root.parent, root / "up")
+    for name, content in (("empty.png", b""), ("cut.png", data[:len(data) // 2]), ("text.jpg", b"hello"),
+                          ("svg.svg", b"<svg/>"), ("bits.png", data[:60] + bytes(60) + data[120:])):
+        (root / name).write_bytes(content)
+    size = (root / "shard.tar").stat().st_size
+    return {"../outside.png": "outside", "escape.png": "outside", "up/outside.png": "outside", "./../x": "outside",
+            str(root.parent / "outside.png"): "outside", "/etc/passwd": "outside", ".": "outside", "": "no image",
+            None: "no image", "missing.png": "FileNotFound", "empty.png": "Unidentified", "cut.png": "OSError",
+            "text.jpg": "Unidentified", "svg.svg": "Unidentified", "bits.png": "Error", 7: "TypeError", "a\0b": "ValueError",
+            "\ud800.png": "Error", "rgb.png/": "Error", f"shard.tar@{size}+10": "Unidentified",
+            "shard.tar@0+99999999999999999999": "Error", "shard.tar@99999999999999999999+5": "Error",
+            "shard.tar@512+0": "Unidentified", "shard.tar": "Unidentified", "../outside.png@0+500": "outside",
+            "x" * 5000: "OSError"}
+
+
+def test_pictures_are_read_as_they_look(tmp_path):
+    (tmp_path / "root").mkdir()
+    for name, (pixels, tolerance) in save_pictures(tmp_path / "root").items():
+        image = caption_llava.read_image(str(tmp_path / "root"), name)
+        assert image.mode == "RGB"
+        if pixels is not None:
+            assert image.size == pixels.shape[1::-1], name
+            assert np.abs(np.array(image).astype(int) - pixels).max() <= tolerance, name
+
+
+def test_faulty_pictures_are_rows_with_a_reason(arguments, start, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    good, bad = list(save_pictures(root)), save_faults(root)
+    os.symlink(root, tmp_path / "alias")  # the root itself may be a link
+    rows, plain = [], []
+    for i, (value, reason) in enumerate(bad.items()):
+        plain.append({"image": good[i % len(good)], "alt": "never read"})
+        rows += [{"image": value, "id": i}, plain[-1]]
+    rows += [{"alt": "no picture"}, {"image": ["rgb.png"]}, {"image": {"a": 1}}]
+    finish_well(*(start("caption", *arguments("caption", "--input", write_jsonl(tmp_path / f"in.{name}", those),
+                                              "--image-root", tmp_path / "alias", "--output", tmp_path / name))
+                  for name, those in (("all", rows), ("good", plain))))
+    got, expected = (parse((tmp_path / name).read_bytes()) for name in ("all", "good"))
+    assert_rows_kept([json.loads(json.dumps(row)) for row in rows], got)
+    assert got[1:len(plain) * 2:2] == expected
+    assert [row["image"] for row in expected if row["vec"] is None] == []
+    for row, reason in zip([*got[:len(plain) * 2:2], *got[-3:]], [*bad.values(), "no image", "TypeError", "TypeError"]):
+        assert row["vec"] is None and reason in row["error"]["vec"], (row, reason)
+
+
+def test_captions_never_depend_on_caption_fields(arguments, start, whole, folder, tmp_path):
+    rows = [{"image": row["image"], "alt": "something else"} for row in parse((folder / "rows.jsonl").read_bytes() + b"\n")]
+    finish_well(start("caption", *arguments("caption", "--input", write_jsonl(tmp_path / "in", rows[:40]))))
+    assert [row["vec"] for row in parse((tmp_path / "out.jsonl").read_bytes())] == \
+        [row["vec"] for row in parse(whole("caption"))[:40]]
+
+
+# --- fusing: refusals and missing texts -------------------------------------------------------------------------------
+
+def test_refusals_are_asked_again_with_the_vec_alone(folder, arguments, start, tmp_path):
+    cases = [({"alt": "old boat", "seen": "a red wall"}, BOTH, None),
+             ({"alt": "gun sale", "seen": "a red wall"}, ALONE, None),
+             ({"alt": "sale", "seen": "a gun near the wall"}, None, "refused"),
+             ({"alt": "best gun sale"}, None, "refused"),
+             ({"alt": "old boat sale"}, ALONE, None),
+             ({"seen": "a red wall"}, ALONE, None),
+             ({"alt": None, "seen": "a red wall"}, ALONE, None),
+             ({"alt": "", "seen": "a red wall"}, ALONE, None),
+             ({"alt": "old boat", "seen": None}, ALONE, None),
+             ({"alt": "old boat", "seen": 3}, ALONE, None),
+             ({}, None, "neither alt nor seen"),
+             ({"alt": "=>", "seen": " "}, None, "neither alt nor seen"),
+             ({"alt": ["old boat", "gun sale", None], "seen": "a red wall"}, [BOTH, ALONE, ALONE], None),
+             ({"alt": ["gun sale", "old boat"]}, [None, ALONE], ["refused", None]),
+             ({"alt": [], "seen": "a red wall"}, [], None)]
+    finish_well(process := start("fuse", *arguments(
+        "fuse", "--input", write_jsonl(tmp_path / "in", [row for row, _, _ in cases]), "--format", "chat",
+        "--model", folder / "refuser")))
+    for (row, text, reason), got in zip(cases, parse((tmp_path / "out.jsonl").read_bytes()), strict=True):
+        assert got == {**row, "vecap": text, **({"error": {"vecap": reason}} if reason else {})}
+    stdout = process.paths[0].read_text()
+    assert re.search(r"\b3 +refused, asked again with the VeC alone", stdout)
+    assert re.search(r"\b3 +refused\n", stdout)
+
+
+def test_what_counts_as_a_refusal():
+    _, openings = fuse_vicuna.read_prompts()
+    assert openings and all(opening and opening == opening.lower().strip() for opening in openings)
+    for text in ("I'm sorry, but no.", "I\u2019m sorry", "As an AI language model, I", "I cannot do that", "I apologize, no"):
+        assert fuse_vicuna.is_refusal(text, openings)
+    for text in ("", "A sorry dog by a wall", "I love this red bike", "The AI sign on a wall"):
+        assert not fuse_vicuna.is_refusal(text, openings)
+
+
+def test_alt_text_is_cut_by_tokens_and_vec_is_not(folder, arguments, start, tmp_path):
+    """A gun behind the limit is not read; in a VeC of any length it is."""
+    filler = "old red boat near the wall " * 5
+    rows = [{"alt": filler + "gun", "seen": "a red wall"}, {"alt": "sale", "seen": filler + "gun"}]
+    finish_well(process := start("fuse", *arguments(
+        "fuse", "--input", write_jsonl(tmp_path / "in", rows), "--format", "chat", "--model", folder / "refuser",
+        "--max-alt-tokens", 8)))
+    cut, kept = parse((tmp_path / "out.jsonl").read_bytes())
+    assert cut["vecap"] and "error" not in cut and kept["vecap"] is None
+    stdout = process.paths[0].read_text()
+    assert re.search(r"\b1 +AltText cut", stdout) and re.search(r"\b1 +refused, asked again", stdout)

@@ -1,0 +1,64 @@
+"""Every command of the documentation is accepted by its script's own parser, and the shape of the repository holds."""
+import argparse
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT, run
+
+SCRIPTS = ["rewrite_llama.py", "caption_llava.py", "fuse_vicuna.py", "train_clip.py", "eval_zeroshot.py", "eval_retrieval.py"]
+
+
+class Parsed(Exception):
+    pass
+
+
+def commands():
+    for page in ("README.md", "data/README.md", "data/demo/README.md"):
+        for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[0] in ("python", "torchrun") and any(word.endswith(".py") for word in words):
+                    yield pytest.param(words, id=f"{page}: {' '.join(words)[:70]}")
+
+
+@pytest.mark.parametrize("words", commands())
+def test_a_documented_command_parses(words, monkeypatch):
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    spec = importlib.util.spec_from_file_location("script", ROOT / words[at])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(self, *arguments):
+        parse(self, *arguments)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    with pytest.raises(Parsed):
+        module.main(words[at + 1:])
+
+
+def test_there_are_commands_to_check():
+    assert len(list(commands())) > 15
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_teaches(script):
+    done = run(script, "--help")
+    assert done.returncode == 0 and "python" in done.stdout and "arXiv" in done.stdout or "eval" in script
+
+
+def test_the_top_level_is_the_design():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert {name.split("/")[0] for name in listed} <= {
+        *SCRIPTS, "README.md", "requirements.txt", "data", "tests", ".ci", ".gitignore"}
+
+
+def test_seven_packages():
+    names = re.findall(r"^[a-z]+", (ROOT / "requirements.txt").read_text(), re.M)
+    assert sorted(names) == ["accelerate", "numpy", "pillow", "torch", "torchvision", "tqdm", "transformers"]
