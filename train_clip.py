@@ -57,7 +57,8 @@ def index_rows(path):
         with open(path + ".idx", "rb") as f:
             if f.read(16) == stamp.tobytes():
                 return
-    with open(path, "rb") as f, open(f"{path}.idx.{os.getpid()}", "wb") as out:
+    temporary = f"{path}.idx.{os.environ.get('RANK', 0)}.{os.getpid()}"  # two nodes may share the disk
+    with open(path, "rb") as f, open(temporary, "wb") as out:
         stamp.tofile(out)
         offsets, at = array("Q"), 0
         for line in tqdm(f, desc=f"indexing {path}", unit="row", unit_scale=True, delay=2):
@@ -67,7 +68,7 @@ def index_rows(path):
                 offsets.tofile(out)
                 offsets = array("Q")
         offsets.tofile(out)
-    os.replace(out.name, path + ".idx")
+    os.replace(temporary, path + ".idx")
 
 
 class Rows:
@@ -322,6 +323,10 @@ def collate(samples):
             "drawn": torch.tensor([sample["drawn"] for sample in samples]),
             "filled": sum(sample["filled"] for sample in samples),
             "bad": [bad for sample in samples for bad in sample["bad"]]}
+
+
+def one_thread(worker):
+    torch.set_num_threads(1)
 
 
 class Positions:
@@ -759,12 +764,11 @@ def main(argv=None):
     for path in args.captions:
         if not os.path.isfile(path):
             die(f"--captions {path}: no such file")
-        if rank == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a node: it need not share its disk
             index_rows(path)
     if not os.path.isdir(args.image_root):
         die(f"--image-root {args.image_root}: no such folder")
-    if world > 1:
-        dist.barrier()
+    all_reduce(torch.zeros(1))  # the others wait for the index
     rows, fields, tokenizer = Rows(args.captions), parse_text(args.text), Tokenizer.load(args.tokenizer)
     steps_per_epoch = len(rows) // args.batch_size
     if not steps_per_epoch:
@@ -774,7 +778,7 @@ def main(argv=None):
     warmup = args.warmup if args.warmup is not None else steps_per_epoch
     config = Config(**PRESETS[args.model], vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
     config.image_size = args.image_size or config.image_size
-    settings = {"rows": len(rows), "text": fields, "steps": steps, "warmup": warmup}  # what changes the mathematics
+    settings = {"rows": len(rows), "bytes": rows.sizes, "text": fields, "steps": steps, "warmup": warmup}  # what changes the mathematics
     settings |= {name: getattr(args, name) for name in ("model", "image_size", "loss", "augment", "batch_size", "lr", "wd",
                                                         "beta2", "eps", "precision", "seed")}
     checkpoint = resumed_checkpoint(args, settings, tokenizer)
@@ -799,7 +803,7 @@ def main(argv=None):
                       args.seed, steps_per_epoch * args.batch_size, args.loss == "multitext")
     loader = torch.utils.data.DataLoader(
         samples, batch_sampler=Positions(start, steps, args.batch_size, rank, world), num_workers=args.workers,
-        collate_fn=collate, pin_memory="cuda" in device, worker_init_fn=lambda _: torch.set_num_threads(1))
+        collate_fn=collate, pin_memory="cuda" in device, worker_init_fn=one_thread)
 
     os.makedirs(args.out, exist_ok=True)
     bad_images = open(os.path.join(args.out, "bad_images.jsonl"), "a", buffering=1)  # all ranks append whole lines
@@ -845,11 +849,12 @@ def main(argv=None):
             die(f"{bad} of {seen} rows were unusable, more than --max-bad {args.max_bad}: {bad_images.name} names them")
         leave = bool(all_reduce(torch.tensor(len(stopping)), dist.ReduceOp.MAX)) or step + 1 == steps
         save = leave or (step + 1) % args.save_every == 0
-        if save or (step + 1) % args.log_every == 0 or step == start:
+        log = step in (0, steps - 1) or (step + 1) % args.log_every == 0
+        if save or log:
             loss = all_reduce(loss.detach() / world).item()
             if not math.isfinite(loss):
                 die(f"the loss is {loss} at step {step + 1}; {args.out} keeps the last good checkpoint")
-            if rank == 0:
+            if log and rank == 0:
                 now = time.time()
                 entry = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), "loss": loss,
                          "lr": optimizer.param_groups[0]["lr"], "logit_scale": scale.item(),

@@ -26,7 +26,7 @@ def commands():
                     yield pytest.param(words, id=f"{page}: {' '.join(words)[:70]}")
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_a_documented_command_parses(words, monkeypatch):
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     spec = importlib.util.spec_from_file_location("script", ROOT / words[at])
