@@ -91,6 +91,8 @@ def make_header(args, reads, makes, settings):
     """What the output depends on: the input (size, hash of its first and last MiB, where to stop) and the settings."""
     if not os.path.isfile(args.input):
         die(f"--input {args.input}: no such file")
+    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[0] in "./"):  # no hub name either
+        die(f"--model {args.model}: no such folder")
     with open(args.input, "rb") as f:
         rows = [parse_row(line)[0] for _, line in zip(range(1000), f)]
         fields = {key for row in rows for key in row if row[key] is not None}
@@ -110,23 +112,20 @@ def make_header(args, reads, makes, settings):
             "blocks_per_shard": max(1, end // BLOCK // 4096)}  # no function of W: a relaunch may have another
 
 
-def open_run(args, header):
-    """Begin OUT.parts, or check that it was begun with the same header. -> False if OUT is finished already."""
+def is_finished(args, header):
+    """Whether OUT is there, made with this header; what was begun with another one is a user's mistake."""
     path = os.path.join(args.output + ".parts", "header.json")
     if not os.path.exists(path):
         if os.path.exists(args.output):
             die(f"{args.output} exists and is not this stage's work; move it away or choose another --output")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.{os.getpid()}", "w") as f:
-            json.dump(header, f, indent=1)
-        os.replace(f.name, path)  # every rank writes the same bytes
+        return False
     with open(path) as f:
         begun = json.load(f)
     for key in header:
         if begun.get(key) != header[key]:
             die(f"{args.output} was begun with {key} = {begun.get(key)!r}, now it is {header[key]!r}: choose another "
                 f"--output, or delete {args.output} and {args.output}.parts to start over")
-    return not os.path.exists(args.output)
+    return os.path.exists(args.output)
 
 
 def cut_back(out, f, blocks, end):
@@ -150,6 +149,10 @@ def run_blocks(args, header, process):
     n_blocks = -(-end // BLOCK)
     shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
     names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
+    os.makedirs(args.output + ".parts", exist_ok=True)
+    with open(f"{args.output}.parts/header.json.{rank}", "w") as f:
+        json.dump(header, f, indent=1)
+    os.replace(f.name, f"{args.output}.parts/header.json")  # every rank writes the same
     progress = tqdm(total=sum(map(len, shards[rank::world])), unit="block", disable=rank > 0)
     with open(args.input, "rb") as f:
         for name, blocks in zip(names[rank::world], shards[rank::world]):
@@ -332,7 +335,7 @@ def main(argv=None):
     header = make_header(args, [args.alt_field, args.vec_field], ["vecap"],
                          {**settings, "dtype": dtype, "prompts_sha256": hashlib.sha256(
                              json.dumps([SYSTEM, INSTRUCTION, pairs, openings]).encode()).hexdigest()})
-    if not open_run(args, header):
+    if is_finished(args, header):
         return print(f"{args.output} is finished")
 
     model, tokenizer = load_model(args.model, device, DTYPES[dtype])
