@@ -364,7 +364,7 @@ class Config:
 
 
 PRESETS = {  # as open_clip has them; parameters with OpenAI's vocabulary
-    "nano":     dict(embed_dim=128, image_size=64, patch_size=8, vision_width=128, vision_layers=4, vision_heads=2,
+    "nano":     dict(embed_dim=128, image_size=48, patch_size=8, vision_width=128, vision_layers=4, vision_heads=2,
                      text_width=128, text_layers=2, text_heads=2),  # 1.2 M and the vocabulary: for the demo
     "ViT-S/16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_heads=6, text_width=384, text_heads=6),  # 62 M
     "ViT-B/32": dict(patch_size=32),  # 151 M
@@ -680,7 +680,7 @@ def parse_args(argv):
     add("--max-bad", type=float, default=0.01, help="stop above this share of unusable rows (default: %(default)s)")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=PRESETS, default="ViT-B/16")
-    add("--image-size", type=int, help="pixels a side (default: 224, nano 64)")
+    add("--image-size", type=int, help="pixels a side (default: 224, nano 48)")
     add("--tokenizer", default="openai/clip-vit-base-patch32", help="hub name, folder or tokenizer.json")
     add = parser.add_argument_group("training; defaults are LaCLIP's release for CC3M and CC12M").add_argument
     add("--loss", choices=["infonce", "multitext"], default="infonce", help="multitext: LaCLIP-MT")

@@ -55,7 +55,7 @@ step fuse-wordings python fuse_vicuna.py --input $out/seen.jsonl --output $out/f
 rewrites="rewrite_chatgpt rewrite_bard rewrite_coco rewrite_human"
 step tokenizer python data/make_tokenizer.py $out/filtered.jsonl $out/tokenizer.json --text alt $rewrites --vocab-size 4096
 train="python train_clip.py --captions $out/filtered.jsonl --image-root $out/images --tokenizer $out/tokenizer.json
-  --model nano --augment strong --batch-size 256 --steps 400 --warmup 50 --lr 1.5e-3 --wd 0.1 --workers 1
+  --model nano --augment strong --batch-size 256 --steps 600 --warmup 50 --lr 1.5e-3 --wd 0.1 --workers 1
   --save-every 50 --resume auto --device $device"
 step train-clip $train --text alt --out $out/clip
 step train-laclip $train --text alt $rewrites --out $out/laclip

