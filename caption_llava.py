@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -202,10 +203,22 @@ def lock(f):
     except BlockingIOError:
         return False
 
+def at_least(least, kind=int):
+    """For argparse: a number that is not smaller."""
+    def number(text):
+        if not (value := kind(text)) >= least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
+    return number
+
+
 def pick_device(name):
     """auto: this rank's GPU, or Apple's, or the CPU."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = next(device for device in there if there[device])
+    if not there[name]:
+        die(f"--device {name}: torch finds none here")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 
@@ -235,10 +248,23 @@ def read_image(root, name):
             f.seek(int(member[2]))
             f = io.BytesIO(f.read(int(member[3])))
         image = ImageOps.exif_transpose(Image.open(f))
+        if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+
+def begin_worker():
+    """One thread a worker; and a worker leaves when its stage is gone, killed or not."""
+    def watch(parent):
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    torch.set_num_threads(1)
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 
 def prepare_batch(names, root, prompt):
@@ -276,9 +302,11 @@ def load_processor(name, prompt):
         processor = AutoProcessor.from_pretrained(name)
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
         text = processor.apply_chat_template([message], add_generation_prompt=True)
-    except (OSError, ValueError, KeyError, AttributeError) as e:
+    except Exception as e:  # transformers raises nearly everything for a folder that is none
         die(f"--model {name} has no processor with a chat template: {type(e).__name__}: {e}")
     processor.tokenizer.padding_side = "left"  # a decoder-only model continues at the right end
+    if processor.tokenizer.pad_token is None:  # what is padded is masked
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor, text
 
 
@@ -286,7 +314,7 @@ def load_model(name, device, dtype):
     from transformers import AutoModelForImageTextToText
     try:
         return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device).eval()
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # transformers raises nearly everything for a folder that is none
         die(f"--model {name} is no image captioner that transformers can load: {type(e).__name__}: {e}")
 
 
@@ -311,14 +339,14 @@ def main(argv=None):
     parser.add_argument("--model", default="llava-hf/llava-1.5-7b-hf",
                         help="LLaVA folder or hub name (default: %(default)s; version 1.5 is assumed)")
     parser.add_argument("--prompt", default=PROMPT, help="default: the paper's, %(default)r")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="a caption's limit (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=4, help="processes that read pictures (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first N lines of the input (default: all)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=40, help="a caption's limit (default: %(default)s)")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=at_least(0), default=4, help="processes that read pictures (default: %(default)s)")
+    parser.add_argument("--limit", type=at_least(0), help="only the first N lines of the input (default: all)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
                         help="auto: bf16 where the hardware computes in it, else fp32")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--seed", type=int, default=0, help="kept in the header; greedy captions draw nothing")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="kept in the header; greedy captions draw nothing")
     args = parser.parse_args(argv)
     started, outcomes, notes = time.time(), Counter(), Counter()
 
@@ -333,8 +361,7 @@ def main(argv=None):
 
     global processor
     processor, prompt = load_processor(args.model, args.prompt)
-    pool = ProcessPoolExecutor(max(1, args.workers), multiprocessing.get_context("fork"),
-                               torch.set_num_threads, (1,))
+    pool = ProcessPoolExecutor(max(1, args.workers), multiprocessing.get_context("fork"), begin_worker)
     list(pool.map(abs, range(args.workers)))  # forked now, before the model and CUDA are there
     model = load_model(args.model, device, DTYPES[dtype])
 

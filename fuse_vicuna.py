@@ -204,10 +204,22 @@ def lock(f):
     except BlockingIOError:
         return False
 
+def at_least(least, kind=int):
+    """For argparse: a number that is not smaller."""
+    def number(text):
+        if not (value := kind(text)) >= least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
+    return number
+
+
 def pick_device(name):
     """auto: this rank's GPU, or Apple's, or the CPU."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = next(device for device in there if there[device])
+    if not there[name]:
+        die(f"--device {name}: torch finds none here")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 
@@ -229,7 +241,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def clean(text):
     """One line that cannot break a prompt: no control character, no line break of any kind, no separator, no role."""
     text = "".join(c if c.isprintable() else " " for c in text)
-    text = re.sub(r"\b(USER|ASSISTANT|SYSTEM)\s*:", r"\1", text.replace("=>", " "))
+    text = re.sub(r"\b(USER|ASSISTANT|SYSTEM)[\s:]*:", r"\1", text.replace("=>", " "))
     return " ".join(text.split())
 
 
@@ -276,7 +288,7 @@ def load_model(name, device, dtype):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")  # a decoder continues at the right end
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # transformers raises nearly everything for a folder that is none
         die(f"--model {name} is no language model that transformers can load: {type(e).__name__}: {e}")
     if tokenizer.pad_token is None:  # LLaMA has none; what is padded is masked
         tokenizer.pad_token = tokenizer.eos_token
@@ -314,16 +326,16 @@ def main(argv=None):
     parser.add_argument("--model", default="lmsys/vicuna-13b-v1.1", help="folder or hub name (default: %(default)s, paper)")
     parser.add_argument("--alt-field", default="alt", help="AltText, a text or a list of them (default: %(default)s)")
     parser.add_argument("--vec-field", default="vec", help="what the picture shows (default: %(default)s)")
-    parser.add_argument("--max-alt-tokens", type=int, default=128, help="AltText is cut there, VeC never (default: %(default)s)")
+    parser.add_argument("--max-alt-tokens", type=at_least(0), default=128, help="AltText is cut there, VeC never (default: %(default)s)")
     parser.add_argument("--format", default="chat", choices=["chat", "pairs"],
                         help="chat: Vicuna 1.1's conversation; pairs: in-context pairs, a deviation for base models")
-    parser.add_argument("--max-new-tokens", type=int, default=77, help="an answer's limit (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows at a time (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first N lines of the input (default: all)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=77, help="an answer's limit (default: %(default)s)")
+    parser.add_argument("--batch-size", type=at_least(1), default=32, help="rows at a time (default: %(default)s)")
+    parser.add_argument("--limit", type=at_least(0), help="only the first N lines of the input (default: all)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
                         help="auto: bf16 where the hardware computes in it, else fp32")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--seed", type=int, default=0, help="of the pairs' draw; the answers are greedy")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the pairs' draw; the answers are greedy")
     args = parser.parse_args(argv)
     started, outcomes, notes = time.time(), Counter(), Counter()
 

@@ -203,10 +203,22 @@ def lock(f):
     except BlockingIOError:
         return False
 
+def at_least(least, kind=int):
+    """For argparse: a number that is not smaller."""
+    def number(text):
+        if not (value := kind(text)) >= least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
+    return number
+
+
 def pick_device(name):
     """auto: this rank's GPU, or Apple's, or the CPU."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = next(device for device in there if there[device])
+    if not there[name]:
+        die(f"--device {name}: torch finds none here")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 
@@ -236,11 +248,13 @@ def load_pairs(path, sources):
     examples = {source: [] for source in sources}
     try:
         with open(path, encoding="utf-8") as f:
-            for line in f:
-                entry = json.loads(line)
+            for entry in map(json.loads, f):
                 if entry["source"] in examples:
-                    examples[entry["source"]].append(entry.get("captions") or (entry["input"], entry["output"]))
-    except (OSError, ValueError, KeyError) as e:
+                    example = entry.get("captions") or (entry["input"], entry["output"])
+                    if len(example) < 2 or not all(isinstance(text, str) for text in example):
+                        raise ValueError(f"no two texts in {entry}")
+                    examples[entry["source"]].append(example)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         die(f"--pairs {path}: {e!r}; expected lines of source, input, output (or captions)")
     return examples
 
@@ -276,7 +290,7 @@ def load_model(name, device, dtype):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:  # transformers raises nearly everything for a folder that is none
         die(f"--model {name} is no language model that transformers can load: {e}")
     return model.eval(), tokenizer
 
@@ -351,7 +365,7 @@ class Generator:
         """Compute the prefix's keys and values; what is completed afterwards continues it."""
         for attention in self.attentions:
             attention.prefix = None
-        ids = self.tokenizer(prefix, return_tensors="pt").input_ids.to(self.model.device)
+        ids = self.tokenizer(prefix, return_tensors="pt", split_special_tokens=True).input_ids.to(self.model.device)
         cache = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
         for attention, layer in zip(self.attentions, cache.layers, strict=True):
             attention.prefix = layer.keys, layer.values
@@ -426,19 +440,21 @@ def main(argv=None):
     parser.add_argument("--field", default="alt", help="the field to rewrite, a text or a list of them (default: %(default)s)")
     parser.add_argument("--sources", nargs="+", default=SOURCES, help="sets of pairs; each makes rewrite_SOURCE")
     parser.add_argument("--pairs", default=PAIRS, help="JSONL of the sources' pairs (default: data/prompts/meta_pairs.jsonl)")
-    parser.add_argument("--shots", type=int, default=3, help="pairs in the prompt (default: %(default)s, paper)")
-    parser.add_argument("--temperature", type=float, default=0.9, help="0 is greedy (default: %(default)s, release)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus, 1 is off (default: %(default)s, release)")
-    parser.add_argument("--max-new-tokens", type=int, default=77, help="an answer's limit (default: %(default)s, release)")
-    parser.add_argument("--batch-size", type=int, default=64, help="texts at a time (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first N lines of the input (default: all)")
+    parser.add_argument("--shots", type=at_least(0), default=3, help="pairs in the prompt (default: %(default)s, paper)")
+    parser.add_argument("--temperature", type=at_least(0, float), default=0.9, help="0 is greedy (default: %(default)s, release)")
+    parser.add_argument("--top-p", type=at_least(0, float), default=0.95, help="nucleus, 1 is off (default: %(default)s, release)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=77, help="an answer's limit (default: %(default)s, release)")
+    parser.add_argument("--batch-size", type=at_least(1), default=64, help="texts at a time (default: %(default)s)")
+    parser.add_argument("--limit", type=at_least(0), help="only the first N lines of the input (default: all)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
                         help="auto: bf16 where the hardware computes in it, else fp32")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--seed", type=int, default=0, help="of the pairs and of every row's sampling")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the pairs and of every row's sampling")
     args = parser.parse_args(argv)
     started, outcomes, notes = time.time(), Counter(), Counter()
 
+    if not 0 < args.top_p <= 1:
+        die(f"--top-p {args.top_p}: expected more than 0 and at most 1")
     examples = load_pairs(args.pairs, args.sources)
     for source, found in examples.items():
         if len(found) < args.shots:

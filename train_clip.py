@@ -144,6 +144,8 @@ def read_image(root, name):
             f.seek(int(member[2]))
             f = io.BytesIO(f.read(int(member[3])))
         image = ImageOps.exif_transpose(Image.open(f))
+        if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -705,8 +707,11 @@ def parse_args(argv):
 
 def pick_device(name):
     """auto: this rank's GPU, or Apple's, or the CPU."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = next(device for device in there if there[device])
+    if not there[name]:
+        die(f"--device {name}: torch finds none here")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 

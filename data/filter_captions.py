@@ -101,7 +101,7 @@ def main(argv=None):
         for line in f:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict):  # any other line goes through as it is
                 found = filter_row(row, args.field, args.fields, lambda a, b: broken_rule(a, b, args.min_words, args.max_words))

@@ -21,14 +21,18 @@ def die(message):
 
 
 def read_texts(path, fields):
-    with open(path, encoding="utf-8") as f:
+    """Every text of the fields, one after the other; lines that are no JSON object have none."""
+    with open(path, "rb") as f:
         for line in f:
-            row = json.loads(line)
-            for field in fields:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            for field in fields if isinstance(row, dict) else []:
                 value = row.get(field)
                 for text in value if isinstance(value, list) else [value]:
                     if isinstance(text, str):
-                        yield text
+                        yield text.encode("utf-8", "replace").decode()
 
 
 def main(argv=None):
@@ -41,6 +45,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not os.path.isfile(args.captions):
         die(f"{args.captions}: no such file")
+    if next(read_texts(args.captions, args.text), None) is None:
+        die(f"{args.captions} has no text in {' '.join(args.text)}")
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([
