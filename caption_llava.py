@@ -248,6 +248,8 @@ def read_image(root, name):
             f.seek(int(member[2]))
             f = io.BytesIO(f.read(int(member[3])))
         image = ImageOps.exif_transpose(Image.open(f))
+        if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
+            raise ValueError(f"{image.width} x {image.height} pixels are no picture")
         if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         if image.has_transparency_data:

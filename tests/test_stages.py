@@ -1,5 +1,5 @@
 """The captioning stages and their helpers: equal to references, the same bytes for any ranks and after any
-interruption, and no row lost whatever stands in it. All models are real transformers models, small, made here."""
+interruption, and no row lost whatever stands in it. All models are real transformers models, small ones."""
 import io
 import json
 import math
@@ -33,8 +33,8 @@ from conftest import ROOT, assert_mistake, run
 STAGES = {"rewrite": "rewrite_llama.py", "caption": "caption_llava.py", "fuse": "fuse_vicuna.py"}
 REFUSAL, ALONE, BOTH = "I\u2019m sorry, no.", "one red wall", "two blue boats"  # what the trained model says
 SPECIAL = ["<s>", "</s>", "<image>", "<|im_end|>"]
-WORDS = ("red blue old small photo sale bike house cat dog tree river wall sky boat lamp with near under on the "
-         "a of in and shoes best free 2021 new city").split()
+WORDS = ("red blue old small photo sale bike house cat dog tree river wall sky boat lamp with near under on "
+         "the a of in and shoes best free 2021 new city").split()
 
 
 def sentence(rng, least=1, most=9):
@@ -197,13 +197,13 @@ def folder(tmp_path_factory):
 
 
 # --- running a stage ----------------------------------------------------------------------------------------
-# torch and transformers take seconds to import. A server has them imported and forks for every run: the script
-# still runs as __main__ in a process of its own, with its own arguments, environment and streams.
+# torch and transformers take seconds to import. A server has them imported and forks for every run: the
+# script still runs as __main__ in a process of its own, with its own arguments, environment and streams.
 # test_fresh_interpreter runs each script as a user does.
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["pytest", "PIL.Image", "tqdm", "torchvision", "transformers.generation.utils", "transformers.integrations"] +
+    ["pytest", "PIL.Image", "tqdm", "torchvision", "transformers.generation.utils"] +
     [f"transformers.models.{name}" for name in (
         "auto.modeling_auto", "auto.tokenization_auto", "auto.processing_auto", "auto.image_processing_auto",
         "llama.modeling_llama", "llava.modeling_llava", "llava.processing_llava", "clip.modeling_clip",
@@ -458,8 +458,8 @@ def test_sample_at_temperature_zero_is_greedy():
 
 @pytest.mark.parametrize("stage", ["rewrite", "caption", "fuse"])
 def test_texts_do_not_depend_on_the_batch_size(stage, arguments, start, tmp_path):
-    more = ["--limit", 23, *(["--sources", "chatgpt"] if stage == "rewrite" else [])]
-    runs = {size: start(stage, *arguments(stage, *more, "--output", tmp_path / str(size), "--batch-size", size))
+    more = ["--limit", 16, *(["--sources", "chatgpt"] if stage == "rewrite" else [])]
+    runs = {size: start(stage, *arguments(stage, *more, "--batch-size", size, "--output", tmp_path / f"{size}"))
             for size in (1, 7, 64)}
     finish_well(*runs.values())
     one, seven, many = ((tmp_path / str(size)).read_bytes() for size in runs)
@@ -700,8 +700,8 @@ def test_two_launches_do_not_write_one_file(arguments, start, tmp_path):
 
 NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 BROKEN = [b"{not json", b'["a", "list"]', b'"text"', b"7", b"null", b"", b'{"alt": "\xff\xfe"}', NESTED,
-          b'{"alt": "cut', b'{"a": 1} {"b": 2}', b"\xed\xa0\x80", b"\0\0", b"\r", b'{"n": ' + b"9" * 5000 + b"}",
-          b"\xef\xbb\xbf{}"]
+          b'{"alt": "cut', b'{"a": 1} {"b": 2}', b"\xed\xa0\x80", b"\0\0", b"\r",
+          b'{"n": ' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -731,9 +731,9 @@ def test_rows_as_deep_as_the_parser_takes():
 
 
 HOSTILE = [
-    "one line\nand\r\nanother", "a => b", "=>", "a ==>> b => =>", "\n\n\n", "USER: hi ASSISTANT: yes", "USER:: no",
-    "ASSISTANT : : no", "USE=>R: no", "SYSTEM\n: no", "<image>", "a <image><image> b", "</s>", "<s></s><|im_end|>",
-    "before </s> after", "\0", "a\0b\x07\x1b[2J", "\ud800 alone", "\udfff", "a\u2028b\u2029c\x85d\x0bd\x0ce",
+    "one line\nand\r\nanother", "a => b", "=>", "a ==>> b => =>", "\n\n\n", "USER: hi ASSISTANT: yes",
+    "USER:: no", "ASSISTANT : : no", "USE=>R: no", "SYSTEM\n: no", "<image>", "a <image><image> b", "</s>",
+    "<s></s><|im_end|>", "before </s> after", "\0", "a\0b\x07\x1b[2J", "\ud800 alone", "\udfff", "a\u2028b\u2029c\x85d\x0bd\x0ce",
     "\u202eright to left\u202c \u200f\u05d0", "\ufeff\u200b", "", "   ", "{} {0} %s {alt}", "\\n\\u0000",
     "\U0001f431" * 30, "x" * 100_000, "red bike " * 11_000, 5, 1.5, None, True, {"a": "b"}, [],
     [None, "", 3, "red bike", "=>"], [["red bike"]], ["</s>\n=> USER:", None]]
@@ -920,7 +920,8 @@ def save_pictures(root):
     exif[274] = 6  # to be turned by 90 degrees, clockwise
     expected = {"rgb.png": (GRADIENT, 0), "rgba.png": (on_white, 0),
                 "palette.png": (np.array(palette.convert("RGB")), 0),
-                "grey.png": (grey[..., None].repeat(3, -1), 0), "16bit.png": (grey[..., None].repeat(3, -1), 1),
+                "grey.png": (grey[..., None].repeat(3, -1), 0),
+                "16bit.png": (grey[..., None].repeat(3, -1), 1),
                 "cmyk.jpg": (GRADIENT, 40), "turned.png": (np.rot90(GRADIENT, -1), 0),
                 "in\u00a0\u732b.webp": (GRADIENT, 0),
                 "clear.gif": (None, 0), "one.png": (GRADIENT[:1, :1], 0), "wide.png": (GRADIENT[:1], 0),
@@ -1132,7 +1133,8 @@ def test_output_from_something_else(stage, arguments, mistake, tmp_path):
 @pytest.mark.parametrize("stage, flags", [
     ("rewrite", "--seed 1"), ("rewrite", "--sources coco chatgpt"), ("rewrite", "--temperature 0.8"),
     ("rewrite", "--top-p 0.9"), ("rewrite", "--shots 2"), ("rewrite", "--batch-size 8"),
-    ("rewrite", "--dtype bf16"), ("rewrite", "--limit 4"), ("rewrite", "--max-new-tokens 11"), ("caption", "--prompt What?"),
+    ("rewrite", "--dtype bf16"), ("rewrite", "--limit 4"), ("rewrite", "--max-new-tokens 11"),
+    ("caption", "--prompt What?"),
     ("caption", "--max-new-tokens 11"), ("fuse", "--format chat"), ("fuse", "--max-alt-tokens 9"),
     ("fuse", "--alt-field note")])
 def test_changed_settings(stage, flags, mistake, begun):
@@ -1225,9 +1227,8 @@ def test_a_device_that_is_not_there(stage, arguments, mistake):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_mistake_as_a_user_sees_it(stage, arguments, start):
     """The process itself, for a few: its exit status and its stderr."""
-    runs = [start(stage, *arguments(stage, *more)) for more in (("--dtype", "fp8"), ("--model", "nobody/none"))]
-    for process, word in zip(runs, ("--dtype", "nobody/none")):
-        assert_mistake(finish(process), STAGES[stage], word)
+    for more in (["--dtype", "fp8"], ["--model", "nobody/none"]):
+        assert_mistake(finish(start(stage, *arguments(stage, *more))), STAGES[stage], more[0])
 
 
 # === data/filter_captions.py ================================================================================
@@ -1264,7 +1265,7 @@ def test_filter_has_each_rule_once(tmp_path):
 
 
 def test_filter_goes_through_lists_entry_by_entry(tmp_path):
-    rows = [{"alt": ["red bike", "old boat"], "rewrite_x": ["one red bike", "red bike too"], "rewrite_y": None},
+    rows = [{"alt": ["red bike", "old boat"], "rewrite_x": ["one red bike", "a red bike"], "rewrite_y": None},
             {"alt": "red bike", "rewrite_x": ["one red bike", "boat", None], "error": {"rewrite_y": "empty"}},
             {"alt": ["red bike"], "rewrite_x": ["one red bike"], "rewrite_y": [None], "error": "user's"}]
     lines, counts, stdout = filtered(tmp_path, rows)
@@ -1282,7 +1283,8 @@ def test_filter_leaves_other_lines_as_they_are(tmp_path):
     """Broken lines and rows without a fault pass byte for byte."""
     good = b'{"rewrite_x" :  "a r\\u0065d bike",   "alt": "\xd0\xba red", "n": 1.50}'
     lines = [good, *(line for line in BROKEN if line != b"\r"), good,
-             b'{"alt": "\\ud800", "rewrite_x": "\\ud800 gone far"}', b'{"alt": "red bike", "rewrite_x": "\\ud800"}']
+             b'{"alt": "\\ud800", "rewrite_x": "\\ud800 gone far"}',
+             b'{"alt": "red bike", "rewrite_x": "\\ud800"}']
     out, counts, _ = filtered(tmp_path, lines)
     assert out[:-1] == lines[:-1]
     assert json.loads(out[-1]) == {"alt": "red bike", "rewrite_x": None, "error": {"rewrite_x": "short"}}
@@ -1327,7 +1329,7 @@ def test_tokenizer_mistakes(tmp_path):
     write_jsonl(tmp_path / "in", [{"alt": "red bike", "n": 5}] * 3)
     write_jsonl(tmp_path / "broken", [b"{not json"] * 3)
     write_jsonl(tmp_path / "lists", [b"[1, 2]"] * 3)
-    for arguments, word in ((["absent", "out"], "absent"), (["in", "out", "--text", "rewrite_x"], "rewrite_x"),
+    for arguments, word in ((["absent", "out"], "absent"), (["in", "out", "--text", "nothing"], "nothing"),
                             (["in", "out", "--vocab-size", "many"], "--vocab-size"), (["in"], "output"),
                             (["broken", "out"], "broken"), (["lists", "out"], "lists")):
         paths = [tmp_path / a if i < 2 else a for i, a in enumerate(arguments)]
