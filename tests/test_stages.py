@@ -1,5 +1,6 @@
 """The captioning stages and their helpers: equal to references, the same bytes for any ranks and after any
 interruption, and no row lost whatever stands in it. All models are real transformers models, small ones."""
+import fcntl
 import io
 import json
 import math
@@ -252,10 +253,8 @@ def start(tmp_path_factory):
 
     yield start
     for process in started:
-        try:
+        if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def finish(process, seconds=120):
@@ -281,17 +280,21 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.001)
 
 
-@pytest.fixture
-def arguments(folder, tmp_path):
-    """arguments(stage) -> its usual arguments and --output tmp_path/out.jsonl; later arguments win."""
+def usual_arguments(folder, out):
+    """-> a function: a stage's usual arguments and, as later ones win, others; --output is out/out.jsonl"""
     own = {"rewrite": ["--model", folder / "llama", "--sources", "chatgpt", "coco", "--max-new-tokens", 10],
            "caption": ["--model", folder / "llava", "--image-root", folder / "images", "--max-new-tokens", 10,
                        "--workers", 2],
            "fuse": ["--model", folder / "llama", "--format", "pairs", "--vec-field", "seen",
                     "--max-new-tokens", 10]}
     return lambda stage, *more: [
-        "--input", folder / "rows.jsonl", "--output", tmp_path / "out.jsonl", "--dtype", "fp32",
-        "--device", "cpu", "--batch-size", 16, *own[stage], *more]
+        "--input", folder / "rows.jsonl", "--output", out / "out.jsonl", "--dtype", "fp32", "--device", "cpu",
+        "--batch-size", 16, *own[stage], *more]
+
+
+@pytest.fixture
+def arguments(folder, tmp_path):
+    return usual_arguments(folder, tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -302,14 +305,14 @@ def whole(folder, start, tmp_path_factory):
     def whole(stage):
         if stage not in made:
             out = tmp_path_factory.mktemp("whole")
-            finish_well(start(stage, *arguments.__wrapped__(folder, out)(stage)))
+            finish_well(start(stage, *usual_arguments(folder, out)(stage)))
             made[stage] = (out / "out.jsonl").read_bytes()
         return made[stage]
 
     return whole
 
 
-def outputs(stage, row):
+def outputs(row):
     """What a stage made of a row: field -> value."""
     return {key: row[key] for key in row if key in ("vec", "vecap") or key.startswith("rewrite_")}
 
@@ -319,7 +322,7 @@ def assert_rows_kept(before, after, like="alt"):
     everything that is null a reason."""
     assert len(before) == len(after)
     for old, new in zip(before, after):
-        made = outputs(None, new)
+        made = outputs(new)
         assert made, new
         assert {key: new[key] for key in new if key not in made and key != "error"} == \
             {key: old[key] for key in old if key != "error"}
@@ -456,16 +459,28 @@ def test_sample_at_temperature_zero_is_greedy():
     assert torch.equal(rewrite_llama.sample(logits, torch.rand(50), 0, 0.95), logits.argmax(-1))
 
 
-@pytest.mark.parametrize("stage", ["rewrite", "caption", "fuse"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_texts_do_not_depend_on_the_batch_size(stage, arguments, start, tmp_path):
-    more = ["--limit", 16, *(["--sources", "chatgpt"] if stage == "rewrite" else [])]
-    runs = {size: start(stage, *arguments(stage, *more, "--batch-size", size, "--output", tmp_path / f"{size}"))
-            for size in (1, 7, 64)}
-    finish_well(*runs.values())
-    one, seven, many = ((tmp_path / str(size)).read_bytes() for size in runs)
+    sizes, more = (1, 7, 64), ["--sources", "chatgpt"] if stage == "rewrite" else []
+    finish_well(*(start(stage, *arguments(stage, "--limit", 16, "--output", tmp_path / str(size),
+                                          "--batch-size", size, *more)) for size in sizes))
+    one, seven, many = ((tmp_path / str(size)).read_bytes() for size in sizes)
     assert one == seven == many
-    texts = [text for row in parse(one) for text in outputs(stage, row).values() if isinstance(text, str)]
+    texts = [text for row in parse(one) for text in outputs(row).values() if isinstance(text, str)]
     assert len(set(texts)) > 8
+
+
+def test_every_row_source_and_seed_draws_its_own(arguments, start, tmp_path):
+    """The same text again and again: other random numbers a row, a list's entry, a source and a seed."""
+    rows = write_jsonl(tmp_path / "in", [{"alt": ["red bike", "red bike"]}] * 20)
+    finish_well(*(start("rewrite", *arguments("rewrite", "--input", rows, "--output", tmp_path / str(seed),
+                                              "--seed", seed)) for seed in (0, 1)))
+    runs = [parse((tmp_path / str(seed)).read_bytes()) for seed in (0, 1)]
+    for field in ("rewrite_chatgpt", "rewrite_coco"):
+        first, second = ([row[field] for row in rows] for rows in runs)
+        assert first != second
+        assert len({text for texts in first for text in texts}) > 15
+        assert sum(texts[0] != texts[1] for texts in first) > 10
 
 
 # === B. end to end ==========================================================================================
@@ -492,16 +507,16 @@ def test_a_row_for_every_row(stage, folder, whole):
     assert len(data) > 9 * rewrite_llama.BLOCK
     rows = parse(whole(stage))
     assert_rows_kept(parse(data), rows)
-    made = [text for row in rows for value in outputs(stage, row).values()
+    made = [text for row in rows for value in outputs(row).values()
             for text in (value if isinstance(value, list) else [value])]
     assert len({text for text in made if text}) > (8 if stage == "caption" else 100)
     if stage == "caption":  # a caption is the picture's: not the row's, not its neighbours'
         assert len({(row["image"], row["vec"]) for row in rows}) == 16
     else:
         assert all(isinstance(row["alt"], list) == isinstance(value, list)
-                   for row in rows for value in outputs(stage, row).values())
+                   for row in rows for value in outputs(row).values())
     if stage == "rewrite":
-        assert all(set(outputs(stage, row)) == {"rewrite_chatgpt", "rewrite_coco"} for row in rows)
+        assert all(set(outputs(row)) == {"rewrite_chatgpt", "rewrite_coco"} for row in rows)
         reasons = {reason for row in rows if isinstance(row["alt"], str)
                    for reason in row.get("error", {}).values()}
         assert {"no end of line within --max-new-tokens", "empty"} <= reasons
@@ -552,7 +567,6 @@ def test_kills_leave_no_trace(stage, seed, arguments, start, whole, tmp_path):
             process.kill()
             process.join()
             kills += process.exitcode == -signal.SIGKILL
-        assert not (tmp_path / "out.jsonl").exists() or attempt
     assert kills
     finish_well(*launch(start, stage, arguments(stage), 3))
     assert (tmp_path / "out.jsonl").read_bytes() == whole(stage)
@@ -588,7 +602,10 @@ def test_killed_captioning_goes_on_and_leaves_no_workers(arguments, start, whole
     try:
         finish_well(*launch(start, "caption", arguments("caption"), 2))
         assert (tmp_path / "out.jsonl").read_bytes() == whole("caption")
-        assert not any(map(is_running, workers)), "the picture workers outlive their stage"
+        deadline = time.monotonic() + 20
+        while any(map(is_running, workers)):
+            assert time.monotonic() < deadline, "the picture workers outlive their stage"
+            time.sleep(0.05)
     finally:
         for pid in filter(is_running, workers):
             os.kill(pid, signal.SIGKILL)
@@ -679,21 +696,18 @@ def test_a_torn_partial_of_a_real_run(cut, folder, arguments, start, whole, tmp_
     assert not list(parts.glob("*.jsonl*"))
 
 
-def test_two_launches_do_not_write_one_file(arguments, start, tmp_path):
-    """The second of two same commands ends with one line; the first is not disturbed."""
-    first = start("rewrite", *arguments("rewrite"))
-    parts = tmp_path / "out.jsonl.parts"
-    wait_for(lambda: list(parts.glob("*.partial")), first)
-    os.kill(first.pid, signal.SIGSTOP)
-    stopped_at = list(parts.glob("*.partial"))
-    try:
-        second = finish(start("rewrite", *arguments("rewrite")))
-    finally:
-        os.kill(first.pid, signal.SIGCONT)
-    if stopped_at:  # else it was stopped between two files
-        assert second.returncode == 2 and "another process is writing" in second.stderr, second.stderr
-        assert "Traceback" not in second.stderr
-    finish_well(first)
+def test_two_launches_do_not_write_one_file(arguments, start, whole, tmp_path):
+    """A launch that finds another one writing its shard ends and leaves the file alone."""
+    partial = tmp_path / "out.jsonl.parts" / "00000.jsonl.partial"
+    partial.parent.mkdir()
+    partial.write_bytes(b"half a line of the other one")
+    with open(partial, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        done = finish(start("rewrite", *arguments("rewrite", "--limit", 23)))
+        assert done.returncode == 2 and "another process is writing" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and partial.read_bytes() == b"half a line of the other one"
+    finish_well(start("rewrite", *arguments("rewrite", "--limit", 23)))  # the lock goes with its owner
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole("rewrite").splitlines(True)[:23])
 
 
 # === C. faults ==============================================================================================
@@ -733,7 +747,8 @@ def test_rows_as_deep_as_the_parser_takes():
 HOSTILE = [
     "one line\nand\r\nanother", "a => b", "=>", "a ==>> b => =>", "\n\n\n", "USER: hi ASSISTANT: yes",
     "USER:: no", "ASSISTANT : : no", "USE=>R: no", "SYSTEM\n: no", "<image>", "a <image><image> b", "</s>",
-    "<s></s><|im_end|>", "before </s> after", "\0", "a\0b\x07\x1b[2J", "\ud800 alone", "\udfff", "a\u2028b\u2029c\x85d\x0bd\x0ce",
+    "<s></s><|im_end|>", "before </s> after", "\0", "a\0b\x07\x1b[2J", "\ud800 alone", "\udfff",
+    "a\u2028b\u2029c\x85d\x0bd\x0ce",
     "\u202eright to left\u202c \u200f\u05d0", "\ufeff\u200b", "", "   ", "{} {0} %s {alt}", "\\n\\u0000",
     "\U0001f431" * 30, "x" * 100_000, "red bike " * 11_000, 5, 1.5, None, True, {"a": "b"}, [],
     [None, "", 3, "red bike", "=>"], [["red bike"]], ["</s>\n=> USER:", None]]
@@ -768,11 +783,11 @@ def test_rewrites_of_hostile_texts(arguments, start, tmp_path):
     assert got[::2] == expected[::2]
     for row in got[1::2]:
         if not isinstance(row["alt"], (str, list)) or row["alt"] in EMPTY:
-            assert outputs("rewrite", row) == {"rewrite_chatgpt": None, "rewrite_coco": None}
+            assert outputs(row) == {"rewrite_chatgpt": None, "rewrite_coco": None}
             assert set(row["error"].values()) == {"empty input"}
         if isinstance(row["alt"], str) and len(row["alt"]) > 90_000:
             assert set(row["error"].values()) == {"input too long"}
-        for text in outputs("rewrite", row).values():
+        for text in outputs(row).values():
             assert not isinstance(text, str) or "\n" not in text
 
 
@@ -952,6 +967,7 @@ def save_faults(root):
     """Values of "image" that are no readable picture under the root. -> {value: a part of the reason}"""
     data = (root / "rgb.png").read_bytes()
     Image.fromarray(GRADIENT).save(root.parent / "outside.png")
+    Image.fromarray(GRADIENT).save(f"{root}-2.png")  # its path begins as the root's does
     os.symlink(root.parent / "outside.png", root / "escape.png")
     os.symlink(root.parent, root / "up")
     for name, content in (("empty.png", b""), ("cut.png", data[:len(data) // 2]), ("text.jpg", b"hello"),
@@ -960,7 +976,7 @@ def save_faults(root):
     Image.new("RGB", (6000, 1)).save(root / "line.png")  # 28 pixels high it would be 168,000 wide
     size = (root / "shard.tar").stat().st_size
     return {"../outside.png": "outside", "escape.png": "outside", "up/outside.png": "outside",
-            "./../x": "outside", str(root.parent / "outside.png"): "outside", "/etc/passwd": "outside",
+            "../root-2.png": "outside", str(root.parent / "outside.png"): "outside", "/etc/passwd": "outside",
             ".": "outside", "../outside.png@0+500": "outside", "": "no image", None: "no image",
             "missing.png": "FileNotFound", "empty.png": "Unidentified", "cut.png": "OSError",
             "text.jpg": "Unidentified", "svg.svg": "Unidentified", "bits.png": "Error", 7: "TypeError",
@@ -1146,14 +1162,14 @@ def test_changed_settings(stage, flags, mistake, begun):
 @pytest.fixture(scope="module")
 def begun(folder, start, tmp_path_factory):
     """begun(stage, more...) -> arguments whose --output a run with --limit 3 has finished."""
-    outputs = {}
+    folders = {}
 
     def begun(stage, *more):
-        if stage not in outputs:
-            outputs[stage] = tmp_path_factory.mktemp("begun")
-            shutil.copy(folder / "rows.jsonl", outputs[stage] / "in.jsonl")
-        command = arguments.__wrapped__(folder, outputs[stage])(stage, "--input", outputs[stage] / "in.jsonl")
-        if not (outputs[stage] / "out.jsonl").exists():
+        if stage not in folders:
+            folders[stage] = tmp_path_factory.mktemp("begun")
+            shutil.copy(folder / "rows.jsonl", folders[stage] / "in.jsonl")
+        command = usual_arguments(folder, folders[stage])(stage, "--input", folders[stage] / "in.jsonl")
+        if not (folders[stage] / "out.jsonl").exists():
             finish_well(start(stage, *command, "--limit", 3))
         return [*command, *more]
     return begun
