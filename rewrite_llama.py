@@ -148,6 +148,8 @@ def run_blocks(args, header, process):
     n_blocks = -(-end // BLOCK)
     shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
     names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
+    if is_finished(args, header):  # begun or even finished by another launch while the model was loading
+        return
     os.makedirs(args.output + ".parts", exist_ok=True)
     with open(f"{args.output}.parts/header.json.{rank}", "w") as f:
         json.dump(header, f, indent=1)

@@ -1,7 +1,6 @@
 """The captioning stages and their helpers: equal to references, the same bytes for any ranks and after any
 interruption, and no row lost whatever stands in it. All models are real transformers models, small ones."""
 import fcntl
-import io
 import json
 import math
 import multiprocessing
@@ -710,6 +709,26 @@ def test_two_launches_do_not_write_one_file(arguments, start, whole, tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole("rewrite").splitlines(True)[:23])
 
 
+def test_a_launch_with_other_settings_meanwhile(tmp_path, capfd):
+    """Loading a model takes minutes: what another launch has begun since the first look is checked again."""
+    (tmp_path / "in").write_bytes(b'{"alt": "red bike"}\n')
+    args = SimpleNamespace(input=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    header = {"end": 20, "blocks_per_shard": 1, "seed": 0}
+
+    def process(block, rows, progress):
+        for _, row in rows:
+            row["vec"] = "text"
+
+    assert not rewrite_llama.is_finished(args, header)
+    rewrite_llama.run_blocks(args, {**header, "seed": 1}, process)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        rewrite_llama.run_blocks(args, header, process)
+    assert "begun with seed = 1" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 # === C. faults ==============================================================================================
 
 NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
@@ -819,8 +838,8 @@ def test_cleaned_texts_cannot_break_a_prompt(clean, text):
 
 
 @pytest.fixture
-def seen_ids(monkeypatch):
-    """Watch a model: the token ids of every prompt that it reads, without padding."""
+def seen_ids():
+    """seen_ids(model) -> a list that gets the token ids of every prompt it reads, without padding."""
     def watch(model):
         prompts = []
 
@@ -1120,7 +1139,7 @@ def test_flag_values_that_cannot_be(stage, flags, arguments, mistake):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_missing_things_are_named(stage, arguments, mistake, folder, tmp_path):
+def test_missing_things_are_named(stage, arguments, mistake, tmp_path):
     mistake(stage, ["--output", tmp_path / "out.jsonl"], "--input")
     mistake(stage, arguments(stage, "--input", tmp_path / "absent.jsonl"), "--input", "absent.jsonl")
     mistake(stage, arguments(stage, "--input", tmp_path), "--input")
@@ -1146,19 +1165,6 @@ def test_output_from_something_else(stage, arguments, mistake, tmp_path):
     mistake(stage, arguments(stage), "out.jsonl", "exists")
 
 
-@pytest.mark.parametrize("stage, flags", [
-    ("rewrite", "--seed 1"), ("rewrite", "--sources coco chatgpt"), ("rewrite", "--temperature 0.8"),
-    ("rewrite", "--top-p 0.9"), ("rewrite", "--shots 2"), ("rewrite", "--batch-size 8"),
-    ("rewrite", "--dtype bf16"), ("rewrite", "--limit 4"), ("rewrite", "--max-new-tokens 11"),
-    ("caption", "--prompt What?"),
-    ("caption", "--max-new-tokens 11"), ("fuse", "--format chat"), ("fuse", "--max-alt-tokens 9"),
-    ("fuse", "--alt-field note")])
-def test_changed_settings(stage, flags, mistake, begun):
-    flag, *values = flags.split()
-    name = "end" if flag == "--limit" else flag[2:].replace("-", "_")
-    mistake(stage, begun(stage, "--limit", 3, flag, *values), f"begun with {name} = ")
-
-
 @pytest.fixture(scope="module")
 def begun(folder, start, tmp_path_factory):
     """begun(stage, more...) -> arguments whose --output a run with --limit 3 has finished."""
@@ -1173,6 +1179,19 @@ def begun(folder, start, tmp_path_factory):
             finish_well(start(stage, *command, "--limit", 3))
         return [*command, *more]
     return begun
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("rewrite", "--seed 1"), ("rewrite", "--sources coco chatgpt"), ("rewrite", "--temperature 0.8"),
+    ("rewrite", "--top-p 0.9"), ("rewrite", "--shots 2"), ("rewrite", "--batch-size 8"),
+    ("rewrite", "--dtype bf16"), ("rewrite", "--limit 4"), ("rewrite", "--max-new-tokens 11"),
+    ("caption", "--prompt What?"),
+    ("caption", "--max-new-tokens 11"), ("fuse", "--format chat"), ("fuse", "--max-alt-tokens 9"),
+    ("fuse", "--alt-field note")])
+def test_changed_settings(stage, flags, mistake, begun):
+    flag, *values = flags.split()
+    name = "end" if flag == "--limit" else flag[2:].replace("-", "_")
+    mistake(stage, begun(stage, "--limit", 3, flag, *values), f"begun with {name} = ")
 
 
 @pytest.mark.parametrize("stage", STAGES)
