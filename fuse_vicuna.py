@@ -83,7 +83,8 @@ def put_texts(row, field, like, results):
     texts, reasons = ([result[i] for result in results] for i in (0, 1))
     row[field] = texts if isinstance(like, list) else texts[0]
     if any(reasons):
-        earlier = row["error"] if isinstance(row.get("error"), dict) else {}
+        earlier = row.get("error") or {}
+        earlier = earlier if isinstance(earlier, dict) else {"row": earlier}  # the user's own: kept
         row["error"] = {**earlier, field: reasons if isinstance(like, list) else reasons[0]}
 
 
@@ -91,7 +92,7 @@ def make_header(args, reads, makes, settings):
     """What the output depends on: the input (size, hash of its first and last MiB, where to stop) and the settings."""
     if not os.path.isfile(args.input):
         die(f"--input {args.input}: no such file")
-    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[0] in "./"):  # no hub name either
+    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[:1] in "./"):  # no hub name either
         die(f"--model {args.model}: no such folder")
     with open(args.input, "rb") as f:
         rows = [parse_row(line)[0] for _, line in zip(range(1000), f)]
@@ -353,7 +354,8 @@ def main(argv=None):
         return print(f"{args.output} is finished")
 
     model, tokenizer = load_model(args.model, device, DTYPES[dtype])
-    stops = [tokenizer.eos_token_id]
+    ends = model.generation_config.eos_token_id  # a chat model may have several
+    stops = [*ends] if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
     if args.format == "pairs":
         pieces = tokenizer.batch_decode([[i] for i in range(model.config.vocab_size)])
         stops += [i for i, piece in enumerate(pieces) if "\n" in piece]

@@ -71,7 +71,8 @@ def filter_row(row, field, fields, rule):
         if any(reasons):
             texts = [None if reason else text for reason, text in zip(reasons, texts)]
             row[name] = texts if isinstance(value, list) else texts[0]
-            earlier = row["error"] if isinstance(row.get("error"), dict) else {}
+            earlier = row.get("error") or {}
+            earlier = earlier if isinstance(earlier, dict) else {"row": earlier}  # the user's own: kept
             row["error"] = {**earlier, name: reasons if isinstance(value, list) else reasons[0]}
     return counts
 

@@ -1370,3 +1370,10 @@ def test_tokenizer_mistakes(tmp_path):
         paths = [tmp_path / a if i < 2 else a for i, a in enumerate(arguments)]
         assert_mistake(run("data/make_tokenizer.py", *paths), word)
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+
+
+def test_a_users_own_error_is_kept(arguments, start, tmp_path):
+    rows = write_jsonl(tmp_path / "in", [{"alt": "", "error": "mine"}, {"alt": "red bike"}])
+    finish_well(start("rewrite", *arguments("rewrite", "--input", rows, "--sources", "chatgpt")))
+    row = parse((tmp_path / "out.jsonl").read_bytes())[0]
+    assert row["error"] == {"row": "mine", "rewrite_chatgpt": "empty input"}

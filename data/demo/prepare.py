@@ -180,8 +180,8 @@ def write_jsonl(path, rows):
 # models
 
 def estimate(out):
-    """What the whole demo will take here, from the speed of a matrix product; measured at 14 minutes where that runs
-    at 750 GFLOP/s in bf16, of which three do not depend on it."""
+    """A rough guess of what the whole demo takes here: 14 minutes where a matrix product runs at 750 GFLOP/s in bf16,
+    three of which are assumed not to depend on that speed."""
     import time
 
     import torch
