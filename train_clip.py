@@ -1,8 +1,10 @@
-"""Train CLIP on rewritten captions: CLIP, LaCLIP, LaCLIP-MT and VeCLIP differ only in the text a step sees.
+"""Train CLIP on rewritten captions: the methods differ in the text that a step sees, and little else.
 
     CLIP        --text alt
     LaCLIP      --text alt rewrite_chatgpt rewrite_bard rewrite_coco rewrite_human     arXiv 2305.20088, section 3.2
     LaCLIP-MT   the same with --loss multitext                                         arXiv 2305.20088, multi-text loss
+    SLIP        --text alt --ssl                                                       arXiv 2112.12750, section 3
+    LaSLIP      LaCLIP's texts with --ssl                                              arXiv 2305.20088, section 4
     VeCLIP      --text alt=0.5 vecap=0.5                                               arXiv 2310.07699, eq. 2
 
     torchrun --nproc_per_node 8 train_clip.py --captions cc3m.jsonl --image-root cc3m --text alt rewrite_chatgpt ... \\
@@ -11,7 +13,7 @@
         --batch-size 64 --steps 20 --out runs/try                           # a few seconds on a CPU
 
 OUT holds checkpoint.pt (the newest), metrics.jsonl, settings.json and bad_images.jsonl. Read on in the order in which
-data meets the code: rows, pictures, tokenizer, model, losses, the loop.
+data meets the code: rows, pictures, tokenizer, batches, model, losses, the loop.
 """
 import argparse
 import hashlib
@@ -25,7 +27,9 @@ import struct
 import sys
 import time
 from array import array
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import tokenizers
@@ -34,10 +38,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter, ImageOps
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.transforms import functional as TF
 from tqdm import tqdm
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, channels R, G, B in [0, 1]
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def die(message):
@@ -133,25 +136,29 @@ def texts_of(value):
 
 # === pictures =========================================================================================================
 
-def read_image(root, name):
-    """An RGB PIL image from a file under `root`, or from `shard.tar@OFFSET+SIZE`; transparency becomes white."""
+def open_image(root, name):
+    """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`."""
     member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name) if isinstance(name, str) else None
     path = os.path.realpath(os.path.join(root, member[1] if member else name))
     if not path.startswith(os.path.join(os.path.realpath(root), "")):
         raise ValueError("outside --image-root")
     with open(path, "rb") as f:
-        if member:
-            f.seek(int(member[2]))
-            f = io.BytesIO(f.read(int(member[3])))
-        image = ImageOps.exif_transpose(Image.open(f))
-        if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
-            raise ValueError(f"{image.width} x {image.height} pixels are no picture")
-        if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255
-            image = image.convert("I").point(lambda value: value / 257).convert("L")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        f.seek(int(member[2]) if member else 0)
+        image = Image.open(io.BytesIO(f.read(int(member[3]) if member else -1)))
+    if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
+        raise ValueError(f"{image.width} x {image.height} pixels are no picture")
+    return image
+
+
+def to_rgb(image):
+    """Any PIL image -> RGB, upright; transparency becomes white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def to_uint8(image):
@@ -159,24 +166,31 @@ def to_uint8(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def normalise(images, mean=MEAN, std=STD):
-    """uint8 [..., 3, H, W] -> float32, zero mean and unit variance a channel"""
+def normalise(images, mean, std):
+    """uint8 or float32 [..., 3, H, W] in 0..255 -> float32, zero mean and unit variance a channel"""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
     return (images.float() / 255 - mean) / std
 
 
 class EvalTransform:
-    """PIL image -> [3, S, S]: shorter side to S (bicubic), centre crop, normalised. OpenAI CLIP's."""
+    """PIL image -> [3, S, S]: shorter side to S, centre crop, normalised.
 
-    def __init__(self, image_size, mean=MEAN, std=STD):
-        self.image_size, self.mean, self.std = image_size, mean, std
+    resize "bicubic" is OpenAI CLIP's; "bilinear" is VeCLIP's, without antialias and with floats until the end."""
+
+    def __init__(self, config):
+        self.image_size, self.mean, self.std, self.resize = config.image_size, config.mean, config.std, config.resize
 
     def __call__(self, image):
         S, (w, h) = self.image_size, image.size
-        w, h = (S, S * h // w) if w <= h else (S * w // h, S)
-        image = image.resize((w, h), Image.BICUBIC)
-        left, top = round((w - S) / 2), round((h - S) / 2)
-        return normalise(to_uint8(image.crop((left, top, left + S, top + S))), self.mean, self.std)
+        if self.resize == "bilinear":
+            w, h = max(S, round(S * w / h)), max(S, round(S * h / w))
+            pixels = F.interpolate(to_uint8(image)[None].float(), (h, w), mode="bilinear")[0]
+            left, top = (w - S) // 2, (h - S) // 2
+        else:
+            w, h = (S, S * h // w) if w <= h else (S * w // h, S)
+            pixels = to_uint8(image.resize((w, h), Image.BICUBIC))
+            left, top = round((w - S) / 2), round((h - S) / 2)
+        return normalise(pixels[:, top:top + S, left:left + S], self.mean, self.std)
 
 
 def crop_box(w, h, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -192,13 +206,23 @@ def crop_box(w, h, rng, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
     return (w - cw) // 2, (h - ch) // 2, (w + cw) // 2, (h + ch) // 2
 
 
-def augment_crop(image, S, rng):
-    """LaCLIP's: RandomResizedCrop(scale 0.5-1), no flip, since captions say left and right. -> RGB [S, S]"""
-    return image.resize((S, S), Image.BICUBIC, box=crop_box(*image.size, rng))
+def augment_crop(image, S, rng, scale=(0.5, 1.0)):
+    """LaCLIP's: RandomResizedCrop(scale 0.5-1), no flip, since captions say left and right. -> RGB [S, S]
+
+    A JPEG of which the crop needs less than half the pixels a side is decoded at a half, a quarter or an eighth (DCT
+    scaling). The box is that of the whole picture; pixel values differ a little from those of a full decode."""
+    w, h = image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size  # lies on its side
+    left, top, right, bottom = crop_box(w, h, rng, scale)
+    shrink = max(1, min(right - left, bottom - top) // S)
+    image.draft(None, (image.width // shrink, image.height // shrink))
+    image = to_rgb(image)
+    x, y = image.width / w, image.height / h
+    return image.resize((S, S), Image.BICUBIC, box=(left * x, top * y, right * x, bottom * y))
 
 
 def augment_strong(image, S, rng):
     """For a few thousand drawings: rotate, scale, shift and shear, mix the colour channels, at times draw the edges."""
+    image = to_rgb(image)
     angle, (shear, dx, dy) = rng.uniform(-0.35, 0.35), rng.uniform(-0.15, 0.15, 3)
     zx, zy = np.array(image.size) / S * rng.uniform(0.8, 1.25) * rng.uniform(0.9, 1.1, 2)
     cos, sin = math.cos(angle), math.sin(angle)
@@ -213,6 +237,21 @@ def augment_strong(image, S, rng):
         mix[:] = mix.mean(0)  # grey
     mix /= mix.sum(1, keepdims=True)  # white stays white
     return image.convert("RGB", np.hstack([mix, np.zeros((3, 1))]).ravel().tolist())
+
+
+def augment_slip(image, S, rng):
+    """A view for SLIP's self-supervision; all figures are its release's (SimCLR's). -> RGB [S, S]"""
+    image = augment_crop(image, S, rng, scale=(0.08, 1.0))
+    if rng.random() < 0.8:  # colour jitter in any order
+        jitters = [(TF.adjust_brightness, rng.uniform(0.6, 1.4)), (TF.adjust_contrast, rng.uniform(0.6, 1.4)),
+                   (TF.adjust_saturation, rng.uniform(0.6, 1.4)), (TF.adjust_hue, rng.uniform(-0.1, 0.1))]
+        for i in rng.permutation(4):
+            image = jitters[i][0](image, jitters[i][1])
+    if rng.random() < 0.2:
+        image = TF.rgb_to_grayscale(image, 3)
+    if rng.random() < 0.5:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+    return TF.hflip(image) if rng.random() < 0.5 else image
 
 
 AUGMENTATIONS = {"crop": augment_crop, "strong": augment_strong}
@@ -276,14 +315,15 @@ class Samples(torch.utils.data.Dataset):
     """Sample number `position` of the run. Every random draw in it is a function of (seed, position) alone, so neither
     ranks nor workers nor a restart change what the model sees."""
 
-    def __init__(self, rows, image_root, text, transform, image_size, tokenizer, seed, per_epoch, every_text):
-        self.rows, self.image_root, self.fields, self.weights = rows, image_root, list(text), list(text.values())
-        self.transform, self.image_size, self.tokenizer = transform, image_size, tokenizer
-        self.seed, self.per_epoch, self.every_text = seed, per_epoch, every_text
+    def __init__(self, rows, image_root, text, alt_choice, augment, image_size, tokenizer, seed, per_epoch, multitext, ssl):
+        self.rows, self.image_root, self.fields, self.weights = rows, image_root, list(text), np.array(list(text.values()))
+        self.alt_choice, self.augment, self.image_size, self.tokenizer = alt_choice, augment, image_size, tokenizer
+        self.seed, self.per_epoch, self.multitext, self.ssl = seed, per_epoch, multitext, ssl
 
     def __getitem__(self, position):
-        """-> dict: image uint8 [3, S, S]; ids, one text's or (multitext) all M + 1; drawn, the index of the drawn one;
-        filled, how many were missing; bad, [(name, reason)] of rows that this one replaced."""
+        """-> dict: images uint8 [1, 3, S, S], or with ssl [3, ...], two more views; ids, one text's or (multitext) all
+        M + 1; drawn, the index of the drawn one; filled, how many were missing; bad, [(name, reason)] of rows that
+        this one replaced."""
         epoch, place = divmod(position, self.per_epoch)
         rng = np.random.default_rng([self.seed, epoch, place])
         index, bad = shuffled(place, len(self.rows), self.seed << 32 | epoch), []
@@ -293,37 +333,66 @@ class Samples(torch.utils.data.Dataset):
                 row = self.rows[index]
                 name = row.get("image", name)
                 sample = self.draw_texts(row, rng)
-                image = read_image(self.image_root, name)
-                break
+                image = open_image(self.image_root, name)
+                image = to_rgb(image) if self.ssl else image  # one decode for three crops
+                views = [self.augment(image, self.image_size, rng)]
+                views += [augment_slip(image, self.image_size, rng) for _ in range(2 * self.ssl)]
+                return {**sample, "images": torch.stack([to_uint8(view) for view in views]), "bad": bad}
             except UNREADABLE as e:
                 bad.append((name, f"{type(e).__name__}: {e}"))
                 index = int(rng.integers(len(self.rows)))
                 if len(bad) == 100:
                     raise RuntimeError(f"a hundred rows in a row are unusable, the last one: {bad[-1]}")
-        return {**sample, "image": to_uint8(self.transform(image, self.image_size, rng)), "bad": bad}
 
     def draw_texts(self, row, rng):
-        """aug_T of LaCLIP, mix of VeCLIP (eq. 2): a field by weight among those present, then one text of it."""
-        at = rng.random()  # the same place in every list: alt and what was made from it stay together
-        texts = [(found := texts_of(row.get(field))) and found[int(at * len(found))] for field in self.fields]
-        weights = np.array([weight if text else 0 for weight, text in zip(self.weights, texts)])
-        if not weights.sum():
+        """aug_T of LaCLIP (eq. 2), mix of VeCLIP (eq. 2): a field by weight among those that the row has.
+
+        Of an image with several AltTexts one is chosen first, the same for alt and all that was made from it."""
+        values = [row.get(field) for field in self.fields]
+        entries = max([len(value) for value in values if isinstance(value, list)], default=1)
+        versions = [[text_at(value, i) for value in values] for i in range(entries)]
+        weights = [np.array([text is not None for text in texts]) * self.weights for texts in versions]
+        usable = [i for i in range(entries) if weights[i].sum() > 0]
+        if not usable:
             raise BadRow(f"no text in {', '.join(self.fields)}")
-        drawn = int(rng.choice(len(texts), p=weights / weights.sum()))
-        if len(texts[drawn].split()) < 2 and (alt := texts_of(row.get("alt"))):
-            texts[drawn] = alt[int(at * len(alt))]  # LaCLIP's release: one word says too little
-        if not self.every_text:
+        at = rng.random()
+        i = usable[int(at * len(usable))]  # VeCLIP: one at random beats the one of the highest CLIP score
+        if self.alt_choice == "first":
+            i = usable[0]
+        elif self.alt_choice == "best" and len(usable) > 1:
+            i = max(usable, key=clip_scores(row, self.fields).__getitem__)
+        texts = versions[i]
+        drawn = int(rng.choice(len(texts), p=weights[i] / weights[i].sum()))
+        if len(texts[drawn].split()) < 2 and (alt := text_at(row.get("alt"), i)):
+            texts[drawn] = alt  # LaCLIP's release: one word says too little
+        if not self.multitext:
             return {"ids": [self.tokenizer.encode(texts[drawn])], "drawn": 0, "filled": 0}
         first = next(filter(None, texts))
         ids = [self.tokenizer.encode(text or first) for text in texts]
-        return {"ids": ids, "drawn": drawn, "filled": sum(not text for text in texts)}
+        return {"ids": ids, "drawn": drawn, "filled": sum(text is None for text in texts)}
+
+
+def text_at(value, i):
+    """Entry i of a caption field, None if there is no text; one text stands for every entry."""
+    text = value if not isinstance(value, list) else value[i] if i < len(value) else None
+    return text if isinstance(text, str) and text.strip() else None
+
+
+def clip_scores(row, fields):
+    """One number an entry: the `clip_score` that eval_retrieval.py --score wrote for the first list among the fields."""
+    scores = row.get("clip_score")
+    scores = scores if isinstance(scores, dict) else {}
+    for field in fields:
+        if isinstance(row.get(field), list) and len(scores.get(field) or []) == len(row[field]):
+            return [-math.inf if score is None else score for score in scores[field]]
+    raise BadRow("several texts, but no clip_score: eval_retrieval.py --score writes it")
 
 
 def collate(samples):
-    """-> image uint8 [n, 3, S, S], tokens [(M + 1) n, L] version by version, drawn [n], filled, bad"""
-    versions = zip(*(sample["ids"] for sample in samples))
-    return {"image": torch.stack([sample["image"] for sample in samples]),
-            "tokens": pad([ids for version in versions for ids in version]),
+    """-> images uint8 [n, 1 or 3, 3, S, S], tokens [n, 1 or M + 1, L], drawn [n], filled, bad"""
+    texts, K = pad([ids for sample in samples for ids in sample["ids"]]), len(samples[0]["ids"])
+    return {"images": torch.stack([sample["images"] for sample in samples]),
+            "tokens": texts.view(len(samples), K, -1),
             "drawn": torch.tensor([sample["drawn"] for sample in samples]),
             "filled": sum(sample["filled"] for sample in samples),
             "bad": [bad for sample in samples for bad in sample["bad"]]}
@@ -333,19 +402,31 @@ def one_thread(worker):
     torch.set_num_threads(1)
 
 
-class Positions:
-    """This rank's share of every global batch: lists of positions, from step `start` on."""
+class Pieces:
+    """This rank's share of every global batch from step `start` on: lists of at most 256 positions, so that what workers
+    hold ahead does not grow with the batch and the first one is soon there."""
 
-    def __init__(self, start, steps, batch_size, rank, world):
-        self.start, self.steps, self.batch_size, self.n, self.rank = start, steps, batch_size, batch_size // world, rank
+    def __init__(self, start, steps, batch_size, rank, world, size=256):
+        self.steps, self.batch_size, self.n, self.rank, self.size = range(start, steps), batch_size, batch_size // world, rank, size
+        self.per_step = -(-self.n // size)
 
     def __iter__(self):
-        for step in range(self.start, self.steps):
+        for step in self.steps:
             first = step * self.batch_size + self.rank * self.n
-            yield list(range(first, first + self.n))
+            for at in range(first, first + self.n, self.size):
+                yield list(range(at, min(at + self.size, first + self.n)))
 
     def __len__(self):
-        return self.steps - self.start
+        return len(self.steps) * self.per_step
+
+
+def join(pieces, device):
+    """The pieces of a step -> its batch; pictures go to the device, tokens stay: packing them is the host's work."""
+    length = max(piece["tokens"].shape[-1] for piece in pieces)
+    return {"images": torch.cat([piece["images"].to(device, non_blocking=True) for piece in pieces]),
+            "tokens": torch.cat([F.pad(piece["tokens"], (0, length - piece["tokens"].shape[-1])) for piece in pieces]),
+            "drawn": torch.cat([piece["drawn"] for piece in pieces]).to(device),
+            "filled": sum(piece["filled"] for piece in pieces), "bad": [bad for piece in pieces for bad in piece["bad"]]}
 
 
 # === model: OpenAI CLIP's, parameter names included ===================================================================
@@ -363,8 +444,18 @@ class Config:
     text_heads: int = 8
     context_length: int = 77
     vocab_size: int = 49408
-    eot_id: int = 49407
-    quick_gelu: bool = False  # OpenAI's own weights and Hugging Face's CLIPModel: True; open_clip's presets: False
+    eot_id: int = 49407  # a text's feature is taken there; -1: at its highest id, as in HF configs with eos_token_id 2
+    # what differs between families; the defaults are open_clip's
+    vision_quick_gelu: bool = False  # OpenAI's own weights: True in both towers
+    text_quick_gelu: bool = False
+    vision_eps: float = 1e-5  # of LayerNorm
+    text_eps: float = 1e-5
+    pre_norm: bool = True  # a LayerNorm before the image blocks
+    patch_bias: bool = False
+    qk_norm: bool = False  # a LayerNorm on every head's queries and keys in the image tower
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of the training pictures, R, G, B in [0, 1]
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    resize: str = "bicubic"  # see EvalTransform
 
 
 PRESETS = {  # as open_clip has them; parameters with OpenAI's vocabulary
@@ -377,30 +468,37 @@ PRESETS = {  # as open_clip has them; parameters with OpenAI's vocabulary
                      text_width=768, text_heads=12),  # 428 M
     "ViT-H/14": dict(embed_dim=1024, patch_size=14, vision_width=1280, vision_layers=32, vision_heads=16,
                      text_width=1024, text_layers=24, text_heads=16),  # 986 M
+    # LaCLIP's release, whose image tower is timm's; 150 M. The initial weights are drawn as for the others
+    "ViT-B/16-laclip": dict(patch_size=16, qk_norm=True, pre_norm=False, patch_bias=True, vision_eps=1e-6,
+                            text_quick_gelu=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
 
 
 class Attention(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, eps=1e-5, qk_norm=False):
         super().__init__()
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.q_norm, self.k_norm = (nn.LayerNorm(width // heads, eps) if qk_norm else nn.Identity() for _ in "qk")
 
-    def forward(self, x, causal):
-        B, L, W = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, L, 3 W]
-        q, k, v = qkv.view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # each [B, heads, L, W / heads]
-        if x.is_cpu:  # the formula: a bf16 step takes half as long as with torch's fused kernel, an fp32 one as long
-            # (nano preset: tests/bench/attention.py)
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, heads, L, L]
-            if causal:
-                scores = scores + torch.full((L, L), -torch.inf).triu(1)
-            x = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(x.transpose(1, 2).reshape(B, L, W))
+    def forward(self, x, groups, causal):
+        """x [T, W], sequences one behind another without padding; groups [(B, L), ...]: B of them have length L"""
+        W, out = x.shape[-1], []
+        x = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [T, 3 W]
+        for part, (B, L) in zip(x.split([B * L for B, L in groups]), groups):
+            q, k, v = part.view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # [B, heads, L, W / heads]
+            q, k = self.q_norm(q), self.k_norm(k)
+            if x.is_cpu:  # the formula: in bf16 a nano step takes half as long as with torch's fused kernel, in fp32
+                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # as long (tests/bench/attention.py)
+                if causal:
+                    scores = scores + torch.full((L, L), -torch.inf).triu(1)
+                part = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+            else:
+                part = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            out.append(part.transpose(1, 2).reshape(B * L, W))
+        return self.out_proj(torch.cat(out))
 
 
 class QuickGELU(nn.Module):
@@ -409,54 +507,58 @@ class QuickGELU(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    def __init__(self, width, heads, activation):
+    def __init__(self, width, heads, quick_gelu, eps, qk_norm):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads, eps, qk_norm)
+        self.ln_2 = nn.LayerNorm(width, eps)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", activation())
+        self.mlp.add_module("gelu", QuickGELU() if quick_gelu else nn.GELU())
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
 
-    def forward(self, x, causal):
-        x = x + self.attn(self.ln_1(x), causal)
+    def forward(self, x, groups, causal):
+        x = x + self.attn(self.ln_1(x), groups, causal)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, heads, activation):
+    def __init__(self, width, layers, heads, quick_gelu, eps, qk_norm=False):
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, heads, quick_gelu, eps, qk_norm) for _ in range(layers))
+        self.grad_checkpointing = False
         for block in self.resblocks:  # OpenAI CLIP's scales
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
 
-    def forward(self, x, causal):
+    def forward(self, x, groups, causal):
         for block in self.resblocks:
-            x = block(x, causal)
+            x = checkpoint(block, x, groups, causal, use_reentrant=False) if self.grad_checkpointing \
+                else block(x, groups, causal)
         return x
 
 
 class VisionTransformer(nn.Module):
-    def __init__(self, c, activation):
+    def __init__(self, c):
         super().__init__()
         W, patches = c.vision_width, (c.image_size // c.patch_size) ** 2
-        self.conv1 = nn.Conv2d(3, W, c.patch_size, c.patch_size, bias=False)
+        self.conv1 = nn.Conv2d(3, W, c.patch_size, c.patch_size, bias=c.patch_bias)
         self.class_embedding = nn.Parameter(torch.randn(W) * W ** -0.5)
         self.positional_embedding = nn.Parameter(torch.randn(patches + 1, W) * W ** -0.5)
-        self.ln_pre = nn.LayerNorm(W)
-        self.transformer = Transformer(W, c.vision_layers, c.vision_heads, activation)
-        self.ln_post = nn.LayerNorm(W)
+        self.ln_pre = nn.LayerNorm(W, c.vision_eps) if c.pre_norm else nn.Identity()
+        self.transformer = Transformer(W, c.vision_layers, c.vision_heads, c.vision_quick_gelu, c.vision_eps, c.qk_norm)
+        self.ln_post = nn.LayerNorm(W, c.vision_eps)
         self.proj = nn.Parameter(torch.randn(W, c.embed_dim) * W ** -0.5)
 
     def forward(self, x):
-        x = self.conv1(x).flatten(2).transpose(1, 2)  # [B, 3, S, S] -> [B, W, S/p, S/p] -> [B, patches, W]
+        """[B, 3, S, S] -> [B, W], before the projection"""
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # [B, W, S/p, S/p] -> [B, patches, W]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x), causal=False)
-        return self.ln_post(x[:, 0]) @ self.proj  # [B, embed_dim]
+        B, L, W = x.shape
+        x = self.transformer(self.ln_pre(x).view(B * L, W), [(B, L)], causal=False)
+        return self.ln_post(x.view(B, L, W)[:, 0])
 
 
 class CLIP(nn.Module):
@@ -465,31 +567,50 @@ class CLIP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        activation = QuickGELU if c.quick_gelu else nn.GELU
-        self.visual = VisionTransformer(c, activation)
+        self.visual = VisionTransformer(c)
         self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
         self.positional_embedding = nn.Parameter(torch.randn(c.context_length, c.text_width) * 0.01)
-        self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, activation)
-        self.ln_final = nn.LayerNorm(c.text_width)
+        self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, c.text_quick_gelu, c.text_eps)
+        self.ln_final = nn.LayerNorm(c.text_width, c.text_eps)
         self.text_projection = nn.Parameter(torch.randn(c.text_width, c.embed_dim) * c.text_width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # ln(1 / tau)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images):
         """[B, 3, S, S], normalised pixels -> [B, embed_dim], not normalised"""
-        return self.visual(images)
+        return self.visual(images) @ self.visual.proj
 
     def encode_text(self, tokens):
-        """[B, L] ids with L <= context_length -> [B, embed_dim], not normalised: the feature at the first end token"""
-        x = self.token_embedding(tokens) + self.positional_embedding[:tokens.shape[1]]  # [B, L, W]
-        x = self.transformer(x, causal=True)
-        end = (tokens == self.config.eot_id).int().argmax(-1)
-        return self.ln_final(x[torch.arange(len(x), device=x.device), end]) @ self.text_projection
+        """[B, L] ids with L <= context_length -> [B, embed_dim], not normalised: the feature at the first end token.
+
+        Attention is causal, so what stands behind that token has no effect and is not computed: the texts are packed one
+        behind another, from the shortest to the longest, and each costs its own tokens. Padding to 77 gives the same."""
+        device, tokens = self.logit_scale.device, tokens.cpu()
+        end = tokens == (self.config.eot_id if self.config.eot_id >= 0 else tokens.max(1, keepdim=True).values)
+        lengths, order = (end.int().argmax(-1) + 1).sort()
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        kept = positions < lengths[:, None]
+        ids, positions = tokens[order][kept].to(device), positions[kept].to(device)  # [T]
+        groups = list(zip(*(x.tolist() for x in lengths.unique_consecutive(return_counts=True)[::-1])))
+        x = self.token_embedding(ids) + self.positional_embedding[positions]  # [T, W]
+        x = self.transformer(x, groups, causal=True)
+        ends = lengths.cumsum(0) - 1
+        return self.ln_final(x[ends[order.argsort()].to(device)]) @ self.text_projection
 
     def forward(self, images, tokens):
-        """-> image features [n, d] and text features [m, d], both of unit length, and 1 / tau"""
-        return (F.normalize(self.encode_image(images).float(), dim=-1),
-                F.normalize(self.encode_text(tokens).float(), dim=-1), self.logit_scale.exp())
+        """images [n, 1 or 3, 3, S, S] in 0..255, tokens [n, K, L] -> image features [n, d] and text features [n, K, d]
+        of unit length, the image tower's features of further views [n, 0 or 2, W], and 1 / tau"""
+        n, V = images.shape[:2]
+        x = self.visual(normalise(images.flatten(0, 1), self.config.mean, self.config.std)).view(n, V, -1)
+        texts = self.encode_text(tokens.flatten(0, 1)).view(n, tokens.shape[1], -1)
+        return (F.normalize((x[:, 0] @ self.visual.proj).float(), dim=-1), F.normalize(texts.float(), dim=-1),
+                x[:, 1:].float(), self.logit_scale.exp())
+
+
+def projection_head(width):
+    """SLIP's, on the image tower's features: three layers with BatchNorm after the first two (its release)."""
+    return nn.Sequential(nn.Linear(width, 4096), nn.BatchNorm1d(4096), nn.ReLU(),
+                         nn.Linear(4096, 4096), nn.BatchNorm1d(4096), nn.ReLU(), nn.Linear(4096, 256))
 
 
 # === losses ===========================================================================================================
@@ -515,12 +636,28 @@ def gather(x):
     return Gather.apply(x) if dist.is_initialized() else x
 
 
-def info_nce(queries, keys, scale):
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def info_nce(queries, keys, scale, itself=0):
     """-1/n sum_i log( exp(q_i . k_i / tau) / sum_k exp(q_i . k_k / tau) ): this rank's queries [n, d] against the keys
-    of all ranks [N, d]. The mean over ranks, which DDP takes of the gradients, is the loss of the global batch."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    labels = torch.arange(len(queries), device=queries.device) + rank * len(queries)
-    return F.cross_entropy(scale * queries @ keys.T, labels)
+    of all ranks [N, d]. The mean over ranks, which DDP takes of the gradients, is the loss of the global batch.
+
+    If `itself` is given, the key that many places behind the right one is the query and no negative. A similarity matrix
+    of more than 2^25 numbers (128 MiB) is made in blocks of rows, each again in the backward pass."""
+    labels = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+
+    def block(queries, labels):
+        logits = scale * queries @ keys.T
+        if itself:
+            logits = logits.scatter(1, labels[:, None] + itself, -math.inf)
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    rows = max(1, 2 ** 25 // len(keys))
+    if rows < len(queries):
+        block = partial(checkpoint, block, use_reentrant=False)
+    return sum(block(*part) for part in zip(queries.split(rows), labels.split(rows))) / len(queries)
 
 
 def clip_loss(images, texts, scale):
@@ -531,27 +668,44 @@ def clip_loss(images, texts, scale):
 
 
 def multitext_loss(images, texts, drawn, scale):
-    """LaCLIP-MT: L = (L_I* + L_T) / 2. images [n, d], texts [M + 1, n, d], drawn [n] in 0..M -> scalar
+    """LaCLIP-MT: L = (L_I* + L_T) / 2. images [n, d], texts [n, M + 1, d], drawn [n] in 0..M -> scalar
 
     L_I* compares an image with all its M + 1 texts, text j against the texts j of the other images; L_T uses the drawn
     text, as in LaCLIP. The paper writes 1/M before a sum of M + 1 terms (j = 0..M, original included); this is the
     mean, 1/(M + 1), so that L_I* weighs as much as L_T and equals L_I when all texts of an image are the same."""
-    loss_i = torch.stack([info_nce(images, gather(version), scale) for version in texts]).mean()
-    text = texts[drawn, torch.arange(len(drawn), device=drawn.device)]
+    loss_i = torch.stack([info_nce(images, gather(version), scale) for version in texts.unbind(1)]).mean()
+    text = texts[torch.arange(len(drawn), device=drawn.device), drawn]
     return (loss_i + info_nce(text, gather(images), scale)) / 2
+
+
+def simclr_loss(head, views, temperature=0.1):
+    """SLIP's self-supervision: NT-Xent, mean over both views. views [n, 2, W] from the image tower -> scalar
+
+    A view finds the other view of its image among both views of all images, itself left out. BatchNorm needs the whole
+    batch: every rank runs the head on the features of all ranks, as one process would."""
+    n = len(views)
+    views = gather(views)  # [N, 2, W]
+    z = F.normalize(head(views.flatten(0, 1)).float(), dim=-1).view(len(views), 2, -1)
+    mine = z[rank() * n:(rank() + 1) * n]
+    losses = [info_nce(mine[:, a], torch.cat([z[:, 1 - a], z[:, a]]), 1 / temperature, itself=len(z)) for a in (0, 1)]
+    return (losses[0] + losses[1]) / 2
 
 
 # === checkpoints ======================================================================================================
 
-def save_checkpoint(path, model, optimizer, step, settings, tokenizer):
+def save_checkpoint(path, model, tokenizer, **more):
     """Complete or absent: a temporary name, synced, then renamed."""
-    with open(path + ".tmp", "wb") as f:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                    "settings": settings, "config": asdict(model.config), "tokenizer": tokenizer.json_text,
-                    "transform": {"image_size": model.config.image_size, "mean": MEAN, "std": STD}}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save({"model": model.state_dict(), "config": asdict(model.config), "tokenizer": tokenizer.json_text,
+                        **more}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:  # a full disk: torch raises either
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        die(f"{path} could not be written, the one before it is kept: {e}")
 
 
 def read_checkpoint(path, device="cpu"):
@@ -562,18 +716,21 @@ def read_checkpoint(path, device="cpu"):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # torch raises a different class for every way in which a file is not one of its own
         die(f"{path} is not a checkpoint of train_clip.py: {type(e).__name__}: {e}")
-    if missing := {"model", "config", "tokenizer", "transform"} - set(checkpoint):
+    if missing := {"model", "config", "tokenizer"} - set(checkpoint):
         die(f"{path} is not a checkpoint of train_clip.py: it has no {', '.join(sorted(missing))}")
     return checkpoint
 
 
 def load_checkpoint(path, device="cpu"):
     """-> (model in eval mode, tokenizer, transform): all that evaluation needs."""
-    checkpoint = read_checkpoint(path, device)
-    model = CLIP(Config(**checkpoint["config"])).to(device)
-    model.load_state_dict(checkpoint["model"])
-    tokenizer = Tokenizer(checkpoint["tokenizer"], model.config.context_length)
-    return model.eval(), tokenizer, EvalTransform(**checkpoint["transform"])
+    state = read_checkpoint(path, device)
+    try:
+        model = CLIP(Config(**state["config"])).to(device)
+        model.load_state_dict(state["model"])
+    except (TypeError, RuntimeError) as e:
+        die(f"{path} does not fit its own config: {e}")
+    tokenizer = Tokenizer(state["tokenizer"], model.config.context_length)
+    return model.eval(), tokenizer, EvalTransform(model.config)
 
 
 # === features, for the evaluations ====================================================================================
@@ -603,7 +760,7 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, i):
         """-> [3, S, S], or the reason why there is none"""
         try:
-            return self.transform(read_image(self.root, self.names[i]))
+            return self.transform(to_rgb(open_image(self.root, self.names[i])))
         except UNREADABLE as e:
             return f"{type(e).__name__}: {e}"
 
@@ -654,14 +811,18 @@ def parse_text(specs):
 
 
 def check_rows(rows, fields):
-    """Stop before training if a field has no text in the first thousand rows of any file."""
+    """Stop before training if the first thousand rows of a file have none of the fields, or those of all files lack one."""
     missing = set(fields)
-    for start, end in zip([0, *rows.ends], rows.ends):
+    for path, start, end in zip(rows.paths, [0, *rows.ends], rows.ends):
+        found = set()
         for i in range(start, min(start + 1000, end)):
             try:
-                missing -= {field for field in missing if texts_of(rows[i].get(field))}
+                found |= {field for field in fields if texts_of(rows[i].get(field))}
             except BadRow:
                 continue
+        if not found:
+            die(f"--text {' '.join(fields)}: none of them has a text in the first 1,000 rows of {path}")
+        missing -= found
     if missing:
         die(f"--text {' '.join(sorted(missing))}: no text in the first 1,000 rows of {' '.join(rows.paths)}")
 
@@ -680,6 +841,8 @@ def parse_args(argv):
     add("--captions", nargs="+", required=True, metavar="JSONL", help="one or more files, together one data set")
     add("--image-root", required=True, help="the folder that the rows' image paths start from")
     add("--text", nargs="+", default=["alt"], metavar="FIELD[=WEIGHT]", help="fields to draw a text from (default: alt)")
+    add("--alt-choice", choices=["random", "first", "best"], default="random",
+        help="of an image with several AltTexts; best: the highest clip_score (default: %(default)s)")
     add("--augment", choices=AUGMENTATIONS, default="crop", help="crop: LaCLIP's; strong: for small sets of drawings")
     add("--workers", type=int, default=4, help="processes a rank that read pictures, 0: none (default: %(default)s)")
     add("--max-bad", type=float, default=0.01, help="stop above this share of unusable rows (default: %(default)s)")
@@ -689,7 +852,10 @@ def parse_args(argv):
     add("--tokenizer", default="openai/clip-vit-base-patch32", help="hub name, folder or tokenizer.json")
     add = parser.add_argument_group("training; defaults are LaCLIP's release for CC3M and CC12M").add_argument
     add("--loss", choices=["infonce", "multitext"], default="infonce", help="multitext: LaCLIP-MT")
+    add("--ssl", action="store_true", help="add SLIP's loss on two more views of every image (SLIP, LaSLIP)")
     add("--batch-size", type=int, default=8192, help="global, over all ranks (default: %(default)s)")
+    add("--micro-batch", type=int, metavar="N", help="images that a rank holds at a time; same loss and gradients, a second "
+        "forward pass (GradCache; default: all of its share)")
     add("--epochs", type=float, default=40, help="passes over the rows, without the last partial batch (default: 40)")
     add("--steps", type=int, help="steps, instead of --epochs")
     add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
@@ -698,6 +864,8 @@ def parse_args(argv):
     add("--eps", type=float, default=1e-8)
     add("--warmup", type=int, help="steps of linear warm-up (default: one epoch)")
     add("--precision", choices=["fp32", "bf16"], default="bf16", help="bf16: autocast; weights and loss stay fp32")
+    add("--grad-checkpointing", action="store_true", help="keep no activations inside blocks, compute them again")
+    add("--compile", action="store_true", help="torch.compile the image tower; the text tower's shapes change every step")
     add("--seed", type=int, default=0)
     add = parser.add_argument_group("run").add_argument
     add("--out", required=True, help="folder of checkpoint, metrics and settings")
@@ -734,31 +902,68 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
     return x
 
 
-def resumed_checkpoint(args, settings, tokenizer):
+def resumed_state(args, settings, tokenizer):
     """The checkpoint to go on from, or None for a new run; one that was made otherwise is a user's mistake."""
     newest = os.path.join(args.out, "checkpoint.pt")
     if not args.resume and os.path.isdir(args.out) and os.listdir(args.out):
         die(f"--out {args.out} is not empty: --resume auto goes on with it, or choose another folder")
     if not args.resume or args.resume == "auto" and not os.path.exists(newest):
         return None
-    checkpoint = read_checkpoint(newest if args.resume == "auto" else args.resume)
+    state = read_checkpoint(newest if args.resume == "auto" else args.resume)
+    if "optimizer" not in state:
+        die(f"--resume {args.resume}: weights alone, converted or exported; there is no run to go on with")
     for name, value in settings.items():
-        if (before := checkpoint["settings"].get(name)) != value:
+        if (before := state["settings"].get(name)) != value:
             die(f"--resume: the checkpoint was made with {name} = {before!r}, now it is {value!r}")
-    if checkpoint["tokenizer"] != tokenizer.json_text:
+    if state["tokenizer"] != tokenizer.json_text:
         die(f"--resume: the checkpoint was made with another tokenizer than {args.tokenizer}")
-    return checkpoint
+    return state
 
 
-def open_metrics(path, step):
-    """metrics.jsonl to append to, without the lines behind the checkpoint's step."""
-    kept = []
-    if os.path.exists(path):
-        with open(path) as f:
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-    f = open(path, "w")
-    f.writelines(kept)
-    return f
+def open_log(path, step):
+    """A JSONL file to append to, cut back to the lines up to `step`; what a kill left unfinished goes too."""
+    f, end = open(path, "a+b"), 0
+    f.seek(0)
+    for line in f:
+        try:
+            if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                break
+        except ValueError:
+            break
+        end += len(line)
+    f.truncate(end)
+    f.close()
+    return open(path, "a", buffering=1)  # line by line; all ranks append to the same file
+
+
+def backward(model, towers, objective, batch, micro_batch, precision):
+    """Loss of the batch; its gradients into .grad. `towers` is the model, under DDP if there are several ranks.
+
+    More than one chunk is GradCache (Gao et al. 2021): all features without gradients, the loss of the whole batch and
+    its gradients with respect to them, then every chunk again, to carry these on into the towers."""
+    autocast = partial(torch.autocast, batch["images"].device.type, torch.bfloat16, enabled=precision == "bf16")
+    chunks = list(zip(batch["images"].split(micro_batch), batch["tokens"].split(micro_batch)))
+    if len(chunks) == 1:
+        with autocast():
+            loss = objective(*towers(*chunks[0]), batch["drawn"])
+        loss.backward()
+        return loss.detach()
+
+    with torch.no_grad(), autocast():
+        *features, scales = zip(*(model(*chunk) for chunk in chunks))
+    features = [torch.cat(parts).requires_grad_() for parts in features]
+    scale = scales[0].requires_grad_()
+    with autocast():
+        loss = objective(*features, scale, batch["drawn"])
+    loss.backward()
+    gradients = zip(*(feature.grad.split(micro_batch) for feature in features))
+    for i, (chunk, gradient) in enumerate(zip(chunks, gradients)):
+        last = i == len(chunks) - 1
+        with nullcontext() if last or towers is model else towers.no_sync():  # ranks talk once
+            with autocast():
+                outputs = towers(*chunk)
+            torch.autograd.backward(outputs, [*gradient, scale.grad / len(chunks)])
+    return loss.detach()
 
 
 def main(argv=None):
@@ -769,6 +974,8 @@ def main(argv=None):
     # the user's mistakes, before anything is written
     if args.batch_size < 1 or args.batch_size % world:
         die(f"--batch-size {args.batch_size} does not divide by the number of ranks, {world}")
+    if args.micro_batch is not None and args.micro_batch < 1:
+        die(f"--micro-batch {args.micro_batch}: expected 1 or more")
     for path in args.captions:
         if not os.path.isfile(path):
             die(f"--captions {path}: no such file")
@@ -786,71 +993,79 @@ def main(argv=None):
     warmup = args.warmup if args.warmup is not None else steps_per_epoch
     config = Config(**PRESETS[args.model], vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
     config.image_size = args.image_size or config.image_size
-    settings = {"rows": len(rows), "bytes": rows.sizes, "text": fields, "steps": steps, "warmup": warmup}  # what changes the mathematics
-    settings |= {name: getattr(args, name) for name in ("model", "image_size", "loss", "augment", "batch_size", "lr", "wd",
-                                                        "beta2", "eps", "precision", "seed")}
-    checkpoint = resumed_checkpoint(args, settings, tokenizer)
-    start = checkpoint["step"] if checkpoint else 0
+    settings = {"rows": len(rows), "bytes": rows.sizes, "text": fields, "steps": steps, "warmup": warmup,  # what changes
+                "image_size": config.image_size}                                                     # the mathematics
+    settings |= {name: getattr(args, name) for name in ("model", "loss", "ssl", "alt_choice", "augment", "batch_size", "lr",
+                                                        "wd", "beta2", "eps", "precision", "seed")}
+    state = resumed_state(args, settings, tokenizer)
+    start = state["step"] if state else 0
     if start >= steps:
         return print(f"{args.out} is finished: {start} steps") if rank == 0 else None
 
     # model, optimizer, data
     torch.manual_seed(args.seed)
     model = CLIP(config).to(device)
+    head = projection_head(config.vision_width).to(device) if args.ssl else nn.Identity()
     decay, no_decay = [], []
-    for parameter in model.parameters():
+    for parameter in [*model.parameters(), *head.parameters()]:
         (decay if parameter.ndim > 1 else no_decay).append(parameter)
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.wd}, {"params": no_decay, "weight_decay": 0}],
-                                  lr=args.lr, betas=(0.9, args.beta2), eps=args.eps)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    parallel = nn.parallel.DistributedDataParallel(model, device_ids=[device] if "cuda" in device else None) \
+                                  lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
+    if state:
+        model.load_state_dict(state["model"])
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        del state
+    model.visual.transformer.grad_checkpointing = model.transformer.grad_checkpointing = args.grad_checkpointing
+    if args.compile:
+        model.visual.compile()  # in place: names in the checkpoint stay as they are
+    towers = nn.parallel.DistributedDataParallel(model, device_ids=[device] if "cuda" in device else None) \
         if world > 1 else model
-    samples = Samples(rows, args.image_root, fields, AUGMENTATIONS[args.augment], config.image_size, tokenizer,
-                      args.seed, steps_per_epoch * args.batch_size, args.loss == "multitext")
-    loader = torch.utils.data.DataLoader(
-        samples, batch_sampler=Positions(start, steps, args.batch_size, rank, world), num_workers=args.workers,
-        collate_fn=collate, pin_memory="cuda" in device, worker_init_fn=one_thread)
+    samples = Samples(rows, args.image_root, fields, args.alt_choice, AUGMENTATIONS[args.augment], config.image_size,
+                      tokenizer, args.seed, steps_per_epoch * args.batch_size, args.loss == "multitext", args.ssl)
+    pieces = Pieces(start, steps, args.batch_size, rank, world)
+    loader = iter(torch.utils.data.DataLoader(
+        samples, batch_sampler=pieces, num_workers=args.workers, collate_fn=collate, pin_memory="cuda" in device,
+        worker_init_fn=one_thread, prefetch_factor=1 + -(-pieces.per_step // args.workers) if args.workers else None))
+
+    def objective(images, texts, views, scale, drawn):
+        loss = multitext_loss(images, texts, drawn, scale) if args.loss == "multitext" else \
+            clip_loss(images, texts[:, 0], scale)
+        return loss + simclr_loss(head, views) if args.ssl else loss  # SLIP eq. 3, weight 1
 
     os.makedirs(args.out, exist_ok=True)
-    bad_images = open(os.path.join(args.out, "bad_images.jsonl"), "a", buffering=1)  # all ranks append whole lines
     if rank == 0:
         with open(os.path.join(args.out, "settings.json"), "w") as f:
             json.dump({**settings, "command": sys.argv, "torch": torch.__version__, "ranks": world}, f, indent=1)
-        metrics = open_metrics(os.path.join(args.out, "metrics.jsonl"), start)
+        metrics = open_log(os.path.join(args.out, "metrics.jsonl"), start)
         print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {len(rows)} rows; {steps} "
               f"steps of {args.batch_size}, {steps / steps_per_epoch:.1f} epochs; chance: ln(batch) = "
               f"{math.log(args.batch_size):.2f}", file=sys.stderr)
+        open_log(os.path.join(args.out, "bad_images.jsonl"), start).close()
+    all_reduce(torch.zeros(1))  # bad_images.jsonl is cut back before anybody appends
+    bad_images = open(os.path.join(args.out, "bad_images.jsonl"), "a", buffering=1)
     progress = tqdm(total=steps, initial=start, unit="step", desc=os.path.basename(args.out), disable=rank > 0)
 
     stopping = []  # SIGTERM (a preempted node): save at the next step boundary and leave
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
     seen = bad = filled = 0  # since the start of this process, on this rank
-    wait, since, timed, batches = 0.0, time.time(), start, iter(loader)
+    wait, since, timed, losses = 0.0, time.time(), start, []
     for step in range(start, steps):
         asked = time.time()
-        batch = next(batches)
+        batch = join([next(loader) for _ in range(pieces.per_step)], device)
         wait += time.time() - asked
-        images = normalise(batch["image"].to(device, non_blocking=True))  # [n, 3, S, S]
-        tokens = batch["tokens"].to(device, non_blocking=True)  # [n, L]; multitext: [(M + 1) n, L]
 
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(backward(model, towers, objective, batch, args.micro_batch or args.batch_size, args.precision))
+        for parameter in head.parameters():  # the head stands outside of DDP
+            all_reduce(parameter.grad.div_(world))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.lr, warmup, steps)
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16"):
-            image_features, text_features, scale = parallel(images, tokens)
-        if args.loss == "multitext":
-            versions = text_features.view(len(fields), len(images), -1)  # [M + 1, n, d]
-            loss = multitext_loss(image_features, versions, batch["drawn"].to(device), scale)
-        else:
-            loss = clip_loss(image_features, text_features, scale)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # tau >= 0.01 (CLIP; LaCLIP's release)
 
-        seen, bad, filled = seen + len(images), bad + len(batch["bad"]), filled + batch["filled"]
+        seen, bad, filled = seen + len(batch["images"]), bad + len(batch["bad"]), filled + batch["filled"]
         for name, reason in batch["bad"]:
             bad_images.write(json.dumps({"step": step + 1, "image": name, "reason": reason}) + "\n")
         if bad > args.max_bad * max(seen, 1000):
@@ -859,25 +1074,28 @@ def main(argv=None):
         save = leave or (step + 1) % args.save_every == 0
         log = step in (0, steps - 1) or (step + 1) % args.log_every == 0
         if save or log:
-            loss = all_reduce(loss.detach() / world).item()
-            if not math.isfinite(loss):
-                die(f"the loss is {loss} at step {step + 1}; {args.out} keeps the last good checkpoint")
+            losses = all_reduce(torch.stack(losses) / world).tolist()  # of the steps since the last look
+            for number, loss in enumerate(losses, step + 2 - len(losses)):
+                if not math.isfinite(loss):
+                    die(f"the loss is {loss} at step {number}; {args.out} keeps the last good checkpoint")
             if log and rank == 0:
                 now = time.time()
-                entry = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), "loss": loss,
-                         "lr": optimizer.param_groups[0]["lr"], "logit_scale": scale.item(),
+                entry = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), "loss": losses[-1],
+                         "lr": optimizer.param_groups[0]["lr"], "logit_scale": model.logit_scale.exp().item(),
                          "samples_per_s": round((step + 1 - timed) * args.batch_size / (now - since), 1),
                          "data_wait_s": round(wait, 3)}
                 if args.loss == "multitext":
                     entry["filled"] = round(filled / (seen * len(fields)), 4)  # share of versions that were missing
                 metrics.write(json.dumps(entry) + "\n")
-                metrics.flush()
-                progress.set_postfix(loss=f"{loss:.3f}", samples_per_s=entry["samples_per_s"])
+                progress.set_postfix(loss=f"{losses[-1]:.3f}", samples_per_s=entry["samples_per_s"])
                 timed, since, wait = step + 1, now, 0.0
+            losses = []
         progress.update()
         if save and rank == 0:
-            save_checkpoint(os.path.join(args.out, "checkpoint.pt"), model, optimizer, step + 1,
-                            {**settings, "captions": args.captions}, tokenizer)
+            if not all(parameter.isfinite().all() for parameter in model.parameters()):
+                die(f"a weight is not finite after step {step + 1}; {args.out} keeps the last good checkpoint")
+            save_checkpoint(os.path.join(args.out, "checkpoint.pt"), model, tokenizer, head=head.state_dict(),
+                            optimizer=optimizer.state_dict(), step=step + 1, settings={**settings, "captions": args.captions})
         if leave:
             break
     progress.close()
