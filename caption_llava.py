@@ -240,25 +240,29 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # --- pictures, in worker processes ------------------------------------------------------------------------------------
 
-def read_image(root, name):
-    """An RGB PIL image from a file under `root`, or from `shard.tar@OFFSET+SIZE`; transparency becomes white."""
+def open_image(root, name):
+    """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`."""
     member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name) if isinstance(name, str) else None
     path = os.path.realpath(os.path.join(root, member[1] if member else name))
     if not path.startswith(os.path.join(os.path.realpath(root), "")):
         raise ValueError("outside --image-root")
     with open(path, "rb") as f:
-        if member:
-            f.seek(int(member[2]))
-            f = io.BytesIO(f.read(int(member[3])))
-        image = ImageOps.exif_transpose(Image.open(f))
-        if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
-            raise ValueError(f"{image.width} x {image.height} pixels are no picture")
-        if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255
-            image = image.convert("I").point(lambda value: value / 257).convert("L")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        f.seek(int(member[2]) if member else 0)
+        image = Image.open(io.BytesIO(f.read(int(member[3]) if member else -1)))
+    if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
+        raise ValueError(f"{image.width} x {image.height} pixels are no picture")
+    return image
+
+
+def to_rgb(image):
+    """Any PIL image -> RGB, upright; transparency becomes white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def begin_worker():
@@ -277,7 +281,7 @@ def prepare_batch(names, root, prompt):
     images, reasons = [], []
     for name in names:
         try:
-            images.append(read_image(root, name))
+            images.append(to_rgb(open_image(root, name)))
             reasons.append(None)
         except Exception as e:  # Pillow's decoders raise nearly everything; a worker must outlive any file
             reasons.append(f"{type(e).__name__}: {e}" if name else "no image")
