@@ -598,19 +598,19 @@ class CLIP(nn.Module):
         return self.ln_final(x[ends[order.argsort()].to(device)]) @ self.text_projection
 
     def forward(self, images, tokens):
-        """images [n, 1 or 3, 3, S, S] in 0..255, tokens [n, K, L] -> image features [n, d] and text features [n, K, d]
-        of unit length, the image tower's features of further views [n, 0 or 2, W], and 1 / tau"""
-        n, V = images.shape[:2]
-        x = self.visual(normalise(images.flatten(0, 1), self.config.mean, self.config.std)).view(n, V, -1)
-        texts = self.encode_text(tokens.flatten(0, 1)).view(n, tokens.shape[1], -1)
-        return (F.normalize((x[:, 0] @ self.visual.proj).float(), dim=-1), F.normalize(texts.float(), dim=-1),
-                x[:, 1:].float(), self.logit_scale.exp())
+        """images [n, V, 3, S, S] in 0..255, tokens [n, K, L] -> 1 / tau, image features [n, d] and text features [n, K, d]
+        of unit length; if there are further views, V = 3 (SLIP), also the image tower's features of these, [n, 2, W]"""
+        (n, V), K = images.shape[:2], tokens.shape[1]
+        x = self.visual(normalise(images.flatten(0, 1), self.config.mean, self.config.std)).float().view(n, V, -1)
+        image_features = F.normalize((x[:, 0] @ self.visual.proj).float(), dim=-1)
+        text_features = F.normalize(self.encode_text(tokens.flatten(0, 1)).float(), dim=-1).view(n, K, -1)
+        return self.logit_scale.exp(), image_features, text_features, *([x[:, 1:]] if V > 1 else [])
 
 
-def projection_head(width):
+def projection_head(width, hidden=4096, out=256):
     """SLIP's, on the image tower's features: three layers with BatchNorm after the first two (its release)."""
-    return nn.Sequential(nn.Linear(width, 4096), nn.BatchNorm1d(4096), nn.ReLU(),
-                         nn.Linear(4096, 4096), nn.BatchNorm1d(4096), nn.ReLU(), nn.Linear(4096, 256))
+    return nn.Sequential(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
+                         nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
 
 
 # === losses ===========================================================================================================
@@ -945,16 +945,15 @@ def backward(model, towers, objective, batch, micro_batch, precision):
     chunks = list(zip(batch["images"].split(micro_batch), batch["tokens"].split(micro_batch)))
     if len(chunks) == 1:
         with autocast():
-            loss = objective(*towers(*chunks[0]), batch["drawn"])
+            loss = objective(batch["drawn"], *towers(*chunks[0]))
         loss.backward()
         return loss.detach()
 
     with torch.no_grad(), autocast():
-        *features, scales = zip(*(model(*chunk) for chunk in chunks))
-    features = [torch.cat(parts).requires_grad_() for parts in features]
-    scale = scales[0].requires_grad_()
+        scales, *features = zip(*(model(*chunk) for chunk in chunks))
+    scale, features = scales[0].requires_grad_(), [torch.cat(parts).requires_grad_() for parts in features]
     with autocast():
-        loss = objective(*features, scale, batch["drawn"])
+        loss = objective(batch["drawn"], scale, *features)
     loss.backward()
     gradients = zip(*(feature.grad.split(micro_batch) for feature in features))
     for i, (chunk, gradient) in enumerate(zip(chunks, gradients)):
@@ -962,7 +961,7 @@ def backward(model, towers, objective, batch, micro_batch, precision):
         with nullcontext() if last or towers is model else towers.no_sync():  # ranks talk once
             with autocast():
                 outputs = towers(*chunk)
-            torch.autograd.backward(outputs, [*gradient, scale.grad / len(chunks)])
+            torch.autograd.backward(outputs, [scale.grad / len(chunks), *gradient])
     return loss.detach()
 
 
@@ -1028,7 +1027,7 @@ def main(argv=None):
         samples, batch_sampler=pieces, num_workers=args.workers, collate_fn=collate, pin_memory="cuda" in device,
         worker_init_fn=one_thread, prefetch_factor=1 + -(-pieces.per_step // args.workers) if args.workers else None))
 
-    def objective(images, texts, views, scale, drawn):
+    def objective(drawn, scale, images, texts, views=None):
         loss = multitext_loss(images, texts, drawn, scale) if args.loss == "multitext" else \
             clip_loss(images, texts[:, 0], scale)
         return loss + simclr_loss(head, views) if args.ssl else loss  # SLIP eq. 3, weight 1

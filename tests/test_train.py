@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import train_clip as T
-from conftest import ROOT, assert_mistake, read_jsonl, train, train_arguments
+from conftest import ROOT, assert_mistake, read_jsonl, run, train, train_arguments
 
 
 # --- the model equals transformers' -----------------------------------------------------------------------------------
@@ -271,16 +271,38 @@ def test_it_learns(trained):
         read_jsonl(trained / "metrics.jsonl")[0])
 
 
-@pytest.mark.parametrize("loss", ["infonce", "multitext"])
-def test_two_ranks_equal_one_process(shapes, tmp_path, loss):
-    """With an eps that keeps AdamW from blowing up gradients that are 0 but for rounding, as a key's bias has."""
-    for name, ranks in (("one", None), ("two", 2)):
-        done = train(shapes, tmp_path / name, "--loss", loss, "--eps", "1e-4", "--workers", 1, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
-    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=1e-4, msg=name)
+METHODS = {"infonce": [], "multitext": ["--loss", "multitext"], "ssl": ["--ssl"], "multitext-ssl": ["--loss", "multitext", "--ssl"]}
+
+
+def run_cases(shapes, folder, ranks, cases):
+    """Trains METHODS[case] with more arguments, in `ranks` processes, into folder/case."""
+    commands = [train_arguments(shapes, folder / name, "--batch-size", 12, "--eps", "1e-3", "--steps", 4, *arguments)
+                for name, arguments in cases.items()]
+    done = run("tests/run_cases.py", json.dumps(commands), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def one_process(shapes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    run_cases(shapes, folder, None, METHODS)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [None, 2, 3, 4])
+def test_ranks_and_micro_batches_equal_one_process_with_the_whole_batch(shapes, tmp_path, one_process, ranks):
+    """Of 12 samples a rank has 6, 4 or 3 and holds 6, 4, 3 or 2 (the last chunk is shorter where 2 does not divide 3). The eps keeps
+    AdamW from blowing up gradients that are 0 but for rounding: a key's bias, a bias before BatchNorm."""
+    micro = {f"{name}-micro": [*arguments, "--micro-batch", 2 if ranks else 5] for name, arguments in METHODS.items()}
+    cases = {**METHODS, **micro} if ranks else {**micro, "infonce-checkpointing": ["--grad-checkpointing"]}
+    run_cases(shapes, tmp_path, ranks, cases)
+    for case in cases:
+        method = case.removesuffix("-micro").removesuffix("-checkpointing")
+        np.testing.assert_allclose(losses(tmp_path / case), losses(one_process / method), rtol=1e-5, err_msg=case)
+        one, many = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (one_process / method, tmp_path / case))
+        for part in ("model", "head"):
+            for name in one[part]:
+                torch.testing.assert_close(many[part][name], one[part][name], atol=2e-5, rtol=1e-4, msg=f"{case}: {name}")
 
 
 def test_a_run_cut_off_and_resumed_equals_an_uninterrupted_one(shapes, tmp_path):
