@@ -640,12 +640,15 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+SIMILARITIES = 2 ** 25  # in a block of the similarity matrix: 128 MiB
+
+
 def info_nce(queries, keys, scale, itself=0):
     """-1/n sum_i log( exp(q_i . k_i / tau) / sum_k exp(q_i . k_k / tau) ): this rank's queries [n, d] against the keys
     of all ranks [N, d]. The mean over ranks, which DDP takes of the gradients, is the loss of the global batch.
 
-    If `itself` is given, the key that many places behind the right one is the query and no negative. A similarity matrix
-    of more than 2^25 numbers (128 MiB) is made in blocks of rows, each again in the backward pass."""
+    If `itself` is given, the key that many places behind the right one is the query and no negative. A large similarity
+    matrix is made in blocks of rows, each again in the backward pass: the whole one never exists."""
     labels = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
 
     def block(queries, labels):
@@ -654,7 +657,7 @@ def info_nce(queries, keys, scale, itself=0):
             logits = logits.scatter(1, labels[:, None] + itself, -math.inf)
         return F.cross_entropy(logits, labels, reduction="sum")
 
-    rows = max(1, 2 ** 25 // len(keys))
+    rows = max(1, SIMILARITIES // len(keys))
     if rows < len(queries):
         block = partial(checkpoint, block, use_reentrant=False)
     return sum(block(*part) for part in zip(queries.split(rows), labels.split(rows))) / len(queries)

@@ -143,6 +143,37 @@ def test_multitext_of_equal_texts_is_the_clip_loss():
     torch.testing.assert_close(loss, T.clip_loss(images, texts, scale))
 
 
+def test_simclr_loss_equals_the_formula():
+    """NT-Xent of SimCLR (eq. 1) over 2 N views, the pair of a view its other view; both views weigh the same (SLIP)."""
+    torch.manual_seed(0)
+    views = torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)
+    z = views / views.norm(dim=-1, keepdim=True)
+    z = [z[i, a] for a in (0, 1) for i in range(5)]  # view 0 of all images, then view 1
+    terms = [-(torch.exp(z[i] @ z[(i + 5) % 10] / 0.1) / sum(torch.exp(z[i] @ z[k] / 0.1) for k in range(10) if k != i)).log()
+             for i in range(10)]
+    loss = T.simclr_loss(torch.nn.Identity(), views)  # the head's output is taken as float32
+    torch.testing.assert_close(loss, (sum(terms) / 10).float(), atol=1e-6, rtol=1e-6)
+    for a, b in zip(torch.autograd.grad(loss, views), torch.autograd.grad(sum(terms) / 10, views)):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("similarities", [1, 13, 30])
+def test_losses_in_blocks_are_the_same(monkeypatch, similarities):
+    torch.manual_seed(0)
+    images, texts, scale = unit(7, 8), unit(7, 3, 8), torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    drawn, views = torch.tensor([0, 2, 1, 1, 0, 2, 2]), torch.randn(7, 2, 8, requires_grad=True)
+
+    def losses():
+        return T.multitext_loss(images, texts, drawn, scale), T.simclr_loss(torch.nn.Identity(), views)
+
+    whole = losses()
+    monkeypatch.setattr(T, "SIMILARITIES", similarities)  # of 7 x 7, and 7 x 14 with views
+    for block, one, inputs in zip(losses(), whole, ((images, texts, scale), (views,))):
+        torch.testing.assert_close(block, one)
+        for a, b in zip(torch.autograd.grad(block, inputs), torch.autograd.grad(one, inputs)):
+            torch.testing.assert_close(a, b)
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 15, 16, 17, 100, 1023, 1025, 4097])
@@ -202,6 +233,66 @@ def test_multitext_fills_a_missing_version_with_the_first_present(shapes):
     rows = [{"image": "red-bar.png", "alt": None, "a": "a red bar", "b": "one bar in red"}]
     sample = samples(shapes, tokenizer, {"alt": 1, "a": 1, "b": 1}, every_text=True, rows=rows)[0]
     assert sample["filled"] == 1 and sample["ids"][0] == sample["ids"][1] != sample["ids"][2] and sample["drawn"] in (1, 2)
+
+
+def test_of_several_alttexts_one_index_serves_all_fields(shapes):
+    """alt and what was made from it stay together, nulls in the lists or not; a text that is no list goes with each."""
+    tokenizer = T.Tokenizer.load(str(shapes / "tokenizer.json"))
+    rows = [{"image": "red-bar.png", "alt": ["red bar", "green cross", "blue frame"], "vec": "yellow square",
+             "vecap": ["a red bar", None, "a blue frame"], "clip_score": {"alt": [0.1, 0.9, None]}}]
+    fields = {"alt": 1, "vecap": 1, "vec": 1}
+
+    def seen(choice, fields=fields, rows=rows):
+        data = samples(shapes, tokenizer, fields, every_text=True, rows=rows)
+        data.alt_choice = choice
+        return {tuple(tokenizer.tokenizer.decode(ids).strip() for ids in data[i]["ids"]) for i in range(60)}
+
+    triples = {("red bar", "a red bar", "yellow square"), ("green cross", "green cross", "yellow square"),
+               ("blue frame", "a blue frame", "yellow square")}
+    assert seen("random") == triples
+    assert seen("first") == {("red bar", "a red bar", "yellow square")}
+    assert seen("best") == {("green cross", "green cross", "yellow square")}
+    assert seen("random", {"vecap": 1}) == {("a red bar",), ("a blue frame",)}  # the null is never drawn
+    assert seen("best", {"vec": 1}) == {("yellow square",)}  # one text needs no score
+    for scores in ({}, {"clip_score": 3}, {"clip_score": {"alt": [1]}}):
+        with pytest.raises(RuntimeError, match="clip_score"):
+            seen("best", rows=[{**rows[0], "clip_score": None, **scores}])
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
+    y, x = np.mgrid[:1200, :1600]
+    picture = np.stack([128 + 100 * np.sin(x / 90 + k) * np.cos(y / 70) for k in range(3)], -1).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "large.jpg", quality=95)
+    Image.fromarray(picture).save(tmp_path / "lying.jpg", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
+    Image.fromarray(picture).save(tmp_path / "large.png")
+    Image.fromarray(np.rot90(picture, -1)).save(tmp_path / "lying.png")
+    for name in ("large", "lying"):
+        for seed in range(5):
+            small, whole = (T.augment_crop(T.open_image(str(tmp_path), name + kind), 64, np.random.default_rng(seed))
+                            for kind in (".jpg", ".png"))
+            difference = np.abs(np.asarray(small, float) - np.asarray(whole, float))
+            assert difference.mean() < 1.5 and small.size == (64, 64)
+    jpeg = T.open_image(str(tmp_path), "large.jpg")
+    T.augment_crop(jpeg, 64, np.random.default_rng(0))
+    assert jpeg.size[0] <= 800  # decoded at a half or less
+
+
+@pytest.mark.parametrize("rank, world, n", [(0, 1, 600), (1, 3, 200), (2, 2, 7)])
+def test_pieces_of_a_step_join_to_this_ranks_share(rank, world, n):
+    pieces = T.Pieces(2, 4, n * world, rank, world)
+    lists = list(pieces)
+    assert len(lists) == len(pieces) == 2 * pieces.per_step and max(map(len, lists)) <= 256
+    assert sum(lists, []) == [step * n * world + rank * n + i for step in (2, 3) for i in range(n)]
+
+
+def test_joined_pieces_are_one_batch():
+    def piece(lengths):
+        return T.collate([{"images": torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "ids": [list(range(1, n + 1))], "drawn": 0,
+                           "filled": 1, "bad": [("x", "y")]} for n in lengths])
+
+    batch = T.join([piece([2, 3]), piece([5])], "cpu")
+    assert batch["images"].shape == (3, 1, 3, 4, 4) and batch["filled"] == 3 and len(batch["bad"]) == 3
+    assert batch["tokens"].tolist() == [[[1, 2, 0, 0, 0]], [[1, 2, 3, 0, 0]], [[1, 2, 3, 4, 5]]]
 
 
 def test_a_sample_is_a_function_of_its_position(shapes):
@@ -305,36 +396,85 @@ def test_ranks_and_micro_batches_equal_one_process_with_the_whole_batch(shapes, 
                 torch.testing.assert_close(many[part][name], one[part][name], atol=2e-5, rtol=1e-4, msg=f"{case}: {name}")
 
 
-def test_a_run_cut_off_and_resumed_equals_an_uninterrupted_one(shapes, tmp_path):
+def start(shapes, out, *arguments, ranks=None):
+    """A run in the background, to be killed."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    command = [sys.executable, *launch, str(ROOT / "train_clip.py"), *train_arguments(shapes, out, *arguments)]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for_steps(running, out, number):
+    """Until metrics.jsonl has so many lines; the run must not end before."""
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < number:
+        assert running.poll() is None
+
+
+def curve(out):
+    """What a metrics.jsonl says of the mathematics."""
+    return [{key: row[key] for key in ("step", "epoch", "loss", "lr", "logit_scale")} for row in read_jsonl(out / "metrics.jsonl")]
+
+
+def test_killed_again_and_again_a_run_equals_an_uninterrupted_one(shapes, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arguments = ("--steps", 30, "--save-every", 5)
+    arguments = ("--steps", 40, "--save-every", 4)
     assert train(shapes, whole, *arguments).returncode == 0
-    command = [sys.executable, str(ROOT / "train_clip.py"), *train_arguments(shapes, cut, *arguments)]
-    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (cut / "checkpoint.pt").exists() or len((cut / "metrics.jsonl").read_text().splitlines()) < 8:
-        assert killed.poll() is None
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    rng, reached = np.random.default_rng(), 0  # another moment every time
+    for _ in range(4):
+        running = start(shapes, cut, *arguments, "--resume", "auto")
+        wait_for_steps(running, cut, reached := min(38, reached + int(rng.integers(2, 10))))
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        (cut / "checkpoint.pt.tmp").write_bytes(b"cut short")  # as a kill while saving leaves it
+    (cut / "metrics.jsonl").open("a").write('{"step": 3')
     assert_mistake(train(shapes, cut, *arguments), "--resume")
     assert_mistake(train(shapes, cut, *arguments, "--resume", "auto", "--lr", "1e-4"), "lr")
+    assert_mistake(train(shapes, cut, *arguments, "--resume", "auto", "--loss", "multitext"), "loss")
     done = train(shapes, cut, *arguments, "--resume", "auto")
     assert done.returncode == 0, done.stderr
-    keep = ("step", "epoch", "loss", "lr", "logit_scale")
-    rows = [[{key: row[key] for key in keep} for row in read_jsonl(out / "metrics.jsonl")] for out in (whole, cut)]
-    assert rows[0] == rows[1]
+    assert curve(cut) == curve(whole)
     assert "finished" in train(shapes, cut, *arguments, "--resume", "auto").stdout
 
 
-def test_sigterm_saves_and_leaves(shapes, tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train_clip.py"), *train_arguments(shapes, out, "--steps", 100_000)]
-    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
-        assert running.poll() is None
+def test_another_tokenizer_cannot_go_on(shapes, tmp_path):
+    content = json.loads((shapes / "tokenizer.json").read_text())
+    content["normalizer"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    arguments = ("--steps", 3, "--resume", "auto")
+    assert train(shapes, tmp_path / "out", *arguments).returncode == 0
+    assert_mistake(train(shapes, tmp_path / "out", *arguments, "--tokenizer", tmp_path / "tokenizer.json"), "tokenizer")
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_sigterm_saves_and_leaves_and_another_number_of_ranks_goes_on(shapes, tmp_path, ranks):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    arguments = ("--steps", 200, "--eps", "1e-3", "--lr", "1e-4")
+    running = start(shapes, out, *arguments, ranks=ranks)
+    wait_for_steps(running, out, 3)
     running.terminate()
-    assert running.wait() == 0
+    assert running.wait() == (1 if ranks else 0)  # torchrun itself reports 1
     step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
-    assert step == read_jsonl(out / "metrics.jsonl")[-1]["step"] >= 3
+    assert 3 <= step == read_jsonl(out / "metrics.jsonl")[-1]["step"] < 200
+    more = ("--resume", "auto", "--micro-batch", 3)  # this may change, as the number of ranks may
+    assert train(shapes, out, *arguments, *more).returncode == 0
+    assert train(shapes, whole, *arguments).returncode == 0
+    np.testing.assert_allclose(losses(out), losses(whole), rtol=1e-4)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(shapes, tmp_path):
+    """A limit on the size of a file, half of a checkpoint, stands for the full disk."""
+    import resource
+
+    out = tmp_path / "run"
+    assert train(shapes, out, "--steps", 4, "--save-every", 2).returncode == 0
+    before = (out / "checkpoint.pt").read_bytes()
+    arguments = train_arguments(shapes, tmp_path / "full", "--steps", 4, "--save-every", 2)
+    limit = len(before) // 2
+    done = subprocess.run([sys.executable, str(ROOT / "train_clip.py"), *arguments], capture_output=True, text=True,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert_stopped(done, "could not be written")
+    assert not list((tmp_path / "full").glob("checkpoint*"))
+    (tmp_path / "full" / "checkpoint.pt").write_bytes(before[:limit])
+    assert_mistake(train(shapes, tmp_path / "full", "--resume", "auto"), "not a checkpoint")
 
 
 def test_unusable_rows_are_replaced_and_named(shapes, tmp_path):
@@ -377,12 +517,34 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(shapes, tmp_path):
     (["--resume", "missing.pt"], ["missing.pt"]),
     (["--precision", "fp8"], ["fp8"]),
     (["--nonsense"], ["--nonsense"]),
+    (["--micro-batch", 0], ["--micro-batch 0"]),
+    (["--alt-choice", "last"], ["last", "first"]),
 ], ids=lambda value: str(value[:2]))
 def test_mistakes(shapes, tmp_path, arguments, words, capfd):
     with pytest.raises(SystemExit) as stop:
         T.main(train_arguments(shapes, tmp_path / "out", *arguments))
     assert_mistake(subprocess.CompletedProcess([], stop.value.code, stderr=capfd.readouterr().err), *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_with_none_of_the_fields_is_named(shapes, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"image": "red-bar.png", "title": "red bar"}\n' * 20)
+    done = train(shapes, tmp_path / "out", "--captions", shapes / "captions.jsonl", tmp_path / "other.jsonl")
+    assert_mistake(done, "other.jsonl", "alt rewrite_a rewrite_b")
+
+
+def test_several_files_are_one_data_set(shapes, tmp_path):
+    (tmp_path / "more.jsonl").write_text('{"image": "red-bar.png", "vecap": "a red bar"}\n' * 8)
+    done = train(shapes, tmp_path / "out", "--captions", shapes / "captions.jsonl", tmp_path / "more.jsonl", "--text", "alt", "vecap")
+    assert done.returncode == 0 and "24 rows" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--ssl"], ["--model", "ViT-B/16-laclip"], ["--compile"]], ids=lambda a: a[0] + a[-1])
+def test_a_step_of_every_kind(shapes, tmp_path, arguments):
+    done = train(shapes, tmp_path / "out", *arguments, "--steps", 1, "--batch-size", 4, "--save-every", 9)
+    assert done.returncode == 0 and len(losses(tmp_path / "out")) == 1, done.stderr
+    model, _, transform = T.load_checkpoint(str(tmp_path / "out" / "checkpoint.pt"))
+    assert model.encode_image(transform(Image.new("RGB", (50, 40)))[None]).isfinite().all()
 
 
 def test_a_tokenizer_without_an_end_token(shapes, tmp_path):
