@@ -939,24 +939,23 @@ def open_log(path, step):
     return open(path, "a", buffering=1)  # line by line; all ranks append to the same file
 
 
-def backward(model, towers, objective, batch, micro_batch, precision):
+def backward(model, towers, objective, batch, micro_batch, autocast):
     """Loss of the batch; its gradients into .grad. `towers` is the model, under DDP if there are several ranks.
 
     More than one chunk is GradCache (Gao et al. 2021): all features without gradients, the loss of the whole batch and
     its gradients with respect to them, then every chunk again, to carry these on into the towers."""
-    autocast = partial(torch.autocast, batch["images"].device.type, torch.bfloat16, enabled=precision == "bf16")
     chunks = list(zip(batch["images"].split(micro_batch), batch["tokens"].split(micro_batch)))
     if len(chunks) == 1:
         with autocast():
-            loss = objective(batch["drawn"], *towers(*chunks[0]))
+            outputs = towers(*chunks[0])
+        loss = objective(batch["drawn"], *outputs)  # similarities are fp32: at 1 / tau = 100 bf16 would be too coarse
         loss.backward()
         return loss.detach()
 
     with torch.no_grad(), autocast():
         scales, *features = zip(*(model(*chunk) for chunk in chunks))
     scale, features = scales[0].requires_grad_(), [torch.cat(parts).requires_grad_() for parts in features]
-    with autocast():
-        loss = objective(batch["drawn"], scale, *features)
+    loss = objective(batch["drawn"], scale, *features)
     loss.backward()
     gradients = zip(*(feature.grad.split(micro_batch) for feature in features))
     for i, (chunk, gradient) in enumerate(zip(chunks, gradients)):
@@ -968,12 +967,9 @@ def backward(model, towers, objective, batch, micro_batch, precision):
     return loss.detach()
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    device = pick_device(args.device)
-    rank, world = start_ranks(device)
-
-    # the user's mistakes, before anything is written
+def read_settings(args, world):
+    """The user's mistakes, before anything is written. -> rows, fields, tokenizer, config, and the settings that change
+    the mathematics: a run goes on only with the same."""
     if args.batch_size < 1 or args.batch_size % world:
         die(f"--batch-size {args.batch_size} does not divide by the number of ranks, {world}")
     if args.micro_batch is not None and args.micro_batch < 1:
@@ -991,14 +987,22 @@ def main(argv=None):
     if not steps_per_epoch:
         die(f"--batch-size {args.batch_size} is more than the {len(rows)} rows of {' '.join(args.captions)}")
     check_rows(rows, fields)
-    steps = args.steps if args.steps is not None else round(args.epochs * steps_per_epoch)
-    warmup = args.warmup if args.warmup is not None else steps_per_epoch
     config = Config(**PRESETS[args.model], vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
     config.image_size = args.image_size or config.image_size
-    settings = {"rows": len(rows), "bytes": rows.sizes, "text": fields, "steps": steps, "warmup": warmup,  # what changes
-                "image_size": config.image_size}                                                     # the mathematics
+    settings = {"rows": len(rows), "bytes": rows.sizes, "text": fields, "image_size": config.image_size,
+                "steps": args.steps if args.steps is not None else round(args.epochs * steps_per_epoch),
+                "warmup": args.warmup if args.warmup is not None else steps_per_epoch}
     settings |= {name: getattr(args, name) for name in ("model", "loss", "ssl", "alt_choice", "augment", "batch_size", "lr",
                                                         "wd", "beta2", "eps", "precision", "seed")}
+    return rows, fields, tokenizer, config, settings
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    rank, world = start_ranks(device)
+    rows, fields, tokenizer, config, settings = read_settings(args, world)
+    steps, steps_per_epoch = settings["steps"], len(rows) // args.batch_size
     state = resumed_state(args, settings, tokenizer)
     start = state["step"] if state else 0
     if start >= steps:
@@ -1030,10 +1034,12 @@ def main(argv=None):
         samples, batch_sampler=pieces, num_workers=args.workers, collate_fn=collate, pin_memory="cuda" in device,
         worker_init_fn=one_thread, prefetch_factor=1 + -(-pieces.per_step // args.workers) if args.workers else None))
 
+    autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16")
+
     def objective(drawn, scale, images, texts, views=None):
         loss = multitext_loss(images, texts, drawn, scale) if args.loss == "multitext" else \
             clip_loss(images, texts[:, 0], scale)
-        return loss + simclr_loss(head, views) if args.ssl else loss  # SLIP eq. 3, weight 1
+        return loss + simclr_loss(autocast()(head.forward), views) if args.ssl else loss  # SLIP: weight 1
 
     os.makedirs(args.out, exist_ok=True)
     if rank == 0:
@@ -1058,11 +1064,11 @@ def main(argv=None):
         wait += time.time() - asked
 
         optimizer.zero_grad(set_to_none=True)
-        losses.append(backward(model, towers, objective, batch, args.micro_batch or args.batch_size, args.precision))
+        losses.append(backward(model, towers, objective, batch, args.micro_batch or args.batch_size, autocast))
         for parameter in head.parameters():  # the head stands outside of DDP
             all_reduce(parameter.grad.div_(world))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.lr, warmup, steps)
+            group["lr"] = learning_rate(step, args.lr, settings["warmup"], steps)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # tau >= 0.01 (CLIP; LaCLIP's release)

@@ -14,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import train_clip as T  # noqa: E402
 
 
-def fused(self, x, causal):
-    B, L, W = x.shape
-    qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-    q, k, v = qkv.view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
-    x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    return self.out_proj(x.transpose(1, 2).reshape(B, L, W))
+def fused(self, x, groups, causal):
+    W, out = x.shape[-1], []
+    x = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+    for part, (B, L) in zip(x.split([B * L for B, L in groups]), groups):
+        q, k, v = part.view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
+        part = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        out.append(part.transpose(1, 2).reshape(B * L, W))
+    return self.out_proj(torch.cat(out))
 
 
 def main(batch=256, pairs=8):
@@ -27,9 +29,9 @@ def main(batch=256, pairs=8):
     for bf16 in (True, False):
         model = T.CLIP(T.Config(**T.PRESETS["nano"], vocab_size=4096, eot_id=4095))
         optimizer = torch.optim.AdamW(model.parameters())
-        images = torch.randn(batch, 3, model.config.image_size, model.config.image_size)
-        tokens = torch.randint(0, 4095, (batch, 14))
-        tokens[:, -1] = 4095
+        images = torch.randint(0, 256, (batch, 1, 3, model.config.image_size, model.config.image_size), dtype=torch.uint8)
+        tokens = torch.randint(0, 4095, (batch, 1, 14))
+        tokens[..., -1] = 4095
         ratios = []
         for _ in range(pairs + 1):
             seconds = {}
@@ -37,8 +39,8 @@ def main(batch=256, pairs=8):
                 T.Attention.forward = forward
                 start = time.perf_counter()
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                    features = model(images, tokens)
-                loss = T.clip_loss(*features)
+                    scale, image_features, text_features = model(images, tokens)
+                loss = T.clip_loss(image_features, text_features[:, 0], scale)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

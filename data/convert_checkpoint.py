@@ -1,0 +1,354 @@
+"""Other projects' CLIP checkpoints -> ours, and ours -> a Hugging Face folder.
+
+    python data/convert_checkpoint.py openai ViT-B-32.pt clip.pt                   # OpenAI's archive
+    python data/convert_checkpoint.py openai open_clip_model.safetensors clip.pt   # open_clip; LaCLIP's LAION-400M
+    python data/convert_checkpoint.py hf clip-vit-large-patch14-336 clip.pt        # a folder of transformers' CLIPModel
+    python data/convert_checkpoint.py veclip vecapdfn_clip_h14_336 clip.pt         # VeCLIP's release, unzipped
+    python data/convert_checkpoint.py laclip cc12m_laclip.pt clip.pt               # LaCLIP's CC3M, CC12M, RedCaps; SLIP
+    python data/convert_checkpoint.py to-hf runs/laclip/checkpoint.pt FOLDER
+
+Ours into open_clip needs no tool, the names are the same:
+
+    weights = torch.load("checkpoint.pt", weights_only=True)["model"]
+    open_clip.create_model("ViT-B-32").load_state_dict(weights, strict=True)
+
+All families are one model under different names. What else differs is not in the weights, and with another family's
+settings a model still gives features, only worse ones:
+
+              GELU: image, text   LayerNorm eps   a text is pooled at   pictures
+    OpenAI    quick, quick        1e-5            the highest id        bicubic; OpenAI's mean and std
+    open_clip exact, exact (1)    1e-5            the highest id        the same
+    HF        config.json         config.json     eos_token_id (2)      preprocessor_config.json, else the same
+    VeCLIP    config.json         config.json     T5's end token        bilinear without antialias; OpenAI's mean and std
+    LaCLIP    exact, quick        image 1e-6      the highest id        ImageNet's mean and std (3)
+
+(1) --quick-gelu for models that open_clip calls ...-quickgelu, and for OpenAI's weights after somebody's fine-tuning.
+(2) 2, wrong in the first configs, means the highest id there; texts are pooled at the first such id (CLIPTextModel).
+(3) Its image tower is timm's: no LayerNorm before the blocks, a bias in the patch embedding and, but for SLIP's, LayerNorm
+    on every head's queries and keys. Its evaluation resizes with torchvision's default, bilinear with antialias, where a
+    converted checkpoint is bicubic; its tokenizer mends broken Unicode and HTML entities first, which ours does not.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import warnings
+import zipfile
+
+import torch
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from train_clip import CLIP, PRESETS, Config, Tokenizer, die, load_checkpoint, save_checkpoint  # noqa: E402
+
+
+# === names: ours, which are OpenAI's, -> theirs =======================================================================
+
+def block_names(ours, theirs, names):
+    return {f"{ours}.resblocks.N.{a}": f"{theirs}.N.{b}" for a, b in names.items()}
+
+
+OPENAI = {}
+HF_BLOCK = {"ln_1": "layer_norm1", "attn.in_proj_weight": "self_attn.[qkv]_proj.weight",
+            "attn.in_proj_bias": "self_attn.[qkv]_proj.bias", "attn.out_proj": "self_attn.out_proj",
+            "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+HF = {"visual.class_embedding": "vision_model.embeddings.class_embedding",
+      "visual.conv1": "vision_model.embeddings.patch_embedding",
+      "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+      "visual.ln_pre": "vision_model.pre_layrnorm",
+      **block_names("visual.transformer", "vision_model.encoder.layers", HF_BLOCK),
+      "visual.ln_post": "vision_model.post_layernorm",
+      "visual.proj": "visual_projection.weight",
+      "token_embedding": "text_model.embeddings.token_embedding",
+      "positional_embedding": "text_model.embeddings.position_embedding.weight",
+      **block_names("transformer", "text_model.encoder.layers", HF_BLOCK),
+      "ln_final": "text_model.final_layer_norm",
+      "text_projection": "text_projection.weight"}
+TRANSPOSED = {"visual_projection.weight", "text_projection.weight"}  # of an nn.Linear; ours is x @ projection
+LACLIP = {"visual.class_embedding": "visual.cls_token",
+          "visual.conv1": "visual.patch_embed.proj",
+          "visual.positional_embedding": "visual.pos_embed",
+          **block_names("visual.transformer", "visual.blocks", {
+              "ln_1": "norm1", "attn.in_proj_weight": "attn.qkv.weight", "attn.in_proj_bias": "attn.qkv.bias",
+              "attn.out_proj": "attn.proj", "ln_2": "norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}),
+          "visual.ln_post": "visual.norm",
+          "visual.proj": "image_projection"}  # the text tower is OpenAI's
+VISION_HEADS = {p["vision_width"]: p["vision_heads"] for p in PRESETS.values() if "vision_heads" in p}  # ViT-H: 80 each
+SLIP_HEADS = {384: 12, 768: 12, 1024: 16}  # by width, SLIP's release; LaCLIP's follow from q_norm
+NO_WEIGHTS = (r"^(input_resolution|context_length|vocab_size)$"  # in OpenAI's archives, nowhere else
+              r"|attn_mask$|\.position_ids$|^image_mlp\.")  # older open_clip, older transformers, SLIP's head
+HF_FIELDS = {"vision_config": {"vision_width": "hidden_size", "vision_layers": "num_hidden_layers",
+                               "vision_heads": "num_attention_heads", "vision_eps": "layer_norm_eps",
+                               "image_size": "image_size", "patch_size": "patch_size"},
+             "text_config": {"text_width": "hidden_size", "text_layers": "num_hidden_layers",
+                             "text_heads": "num_attention_heads", "text_eps": "layer_norm_eps",
+                             "context_length": "max_position_embeddings", "vocab_size": "vocab_size"}}
+
+
+def their_names(name, table):
+    """A parameter's name of ours -> [theirs], or the three of queries, keys and values."""
+    number = re.search(r"\.(\d+)\.", name)
+    name = re.sub(r"\.\d+\.", ".N.", name)
+    for ours, theirs in table.items():
+        if f"{name}.".startswith(f"{ours}."):
+            name = theirs + name[len(ours):]
+            break
+    name = name.replace(".N.", number[0]) if number else name
+    return [name.replace("[qkv]", part) for part in "qkv"] if "[qkv]" in name else [name]
+
+
+def theirs_of(name, x, table):
+    """A tensor of ours -> [(their name, their tensor)]"""
+    theirs = their_names(name, table)
+    parts = x.chunk(3) if len(theirs) == 3 else [x]
+    return [(their, part.T if their in TRANSPOSED else part) for their, part in zip(theirs, parts)]
+
+
+def ours_from(state, config, table, path):
+    """Their tensors -> our model. The first key that is missing, of wrong shape or too many ends the program."""
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = CLIP(config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as e:
+        die(f"{path}: its sizes make no model: {e}")
+    ours, left = {}, dict(state)
+    for name, target in model.state_dict().items():
+        parts = []
+        for their, expected in theirs_of(name, target, table):
+            if their not in left:
+                die(f"{path}: {their} is missing")
+            x = left.pop(their)
+            if x.shape != expected.shape:
+                die(f"{path}: {their} has shape {list(x.shape)}, expected {list(expected.shape)}")
+            parts.append(x.T if their in TRANSPOSED else x)
+        ours[name] = (torch.cat(parts) if len(parts) > 1 else parts[0]).float().contiguous()
+    for their in left:
+        if not re.search(NO_WEIGHTS, their):
+            die(f"{path}: unexpected {their}")
+    model.load_state_dict(ours, assign=True)
+    return model
+
+
+# === files ============================================================================================================
+
+def read_state(path):
+    """{name: tensor} of a .safetensors file, OpenAI's TorchScript archive, a state dict or a trainer's {"state_dict": ...}.
+
+    Of a pickle only tensors and plain values are read, and argparse.Namespace, which LaCLIP's trainer put beside them."""
+    if not os.path.isfile(path):
+        die(f"{path}: no such file")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            state = load_file(path)
+        elif zipfile.is_zipfile(path) and any("constants.pkl" in name for name in zipfile.ZipFile(path).namelist()):
+            with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, but what OpenAI has published
+                state = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+        state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in state.items()}  # DDP, torch.compile
+    except Exception as e:  # there is a different class for every way in which a file is not one of weights
+        die(f"{path} is no file of weights: {type(e).__name__}: {e}")
+    for name, x in state.items():
+        if not isinstance(x, torch.Tensor):
+            die(f"{path}: {name} is no tensor: expected a state dict, or one under the key state_dict")
+    return state
+
+
+def fitting_tokenizer(name, config):
+    """The tokenizer, if its ids have rows in the model's embedding and its texts end where the model pools."""
+    tokenizer = Tokenizer.load(name)
+    highest = max(tokenizer.tokenizer.get_vocab().values())
+    if highest >= config.vocab_size:
+        die(f"--tokenizer {name}: it has ids up to {highest}, the model's embedding has {config.vocab_size} rows")
+    pooled = highest if config.eot_id < 0 else config.eot_id
+    if tokenizer.eot_id != pooled:
+        die(f"--tokenizer {name}: its texts end with id {tokenizer.eot_id}, the model pools at id {pooled}")
+    return tokenizer
+
+
+# === OpenAI, open_clip, LaCLIP: the sizes follow from the shapes ======================================================
+
+def infer_config(state, table, path, known_heads, **differs):
+    def shape(ours):
+        name = their_names(ours, table)[0]
+        if name not in state:
+            die(f"{path}: {name} is missing")
+        if state[name].ndim < 2 or 0 in state[name].shape:
+            die(f"{path}: {name} has shape {list(state[name].shape)}")
+        return state[name].shape
+
+    def layers(ours):
+        prefix = their_names(f"{ours}.resblocks.0.ln_1", table)[0].split("0.")[0]
+        return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)}) or 1
+
+    def heads(width, of=64):
+        if not of or width % of:
+            die(f"{path}: a width of {width} is no multiple of {of}, the width of a head")
+        return width // of
+
+    (width, *_, patch), (vocab_size, text_width) = shape("visual.conv1.weight"), shape("token_embedding.weight")[:2]
+    q_norm = state.get(their_names("visual.transformer.resblocks.0.attn.q_norm.weight", table)[0])
+    return Config(embed_dim=shape("text_projection")[1], patch_size=patch, vision_width=width, text_width=text_width,
+                  image_size=patch * math.isqrt(shape("visual.positional_embedding")[0] - 1),
+                  vision_layers=layers("visual.transformer"), text_layers=layers("transformer"),
+                  vision_heads=heads(width, len(q_norm)) if q_norm is not None else known_heads.get(width) or heads(width),
+                  text_heads=heads(text_width), context_length=shape("positional_embedding")[0],
+                  vocab_size=vocab_size, eot_id=vocab_size - 1, qk_norm=q_norm is not None, **differs)
+
+
+def from_openai(args):
+    state = read_state(args.input)
+    quick_gelu = args.quick_gelu or "input_resolution" in state
+    config = infer_config(state, OPENAI, args.input, VISION_HEADS, vision_quick_gelu=quick_gelu, text_quick_gelu=quick_gelu)
+    return ours_from(state, config, OPENAI, args.input), args.tokenizer
+
+
+def from_laclip(args):
+    state = read_state(args.input)
+    state |= {name: state[name].squeeze() for name in ("visual.cls_token", "visual.pos_embed") if name in state}
+    preset = PRESETS["ViT-B/16-laclip"]
+    differs = {name: preset[name] for name in ("pre_norm", "patch_bias", "vision_eps", "text_quick_gelu", "mean", "std")}
+    config = infer_config(state, LACLIP, args.input, SLIP_HEADS, **differs)
+    return ours_from(state, config, LACLIP, args.input), args.tokenizer
+
+
+# === Hugging Face, VeCLIP: the settings are in config.json ============================================================
+
+def quiet_transformers():
+    """transformers without progress bars and advice: a mistake is one line."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def read_hf_config(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        if content["model_type"] != "clip":
+            raise ValueError(f"model_type is {content['model_type']}, expected clip")
+        hf = quiet_transformers().CLIPConfig.from_dict(content)
+    except Exception as e:  # as many classes as there are ways to be wrong
+        die(f"{path} is no config of a CLIPModel: {type(e).__name__}: {e}")
+    values = {"embed_dim": hf.projection_dim, "eot_id": hf.text_config.eos_token_id}
+    for tower, fields in HF_FIELDS.items():
+        theirs = getattr(hf, tower)
+        if theirs.hidden_act not in ("gelu", "quick_gelu"):
+            die(f"{path}: hidden_act in {tower} is {theirs.hidden_act}, expected gelu or quick_gelu")
+        if theirs.intermediate_size != 4 * theirs.hidden_size:
+            die(f"{path}: intermediate_size in {tower} is {theirs.intermediate_size}, expected 4 x {theirs.hidden_size}")
+        values |= {ours: getattr(theirs, their) for ours, their in fields.items()}
+        values[tower.replace("config", "quick_gelu")] = theirs.hidden_act == "quick_gelu"
+    for name, value in values.items():
+        if not isinstance(value, (int, float)):
+            die(f"{path}: {name} would be {value}, expected one number")
+    return Config(**values | {"eot_id": -1 if values["eot_id"] == 2 else values["eot_id"]})
+
+
+def read_hf_pictures(folder, config):
+    """Mean and std of preprocessor_config.json; the rest must be what EvalTransform does."""
+    try:
+        theirs = quiet_transformers().CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as e:
+        die(f"{folder}: preprocessor_config.json cannot be read: {type(e).__name__}: {e}")
+    sides = {theirs.size.shortest_edge, theirs.crop_size.height, theirs.crop_size.width}
+    if sides != {config.image_size} or theirs.resample != 3 or not (theirs.do_resize and theirs.do_center_crop):
+        die(f"{folder}: expected a preprocessor_config.json that resizes the shorter side to {config.image_size}, bicubic "
+            "(resample 3), and crops the centre")
+    config.mean, config.std = tuple(theirs.image_mean), tuple(theirs.image_std)
+
+
+def from_hf(args):
+    if not os.path.isdir(args.input):
+        die(f"{args.input}: no such folder")
+    there = set(os.listdir(args.input))
+    config = read_hf_config(os.path.join(args.input, "config.json"))
+    if args.command == "veclip":
+        config.resize = "bilinear"
+    elif there & {"preprocessor_config.json", "processor_config.json"}:
+        read_hf_pictures(args.input, config)
+    if not args.tokenizer and not there & {"tokenizer.json", "vocab.json"}:
+        die(f"{args.input} has no tokenizer: name one with --tokenizer")  # transformers would make up an empty one
+    weights = os.path.join(args.input, "model.safetensors")
+    return ours_from(read_state(weights), config, HF, weights), args.tokenizer or args.input
+
+
+def to_hf(args):
+    model, tokenizer, _ = load_checkpoint(args.input)
+    c, end, folder = model.config, tokenizer.tokenizer.id_to_token(tokenizer.eot_id), os.path.normpath(args.output) + ".tmp"
+    for name, only in (("qk_norm", False), ("pre_norm", True), ("patch_bias", False)):
+        if getattr(c, name) != only:
+            die(f"{args.input}: its config has {name} = {not only}, which Hugging Face's CLIPModel cannot express")
+    if c.eot_id == 2:
+        die(f"{args.input}: its texts end with id 2, which Hugging Face's CLIPModel takes to mean the highest id")
+    towers = {}
+    for tower, fields in HF_FIELDS.items():
+        towers[tower] = {their: getattr(c, ours) for ours, their in fields.items()}
+        towers[tower] |= {"intermediate_size": 4 * towers[tower]["hidden_size"], "projection_dim": c.embed_dim,
+                          "hidden_act": "quick_gelu" if getattr(c, tower.replace("config", "quick_gelu")) else "gelu"}
+    towers["text_config"] |= {"eos_token_id": 2 if c.eot_id < 0 else c.eot_id, "bos_token_id": None,
+                              "pad_token_id": tokenizer.eot_id}  # pads stand behind the end, where nothing looks
+    transformers = quiet_transformers()
+    hf = transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=c.embed_dim))
+    hf.load_state_dict(dict(pair for name, x in model.state_dict().items() for pair in theirs_of(name, x, HF)))
+    hf.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.tokenizer.from_str(tokenizer.json_text), eos_token=end, pad_token=end,
+        model_max_length=c.context_length, split_special_tokens=True).save_pretrained(folder)
+    if c.resize == "bicubic":  # theirs has no bilinear without antialias: such a folder is one of weights, as VeCLIP's
+        transformers.CLIPImageProcessor(size={"shortest_edge": c.image_size}, resample=3, image_mean=c.mean, image_std=c.std,
+                                        crop_size={"height": c.image_size, "width": c.image_size}).save_pretrained(folder)
+    os.rename(folder, args.output)
+    return model
+
+
+# === the command line =================================================================================================
+
+COMMANDS = {  # function, default tokenizer, help
+    "openai": (from_openai, "openai/clip-vit-base-patch32", "OpenAI's or open_clip's file of weights"),
+    "hf": (from_hf, None, "a folder of Hugging Face's CLIPModel"),
+    "veclip": (from_hf, "t5-base", "a folder of VeCLIP's release"),
+    "laclip": (from_laclip, "openai/clip-vit-base-patch32", "LaCLIP's or SLIP's file of weights"),
+    "to-hf": (to_hf, None, "a checkpoint of ours, into a folder of Hugging Face's CLIPModel")}
+
+
+def describe(model):
+    c, quick = model.config, [tower for tower in ("vision", "text") if getattr(model.config, f"{tower}_quick_gelu")]
+    return (f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, ViT {c.vision_width} x {c.vision_layers} "
+            f"patch {c.patch_size} at {c.image_size} px, text {c.text_width} x {c.text_layers}, QuickGELU in "
+            f"{' and '.join(quick) or 'no tower'}, pooled at {'the highest id' if c.eot_id < 0 else f'id {c.eot_id}'}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = die
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, tokenizer, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        command.error = die
+        command.add_argument("input", help=text)
+        command.add_argument("output", help="must not exist yet")
+        if name != "to-hf":
+            command.add_argument("--tokenizer", default=tokenizer, help="hub name, folder or tokenizer.json (default: "
+                                 f"{tokenizer or 'that of the folder'})")
+        if name == "openai":
+            command.add_argument("--quick-gelu", action="store_true", help="as in OpenAI's archives, which need no saying")
+    args = parser.parse_args(argv)
+    if os.path.exists(args.output):
+        die(f"{args.output} exists already: nothing is overwritten")
+    convert = COMMANDS[args.command][0]
+    if convert is to_hf:
+        model = to_hf(args)
+    else:
+        model, tokenizer = convert(args)
+        save_checkpoint(args.output, model, fitting_tokenizer(tokenizer, model.config))
+    print(f"{args.input} -> {args.output}: {describe(model)}")
+
+
+if __name__ == "__main__":
+    main()
