@@ -76,6 +76,11 @@ def dump_row(row):
         return json.dumps(row).encode("ascii") + b"\n"
 
 
+def one_line(text):
+    """The text without control characters and line breaks of any kind, runs of white space as one blank."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def put_texts(row, field, like, results):
     """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
     go to row["error"][field]."""
@@ -91,8 +96,8 @@ def make_header(args, reads, makes, settings):
     """What the output depends on: the input (size, hash of its first and last MiB, where to stop) and the settings."""
     if not os.path.isfile(args.input):
         die(f"--input {args.input}: no such file")
-    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[:1] in "./"):  # no hub name either
-        die(f"--model {args.model}: no such folder")
+    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[:1] in ("", ".", "/")):  # nor a hub name
+        die(f"--model {args.model!r}: no such folder")
     with open(args.input, "rb") as f:
         rows = [parse_row(line)[0] for _, line in zip(range(1000), f)]
         fields = {key for row in rows for key in row if row[key] is not None}
@@ -143,14 +148,16 @@ def cut_back(out, f, blocks, end):
 
 
 def run_blocks(args, header, process):
-    """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress)."""
+    """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress).
+    -> (rows of this launch, seconds)"""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     end, per_shard = header["end"], header["blocks_per_shard"]
     n_blocks = -(-end // BLOCK)
     shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
     names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
     if is_finished(args, header):  # begun or even finished by another launch while the model was loading
-        return
+        return 0, 0
+    rows, started = 0, time.time()
     os.makedirs(args.output + ".parts", exist_ok=True)
     with open(f"{args.output}.parts/header.json.{rank}", "w") as f:
         json.dump(header, f, indent=1)
@@ -168,6 +175,7 @@ def run_blocks(args, header, process):
                 for block in blocks[done:]:
                     lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
                     process(block, [(offset, row) for offset, row, good in lines if good], progress)
+                    rows += len(lines)
                     try:
                         out.write(b"".join(dump_row(row) for _, row, _ in lines))
                         out.flush()
@@ -188,14 +196,68 @@ def run_blocks(args, header, process):
             os.replace(args.output + ".tmp", args.output)
             for name in names:
                 os.remove(name)
+    return rows, time.time() - started
 
 
-def report(started, unit, outcomes, notes):
-    """The end of a rank's run: how many, how fast, with which outcome, and what else is worth knowing."""
-    seconds, total = time.time() - started, outcomes.total()
-    print(f"{total} {unit} in {seconds:.0f} s, {total / seconds:.1f} a second")
+def report(args, done, unit, outcomes, notes):
+    """The end of a rank's run: how many, how fast, with which outcome, what else is worth knowing; after a --limit run
+    also what whole data sets would take."""
+    (rows, seconds), world = done, int(os.environ.get("WORLD_SIZE", 1))
+    print(f"{rows} rows, {outcomes.total()} {unit} in {seconds:.0f} s without loading the model: "
+          f"{rows / max(seconds, 1e-9):.2f} rows a second")
     for what, number in outcomes.most_common() + notes.most_common():
         print(f"{number:9d}  {what}")
+    if args.limit is not None and rows:
+        for millions in (1, 12, 300):
+            days, hours = divmod(millions * 1e6 * seconds / rows / world / 3600, 24)
+            print(f"{millions:6d} M rows would take {days:6.0f} days {hours:4.1f} hours at this rate on {world} rank{'s' * (world > 1)}")
+
+
+@torch.inference_mode()
+def decode(model, inputs, stops, max_new_tokens, choose):
+    """Continue B prompts. -> for each the new ids, and whether the last one is a stop token. Rows leave the batch as they end.
+
+    inputs: input_ids, attention_mask, position_ids [B, T], padded on the left, and what else the first step needs (pictures);
+    stops: bool [V]; choose(logits [rows, V], alive [rows], step) -> ids [rows], `alive` being their numbers in 0..B-1."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config.get_text_config())
+    mask, position = inputs["attention_mask"], inputs["position_ids"]
+    alive = torch.arange(len(mask), device=mask.device)
+    new, ended = [[] for _ in alive], [False] * len(alive)
+    for step in range(max_new_tokens):
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [rows, V]
+        ids = choose(logits, alive, step)
+        stop = stops[ids]
+        for b, token, stopped in zip(alive.tolist(), ids.tolist(), stop.tolist()):
+            new[b].append(token)
+            ended[b] = stopped
+        keep = (~stop).nonzero()[:, 0]
+        if len(keep) == 0:
+            break
+        if len(keep) < len(alive):
+            alive, ids, mask, position = alive[keep], ids[keep], mask[keep], position[keep]
+            cache.batch_select_indices(keep)
+        position = position[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        inputs = {"input_ids": ids[:, None], "attention_mask": mask, "position_ids": position}
+    return new, ended
+
+
+def greedy(logits, alive, step):
+    return logits.argmax(-1)
+
+
+def end_tokens(model, tokenizer, newline):
+    """bool [V]: the model's end tokens, one or several, and with `newline` every token that has a line break in it."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    stops = torch.zeros(vocabulary, dtype=torch.bool)
+    stops[torch.tensor([] if ends is None else ends, dtype=torch.long)] = True
+    if newline:
+        stops |= torch.tensor(["\n" in piece for piece in tokenizer.batch_decode([[i] for i in range(vocabulary)])])
+    return stops.to(model.device)
 
 
 def lock(f):
@@ -205,6 +267,7 @@ def lock(f):
         return True
     except BlockingIOError:
         return False
+
 
 def at_least(least, kind=int):
     """For argparse: a number that is not smaller."""
@@ -276,19 +339,29 @@ def begin_worker():
     threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 
+def process_images(images, prompt):
+    """What the model takes in for RGB pictures: NumPy arrays by name; None for no picture."""
+    return dict(processor(images=images, text=[prompt] * len(images), padding=True, return_tensors="np")) if images else None
+
+
 def prepare_batch(names, root, prompt):
-    """The processor's inputs for the pictures that can be read, and (picture or None for each name, the reason)."""
-    images, reasons = [], []
-    for name in names:
+    """-> inputs of the pictures that can be read, and {number of a name: why it cannot}. Pillow and the processors raise
+    nearly everything; a worker must outlive any file."""
+    images, reasons = {}, {}
+    for i, name in enumerate(names):
         try:
-            images.append(to_rgb(open_image(root, name)))
-            reasons.append(None)
-        except Exception as e:  # Pillow's decoders raise nearly everything; a worker must outlive any file
-            reasons.append(f"{type(e).__name__}: {e}" if name else "no image")
-    if not images:
-        return None, reasons
-    inputs = processor(images=images, text=[prompt] * len(images), padding=True, return_tensors="np")
-    return dict(inputs), reasons
+            images[i] = to_rgb(open_image(root, name))
+        except Exception as e:
+            reasons[i] = f"{type(e).__name__}: {e}" if name else "no image"
+    try:
+        return process_images([*images.values()], prompt), reasons
+    except Exception:  # each on its own: which one is it?
+        for i, image in images.items():
+            try:
+                process_images([image], prompt)
+            except Exception as e:
+                reasons[i] = f"{type(e).__name__}: {e}"
+        return process_images([image for i, image in images.items() if i not in reasons], prompt), reasons
 
 
 def ahead(pool, function, calls, depth):
@@ -327,14 +400,13 @@ def load_model(name, device, dtype):
         die(f"--model {name} is no image captioner that transformers can load: {type(e).__name__}: {e}")
 
 
-@torch.inference_mode()
-def caption(model, processor, inputs, max_new_tokens):
-    """Greedy captions of one prepared batch, one line each. Finished rows are padded, not computed further."""
+def caption(model, processor, inputs, stops, max_new_tokens):
+    """Greedy captions of one prepared batch, one line each."""
     inputs = {key: torch.from_numpy(value).to(model.device) for key, value in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-    texts = processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-    return [" ".join(text.split()) for text in texts]
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    new, _ = decode(model, inputs, stops, max_new_tokens, greedy)
+    return [one_line(text) for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------
@@ -357,7 +429,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--seed", type=at_least(0), default=0, help="kept in the header; greedy captions draw nothing")
     args = parser.parse_args(argv)
-    started, outcomes, notes = time.time(), Counter(), Counter()
+    outcomes, notes = Counter(), Counter()
 
     if not os.path.isdir(args.image_root):
         die(f"--image-root {args.image_root}: no such folder")
@@ -373,23 +445,24 @@ def main(argv=None):
     pool = ProcessPoolExecutor(max(1, args.workers), multiprocessing.get_context("fork"), begin_worker)
     list(pool.map(abs, range(args.workers)))  # forked now, before the model and CUDA are there
     model = load_model(args.model, device, DTYPES[dtype])
+    stops = end_tokens(model, processor.tokenizer, newline=False)
 
     def process(block, rows, progress):
         """A caption for every row of the block whose picture can be read."""
         batches = [[row for _, row in rows[at:at + args.batch_size]] for at in range(0, len(rows), args.batch_size)]
         calls = [([row.get("image") for row in batch], args.image_root, prompt) for batch in batches]
         for batch, (inputs, reasons) in zip(batches, ahead(pool, prepare_batch, calls, args.workers)):
-            texts = iter(caption(model, processor, inputs, args.max_new_tokens) if inputs else [])
-            for row, reason in zip(batch, reasons):
-                text = None if reason else next(texts)
-                reason = reason or (None if text else "empty")
+            texts = iter(caption(model, processor, inputs, stops, args.max_new_tokens) if inputs else [])
+            for i, row in enumerate(batch):
+                text = None if i in reasons else next(texts)
+                reason = reasons.get(i) or (None if text else "empty")
                 put_texts(row, "vec", None, [(text or None, reason)])
                 outcomes[reason.split(":")[0] if reason else "captioned"] += 1
             progress.set_postfix(images=outcomes.total())
 
-    run_blocks(args, header, process)
+    done = run_blocks(args, header, process)
     pool.shutdown()
-    report(started, "images", outcomes, notes)
+    report(args, done, "images", outcomes, notes)
 
 
 if __name__ == "__main__":

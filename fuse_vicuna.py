@@ -30,6 +30,7 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 INSTRUCTION = ("Rephrase the following {} into one short sentence while adhering to the provided instructions: Place "
                "attributes before noun entities without introducing new meaning. Do not start with \"The image\".")
 SHOTS = 4  # pairs in the prompt of --format pairs
+MAX_VEC_TOKENS = 256  # a longer VeC is no caption, and is never cut: its row is left null; assumed
 PROMPTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompts")
 
 
@@ -77,6 +78,11 @@ def dump_row(row):
         return json.dumps(row).encode("ascii") + b"\n"
 
 
+def one_line(text):
+    """The text without control characters and line breaks of any kind, runs of white space as one blank."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def put_texts(row, field, like, results):
     """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
     go to row["error"][field]."""
@@ -92,8 +98,8 @@ def make_header(args, reads, makes, settings):
     """What the output depends on: the input (size, hash of its first and last MiB, where to stop) and the settings."""
     if not os.path.isfile(args.input):
         die(f"--input {args.input}: no such file")
-    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[:1] in "./"):  # no hub name either
-        die(f"--model {args.model}: no such folder")
+    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[:1] in ("", ".", "/")):  # nor a hub name
+        die(f"--model {args.model!r}: no such folder")
     with open(args.input, "rb") as f:
         rows = [parse_row(line)[0] for _, line in zip(range(1000), f)]
         fields = {key for row in rows for key in row if row[key] is not None}
@@ -144,14 +150,16 @@ def cut_back(out, f, blocks, end):
 
 
 def run_blocks(args, header, process):
-    """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress)."""
+    """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress).
+    -> (rows of this launch, seconds)"""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     end, per_shard = header["end"], header["blocks_per_shard"]
     n_blocks = -(-end // BLOCK)
     shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
     names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
     if is_finished(args, header):  # begun or even finished by another launch while the model was loading
-        return
+        return 0, 0
+    rows, started = 0, time.time()
     os.makedirs(args.output + ".parts", exist_ok=True)
     with open(f"{args.output}.parts/header.json.{rank}", "w") as f:
         json.dump(header, f, indent=1)
@@ -169,6 +177,7 @@ def run_blocks(args, header, process):
                 for block in blocks[done:]:
                     lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
                     process(block, [(offset, row) for offset, row, good in lines if good], progress)
+                    rows += len(lines)
                     try:
                         out.write(b"".join(dump_row(row) for _, row, _ in lines))
                         out.flush()
@@ -189,14 +198,68 @@ def run_blocks(args, header, process):
             os.replace(args.output + ".tmp", args.output)
             for name in names:
                 os.remove(name)
+    return rows, time.time() - started
 
 
-def report(started, unit, outcomes, notes):
-    """The end of a rank's run: how many, how fast, with which outcome, and what else is worth knowing."""
-    seconds, total = time.time() - started, outcomes.total()
-    print(f"{total} {unit} in {seconds:.0f} s, {total / seconds:.1f} a second")
+def report(args, done, unit, outcomes, notes):
+    """The end of a rank's run: how many, how fast, with which outcome, what else is worth knowing; after a --limit run
+    also what whole data sets would take."""
+    (rows, seconds), world = done, int(os.environ.get("WORLD_SIZE", 1))
+    print(f"{rows} rows, {outcomes.total()} {unit} in {seconds:.0f} s without loading the model: "
+          f"{rows / max(seconds, 1e-9):.2f} rows a second")
     for what, number in outcomes.most_common() + notes.most_common():
         print(f"{number:9d}  {what}")
+    if args.limit is not None and rows:
+        for millions in (1, 12, 300):
+            days, hours = divmod(millions * 1e6 * seconds / rows / world / 3600, 24)
+            print(f"{millions:6d} M rows would take {days:6.0f} days {hours:4.1f} hours at this rate on {world} rank{'s' * (world > 1)}")
+
+
+@torch.inference_mode()
+def decode(model, inputs, stops, max_new_tokens, choose):
+    """Continue B prompts. -> for each the new ids, and whether the last one is a stop token. Rows leave the batch as they end.
+
+    inputs: input_ids, attention_mask, position_ids [B, T], padded on the left, and what else the first step needs (pictures);
+    stops: bool [V]; choose(logits [rows, V], alive [rows], step) -> ids [rows], `alive` being their numbers in 0..B-1."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config.get_text_config())
+    mask, position = inputs["attention_mask"], inputs["position_ids"]
+    alive = torch.arange(len(mask), device=mask.device)
+    new, ended = [[] for _ in alive], [False] * len(alive)
+    for step in range(max_new_tokens):
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [rows, V]
+        ids = choose(logits, alive, step)
+        stop = stops[ids]
+        for b, token, stopped in zip(alive.tolist(), ids.tolist(), stop.tolist()):
+            new[b].append(token)
+            ended[b] = stopped
+        keep = (~stop).nonzero()[:, 0]
+        if len(keep) == 0:
+            break
+        if len(keep) < len(alive):
+            alive, ids, mask, position = alive[keep], ids[keep], mask[keep], position[keep]
+            cache.batch_select_indices(keep)
+        position = position[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        inputs = {"input_ids": ids[:, None], "attention_mask": mask, "position_ids": position}
+    return new, ended
+
+
+def greedy(logits, alive, step):
+    return logits.argmax(-1)
+
+
+def end_tokens(model, tokenizer, newline):
+    """bool [V]: the model's end tokens, one or several, and with `newline` every token that has a line break in it."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    stops = torch.zeros(vocabulary, dtype=torch.bool)
+    stops[torch.tensor([] if ends is None else ends, dtype=torch.long)] = True
+    if newline:
+        stops |= torch.tensor(["\n" in piece for piece in tokenizer.batch_decode([[i] for i in range(vocabulary)])])
+    return stops.to(model.device)
 
 
 def lock(f):
@@ -206,6 +269,7 @@ def lock(f):
         return True
     except BlockingIOError:
         return False
+
 
 def at_least(least, kind=int):
     """For argparse: a number that is not smaller."""
@@ -243,13 +307,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def clean(text):
     """One line that cannot break a prompt: no control character, no line break of any kind, no separator, no role."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    text = re.sub(r"\b(USER|ASSISTANT|SYSTEM)[\s:]*:", r"\1", text.replace("=>", " "))
-    return " ".join(text.split())
+    text = re.sub(r"=>|(?<=\s)\+(?=\s)", " ", one_line(text))  # the separators of --format pairs
+    return one_line(re.sub(r"\b(USER|ASSISTANT|SYSTEM)[\s:]*:", r"\1", text))
 
 
-def usable(text):
-    """The cleaned text, or None if there is nothing to rewrite."""
+def usable(value, i=0):
+    """The cleaned text, of a list its entry i, or None if there is nothing to rewrite."""
+    text = value if not isinstance(value, list) else value[i] if i < len(value) else None
     return clean(text) or None if isinstance(text, str) else None
 
 
@@ -298,7 +362,6 @@ def load_model(name, device, dtype):
     return model.eval(), tokenizer
 
 
-@torch.inference_mode()
 def answer(model, tokenizer, prompts, stops, batch_size, max_new_tokens):
     """Greedy answers, one line each. Prompts of one length share a batch."""
     answers = [None] * len(prompts)
@@ -307,11 +370,10 @@ def answer(model, tokenizer, prompts, stops, batch_size, max_new_tokens):
         batch = order[at:at + batch_size]
         inputs = tokenizer([prompts[i] for i in batch], return_tensors="pt", padding=True, split_special_tokens=True)
         inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
-        out = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops,
-                             pad_token_id=tokenizer.pad_token_id)
-        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-        for i, text in zip(batch, texts):
-            answers[i] = " ".join(text.strip().split("\n")[0].split()).strip('"')
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        new, _ = decode(model, inputs, stops, max_new_tokens, greedy)
+        for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True)):
+            answers[i] = one_line(text.strip().split("\n")[0]).strip('"')
     return answers
 
 
@@ -340,7 +402,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the pairs' draw; the answers are greedy")
     args = parser.parse_args(argv)
-    started, outcomes, notes = time.time(), Counter(), Counter()
+    outcomes, notes = Counter(), Counter()
 
     pairs, openings = read_prompts()
     device = pick_device(args.device)
@@ -354,22 +416,19 @@ def main(argv=None):
         return print(f"{args.output} is finished")
 
     model, tokenizer = load_model(args.model, device, DTYPES[dtype])
-    ends = model.generation_config.eos_token_id  # a chat model may have several
-    stops = [*ends] if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
-    if args.format == "pairs":
-        pieces = tokenizer.batch_decode([[i] for i in range(model.config.vocab_size)])
-        stops += [i for i, piece in enumerate(pieces) if "\n" in piece]
+    stops = end_tokens(model, tokenizer, newline=args.format == "pairs")
 
     def ask(given, block):
-        """Answers to [(alt or None, vec or None)], None where both are missing."""
+        """Answers to [(alt or None, vec or None)], None where both are missing or the VeC is too long."""
         drawn = [pairs[i] for i in np.random.default_rng([args.seed, block]).choice(len(pairs), SHOTS, replace=False)]
-        prompts = [None if not alt and not vec else chat_prompt(alt, vec) if args.format == "chat" else
-                   pairs_prompt(drawn, alt, vec) for alt, vec in given]
+        prompts = [None if not alt and not vec or cut(tokenizer, vec, MAX_VEC_TOKENS)[1] else
+                   chat_prompt(alt, vec) if args.format == "chat" else pairs_prompt(drawn, alt, vec) for alt, vec in given]
         return answer(model, tokenizer, prompts, stops, args.batch_size, args.max_new_tokens)
 
     def judge(alt, vec, text):
         """(fused caption or None, reason or None); what it was made of is counted."""
         reason = (f"neither {args.alt_field} nor {args.vec_field}" if not alt and not vec else
+                  f"{args.vec_field} too long" if text is None else
                   "refused" if is_refusal(text, openings) else None if text else "empty")
         outcomes[reason or ("fused" if alt and vec else "AltText alone" if alt else "VeC alone")] += 1
         return (None, reason) if reason else (text, None)
@@ -380,22 +439,24 @@ def main(argv=None):
         lists = [value if isinstance(value, list) else [value] for value in values]
         given = []  # (alt or None, vec or None) for every AltText
         for (_, row), alts in zip(rows, lists):
-            for alt in alts:
+            for i, alt in enumerate(alts):
                 alt, shortened = cut(tokenizer, usable(alt), args.max_alt_tokens)
                 notes.update(["AltText cut"] * shortened)
-                given.append((alt, usable(row.get(args.vec_field))))
+                given.append((alt, usable(row.get(args.vec_field), i)))
         answers = ask(given, block)
-        again = [i for i, (alt, vec) in enumerate(given) if alt and vec and is_refusal(answers[i], openings)]
+        again = [i for i, (alt, vec) in enumerate(given) if alt and vec and is_refusal(answers[i] or "", openings)]
         notes.update(["refused, asked again with the VeC alone"] * len(again))  # paper, section 3.3: ethical concerns
-        for i, text in zip(again, ask([(None, given[i][1]) for i in again], block)):
+        for i in again:
+            given[i] = None, given[i][1]
+        for i, text in zip(again, ask([given[i] for i in again], block)):
             answers[i] = text
         results = iter([judge(alt, vec, text) for (alt, vec), text in zip(given, answers)])
         for (_, row), value, alts in zip(rows, values, lists):
             put_texts(row, "vecap", value, [next(results) for _ in alts])
         progress.set_postfix(texts=outcomes.total())
 
-    run_blocks(args, header, process)
-    report(started, "texts", outcomes, notes)
+    done = run_blocks(args, header, process)
+    report(args, done, "texts", outcomes, notes)
 
 
 if __name__ == "__main__":

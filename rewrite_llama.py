@@ -76,6 +76,11 @@ def dump_row(row):
         return json.dumps(row).encode("ascii") + b"\n"
 
 
+def one_line(text):
+    """The text without control characters and line breaks of any kind, runs of white space as one blank."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def put_texts(row, field, like, results):
     """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
     go to row["error"][field]."""
@@ -91,8 +96,8 @@ def make_header(args, reads, makes, settings):
     """What the output depends on: the input (size, hash of its first and last MiB, where to stop) and the settings."""
     if not os.path.isfile(args.input):
         die(f"--input {args.input}: no such file")
-    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[:1] in "./"):  # no hub name either
-        die(f"--model {args.model}: no such folder")
+    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[:1] in ("", ".", "/")):  # nor a hub name
+        die(f"--model {args.model!r}: no such folder")
     with open(args.input, "rb") as f:
         rows = [parse_row(line)[0] for _, line in zip(range(1000), f)]
         fields = {key for row in rows for key in row if row[key] is not None}
@@ -143,14 +148,16 @@ def cut_back(out, f, blocks, end):
 
 
 def run_blocks(args, header, process):
-    """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress)."""
+    """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress).
+    -> (rows of this launch, seconds)"""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     end, per_shard = header["end"], header["blocks_per_shard"]
     n_blocks = -(-end // BLOCK)
     shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
     names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
     if is_finished(args, header):  # begun or even finished by another launch while the model was loading
-        return
+        return 0, 0
+    rows, started = 0, time.time()
     os.makedirs(args.output + ".parts", exist_ok=True)
     with open(f"{args.output}.parts/header.json.{rank}", "w") as f:
         json.dump(header, f, indent=1)
@@ -168,6 +175,7 @@ def run_blocks(args, header, process):
                 for block in blocks[done:]:
                     lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
                     process(block, [(offset, row) for offset, row, good in lines if good], progress)
+                    rows += len(lines)
                     try:
                         out.write(b"".join(dump_row(row) for _, row, _ in lines))
                         out.flush()
@@ -188,14 +196,68 @@ def run_blocks(args, header, process):
             os.replace(args.output + ".tmp", args.output)
             for name in names:
                 os.remove(name)
+    return rows, time.time() - started
 
 
-def report(started, unit, outcomes, notes):
-    """The end of a rank's run: how many, how fast, with which outcome, and what else is worth knowing."""
-    seconds, total = time.time() - started, outcomes.total()
-    print(f"{total} {unit} in {seconds:.0f} s, {total / seconds:.1f} a second")
+def report(args, done, unit, outcomes, notes):
+    """The end of a rank's run: how many, how fast, with which outcome, what else is worth knowing; after a --limit run
+    also what whole data sets would take."""
+    (rows, seconds), world = done, int(os.environ.get("WORLD_SIZE", 1))
+    print(f"{rows} rows, {outcomes.total()} {unit} in {seconds:.0f} s without loading the model: "
+          f"{rows / max(seconds, 1e-9):.2f} rows a second")
     for what, number in outcomes.most_common() + notes.most_common():
         print(f"{number:9d}  {what}")
+    if args.limit is not None and rows:
+        for millions in (1, 12, 300):
+            days, hours = divmod(millions * 1e6 * seconds / rows / world / 3600, 24)
+            print(f"{millions:6d} M rows would take {days:6.0f} days {hours:4.1f} hours at this rate on {world} rank{'s' * (world > 1)}")
+
+
+@torch.inference_mode()
+def decode(model, inputs, stops, max_new_tokens, choose):
+    """Continue B prompts. -> for each the new ids, and whether the last one is a stop token. Rows leave the batch as they end.
+
+    inputs: input_ids, attention_mask, position_ids [B, T], padded on the left, and what else the first step needs (pictures);
+    stops: bool [V]; choose(logits [rows, V], alive [rows], step) -> ids [rows], `alive` being their numbers in 0..B-1."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config.get_text_config())
+    mask, position = inputs["attention_mask"], inputs["position_ids"]
+    alive = torch.arange(len(mask), device=mask.device)
+    new, ended = [[] for _ in alive], [False] * len(alive)
+    for step in range(max_new_tokens):
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [rows, V]
+        ids = choose(logits, alive, step)
+        stop = stops[ids]
+        for b, token, stopped in zip(alive.tolist(), ids.tolist(), stop.tolist()):
+            new[b].append(token)
+            ended[b] = stopped
+        keep = (~stop).nonzero()[:, 0]
+        if len(keep) == 0:
+            break
+        if len(keep) < len(alive):
+            alive, ids, mask, position = alive[keep], ids[keep], mask[keep], position[keep]
+            cache.batch_select_indices(keep)
+        position = position[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        inputs = {"input_ids": ids[:, None], "attention_mask": mask, "position_ids": position}
+    return new, ended
+
+
+def greedy(logits, alive, step):
+    return logits.argmax(-1)
+
+
+def end_tokens(model, tokenizer, newline):
+    """bool [V]: the model's end tokens, one or several, and with `newline` every token that has a line break in it."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    stops = torch.zeros(vocabulary, dtype=torch.bool)
+    stops[torch.tensor([] if ends is None else ends, dtype=torch.long)] = True
+    if newline:
+        stops |= torch.tensor(["\n" in piece for piece in tokenizer.batch_decode([[i] for i in range(vocabulary)])])
+    return stops.to(model.device)
 
 
 def lock(f):
@@ -205,6 +267,7 @@ def lock(f):
         return True
     except BlockingIOError:
         return False
+
 
 def at_least(least, kind=int):
     """For argparse: a number that is not smaller."""
@@ -242,8 +305,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def clean(text):
     """One line that cannot break a prompt: no control character, no line break of any kind, no separator."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return " ".join(text.replace("=>", " ").split())
+    return one_line(text.replace("=>", " "))
 
 
 def load_pairs(path, sources):
@@ -358,10 +420,7 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.attentions = [module for module in model.modules() if hasattr(module, "q_proj")]
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
-        pieces = tokenizer.batch_decode([[i] for i in range(model.config.vocab_size)])
-        self.stops = torch.tensor(["\n" in piece for piece in pieces], device=model.device)
-        eos = model.generation_config.eos_token_id
-        self.stops[torch.tensor([] if eos is None else eos, dtype=torch.long)] = True
+        self.stops = end_tokens(model, tokenizer, newline=True)
 
     @torch.inference_mode()
     def set_prefix(self, prefix):
@@ -374,37 +433,22 @@ class Generator:
             attention.prefix = layer.keys, layer.values
         self.prefix_length = ids.shape[1]
 
-    @torch.inference_mode()
     def complete(self, texts, uniform):
         """texts: B lists of ids; uniform [B, max_new_tokens]. -> B pairs (answer, whether its line ended)"""
-        from transformers import DynamicCache
-
-        device, B, T = self.model.device, len(texts), max(map(len, texts))
-        cache = DynamicCache(config=self.model.config)
-        ids = torch.tensor([[0] * (T - len(text)) + text for text in texts], device=device)  # [B, T], padded on the left
-        mask = torch.tensor([[0] * (T - len(text)) + [1] * len(text) for text in texts], device=device)
+        T = max(map(len, texts))
+        ids, mask = (torch.tensor(rows, device=self.model.device) for rows in (  # [B, T], padded on the left
+            [[0] * (T - len(text)) + text for text in texts], [[0] * (T - len(text)) + [1] * len(text) for text in texts]))
         position = self.prefix_length + (mask.cumsum(-1) - 1).clamp(min=0)  # as if there were no padding
-        alive = torch.arange(B, device=device)  # the batch rows still at work
-        answers, ended = [[] for _ in range(B)], [False] * B
-        for step in range(self.max_new_tokens):
-            logits = self.model(ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                                logits_to_keep=1).logits[:, -1]  # [rows, V]
-            ids = torch.cat([sample(some, u, self.temperature, self.top_p) for some, u in
-                             zip(logits.split(32), uniform[alive, step].split(32))])  # in pieces that fit a cache
-            stop = self.stops[ids]
-            for b, token, stopped in zip(alive.tolist(), ids.tolist(), stop.tolist()):
-                answers[b].append(token)
-                ended[b] = stopped
-            keep = (~stop).nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            if len(keep) < len(alive):
-                alive, ids, mask, position = alive[keep], ids[keep], mask[keep], position[keep]
-                cache.batch_select_indices(keep)
-            ids, position = ids[:, None], position[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [(text.split("\n")[0].strip(), end) for text, end in zip(texts, ended)]
+        uniform = uniform.to(self.model.device)
+
+        def choose(logits, alive, step):
+            return torch.cat([sample(some, u, self.temperature, self.top_p) for some, u in
+                              zip(logits.split(32), uniform[alive, step].split(32))])  # in pieces that fit a cache
+
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+        new, ended = decode(self.model, inputs, self.stops, self.max_new_tokens, choose)
+        answers = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [(one_line(answer.split("\n")[0]), end) for answer, end in zip(answers, ended)]
 
 
 def rewrite_texts(generator, prefix, pairs, texts, seeds, batch_size, notes):
@@ -421,7 +465,7 @@ def rewrite_texts(generator, prefix, pairs, texts, seeds, batch_size, notes):
             batch = todo[at:at + batch_size]
             uniform = np.stack([np.random.default_rng([*seeds[i], attempt]).random(generator.max_new_tokens, "f4")
                                 for i in batch])
-            answers = generator.complete([ids[i] for i in batch], torch.from_numpy(uniform).to(generator.model.device))
+            answers = generator.complete([ids[i] for i in batch], torch.from_numpy(uniform))
             for i, (answer, ended) in zip(batch, answers):
                 reason = reject(answer, ended, pairs)
                 results[i] = (None if reason else answer, reason)
@@ -454,7 +498,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the pairs and of every row's sampling")
     args = parser.parse_args(argv)
-    started, outcomes, notes = time.time(), Counter(), Counter()
+    outcomes, notes = Counter(), Counter()
 
     if not 0 < args.top_p <= 1:
         die(f"--top-p {args.top_p}: expected more than 0 and at most 1")
@@ -492,9 +536,8 @@ def main(argv=None):
                 put_texts(row, f"rewrite_{source}", value, [next(results) for _ in texts_of_row])
             progress.set_postfix(texts=outcomes.total())
 
-    run_blocks(args, header, process)
-    report(started, "texts", outcomes, notes)
-
+    done = run_blocks(args, header, process)
+    report(args, done, "texts", outcomes, notes)
 
 
 if __name__ == "__main__":

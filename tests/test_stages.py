@@ -392,11 +392,59 @@ def test_greedy_generator_equals_transformers(folder):
         new = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                                  max_new_tokens=limit, eos_token_id=stops, pad_token_id=1)
         new = new[0, ids.shape[1]:].tolist()
-        answer = tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].strip()
+        answer = rewrite_llama.one_line(tokenizer.decode(new, skip_special_tokens=True).split("\n")[0])
         expected.append((answer, new[-1] in stops))
         lengths.add(len(new))
     assert together == expected
     assert len(lengths) > 4 and len(set(expected)) > 20  # the model is no trivial one
+
+
+@pytest.mark.parametrize("limit", [1, 12])
+def test_greedy_answers_equal_transformers(folder, limit):
+    """fuse_vicuna's, of prompts of different length in one batch."""
+    model, tokenizer = fuse_vicuna.load_model(str(folder / "llama"), "cpu", torch.float32)
+    prompts = [fuse_vicuna.chat_prompt(text, "a red wall") for text in TEXTS]
+    answers = fuse_vicuna.answer(model, tokenizer, prompts, fuse_vicuna.end_tokens(model, tokenizer, False), 8, limit)
+    for prompt, answer in zip(prompts, answers):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, pad_token_id=1)
+        text = tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True)
+        assert answer == fuse_vicuna.one_line(text.strip().split("\n")[0]).strip('"')
+
+
+def test_greedy_captions_equal_transformers(folder, monkeypatch):
+    """caption_llava's, in one batch, against generate with one picture at a time; some end early, some at the limit."""
+    processor, prompt = caption_llava.load_processor(str(folder / "llava"), caption_llava.PROMPT)
+    monkeypatch.setattr(caption_llava, "processor", processor, raising=False)
+    model = caption_llava.load_model(str(folder / "llava"), "cpu", torch.float32)
+    names = [f"{i}.png" for i in range(16)]
+    inputs, reasons = caption_llava.prepare_batch(names, str(folder / "images"), prompt)
+    stops = caption_llava.end_tokens(model, processor.tokenizer, False)
+    captions, lengths = caption_llava.caption(model, processor, inputs, stops, 12), set()
+    assert not reasons and len(set(captions)) > 8
+    for name, caption in zip(names, captions):
+        one = processor(images=Image.open(folder / "images" / name).convert("RGB"), text=prompt, return_tensors="pt")
+        new = model.generate(**one, do_sample=False, max_new_tokens=12)[0, one["input_ids"].shape[1]:]
+        lengths.add(len(new))
+        assert caption == caption_llava.one_line(processor.tokenizer.decode(new, skip_special_tokens=True))
+    assert len(lengths) > 2
+
+
+def test_a_picture_that_the_processor_refuses_is_one_row(folder, monkeypatch):
+    processor, prompt = caption_llava.load_processor(str(folder / "llava"), caption_llava.PROMPT)
+
+    def picky(images, **kwargs):
+        for image in images:
+            if image.getpixel((0, 0)) == (1, 2, 3):
+                raise ValueError("not this one")
+        return processor(images=images, **kwargs)
+
+    monkeypatch.setattr(caption_llava, "processor", picky, raising=False)
+    Image.new("RGB", (30, 30), (1, 2, 3)).save(folder / "images" / "odd.png")
+    inputs, reasons = caption_llava.prepare_batch(["0.png", "odd.png", "gone.png", "1.png"], str(folder / "images"), prompt)
+    assert set(reasons) == {1, 2} and reasons[1] == "ValueError: not this one" and "FileNotFound" in reasons[2]
+    assert len(inputs["pixel_values"]) == len(inputs["input_ids"]) == 2
+    assert caption_llava.prepare_batch(["odd.png"], str(folder / "images"), prompt)[0] is None
 
 
 def test_generator_drops_rows_without_mixing_them_up(folder):
@@ -496,7 +544,7 @@ def test_fresh_interpreter(folder, arguments, tmp_path):
     for stage, process in zip(STAGES, runs):
         stdout, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
-        assert re.match(r"\d+ (texts|images) in \d+ s", stdout) and "Warning" not in stderr
+        assert re.match(r"\d+ rows, \d+ (texts|images) in \d+ s", stdout) and "Warning" not in stderr
         assert_rows_kept(before, parse((tmp_path / stage).read_bytes()))
 
 
@@ -523,8 +571,12 @@ def test_a_row_for_every_row(stage, folder, whole):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_limit_takes_the_first_lines(stage, arguments, start, whole, tmp_path):
-    finish_well(start(stage, *arguments(stage, "--limit", 37)))
+    finish_well(process := start(stage, *arguments(stage, "--limit", 37)))
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole(stage).splitlines(True)[:37])
+    stdout = process.paths[0].read_text()  # ends with a plan for those who pay for GPUs
+    rate = float(re.match(r"37 rows, .* ([\d.]+) rows a second", stdout)[1])
+    days, hours = map(float, re.search(r" 12 M rows would take +(\d+) days +([\d.]+) hours at this rate on 1 rank\n", stdout).groups())
+    assert (24 * days + hours) * 3600 * rate == pytest.approx(12e6, rel=0.02)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -890,7 +942,7 @@ def test_fusing_reads_no_special_token_from_data(style, folder, seen_ids):
     given = [(alt, vec) for alt, vec in zip(alts, vecs) if alt or vec]
     asked = [fuse_vicuna.chat_prompt(*texts) if style == "chat" else
              fuse_vicuna.pairs_prompt(pairs[:4], *texts) for texts in given]
-    fuse_vicuna.answer(model, tokenizer, asked, [1], 8, 2)
+    fuse_vicuna.answer(model, tokenizer, asked, fuse_vicuna.end_tokens(model, tokenizer, False), 8, 2)
     assert len(prompts) == len(asked)
     assert all(ids[0] == 0 and all(token > 3 for token in ids[1:]) for ids in prompts)
 
@@ -1062,6 +1114,9 @@ def test_refusals_are_asked_again_with_the_vec_alone(folder, arguments, start, t
              ({"alt": "=>", "seen": " "}, None, "neither alt nor seen"),
              ({"alt": ["old boat", "gun sale", None], "seen": "a red wall"}, [BOTH, ALONE, ALONE], None),
              ({"alt": ["gun sale", "old boat"]}, [None, ALONE], ["refused", None]),
+             ({"alt": ["old boat", "old boat", "sale"], "seen": ["a red wall", "a gun", None]}, [BOTH, None, ALONE],
+              [None, "refused", None]),
+             ({"alt": "old boat", "seen": "red wall " * 500}, None, "seen too long"),
              ({"alt": [], "seen": "a red wall"}, [], None)]
     finish_well(process := start("fuse", *arguments(
         "fuse", "--input", write_jsonl(tmp_path / "in", [row for row, _, _ in cases]), "--format", "chat",
@@ -1069,8 +1124,9 @@ def test_refusals_are_asked_again_with_the_vec_alone(folder, arguments, start, t
     for (row, text, reason), got in zip(cases, parse((tmp_path / "out.jsonl").read_bytes()), strict=True):
         assert got == {**row, "vecap": text, **({"error": {"vecap": reason}} if reason else {})}
     stdout = process.paths[0].read_text()
-    assert re.search(r"\b3 +refused, asked again with the VeC alone", stdout)
-    assert re.search(r"\b3 +refused\n", stdout)
+    for number, what in ((4, "refused, asked again with the VeC alone"), (4, "refused"), (3, "fused"), (6, "VeC alone"),
+                         (5, "AltText alone"), (2, "neither alt nor seen"), (1, "seen too long")):
+        assert re.search(rf"\b{number} +{what}\n", stdout), (number, what, stdout)
 
 
 def test_what_counts_as_a_refusal():
