@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections import Counter
@@ -149,6 +148,16 @@ def cut_back(out, f, blocks, end):
     return done
 
 
+def write_synced(out, parts):
+    try:
+        for part in parts:
+            out.write(part)
+        out.flush()
+        os.fsync(out.fileno())
+    except OSError as e:
+        die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
+
+
 def run_blocks(args, header, process):
     """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress).
     -> (rows of this launch, seconds)"""
@@ -178,12 +187,7 @@ def run_blocks(args, header, process):
                     lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
                     process(block, [(offset, row) for offset, row, good in lines if good], progress)
                     rows += len(lines)
-                    try:
-                        out.write(b"".join(dump_row(row) for _, row, _ in lines))
-                        out.flush()
-                        os.fsync(out.fileno())
-                    except OSError as e:
-                        die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
+                    write_synced(out, [dump_row(row) for _, row, _ in lines])
                     progress.update()
             os.replace(name + ".partial", name)
     progress.close()
@@ -192,9 +196,7 @@ def run_blocks(args, header, process):
             with open(args.output + ".tmp", "wb") as out:
                 for name in names:
                     with open(name, "rb") as f:
-                        shutil.copyfileobj(f, out, 1 << 20)
-                out.flush()
-                os.fsync(out.fileno())
+                        write_synced(out, iter(lambda: f.read(1 << 20), b""))
             os.replace(args.output + ".tmp", args.output)
             for name in names:
                 os.remove(name)

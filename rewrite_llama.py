@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
 import zlib
@@ -147,6 +146,16 @@ def cut_back(out, f, blocks, end):
     return done
 
 
+def write_synced(out, parts):
+    try:
+        for part in parts:
+            out.write(part)
+        out.flush()
+        os.fsync(out.fileno())
+    except OSError as e:
+        die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
+
+
 def run_blocks(args, header, process):
     """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress).
     -> (rows of this launch, seconds)"""
@@ -176,12 +185,7 @@ def run_blocks(args, header, process):
                     lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
                     process(block, [(offset, row) for offset, row, good in lines if good], progress)
                     rows += len(lines)
-                    try:
-                        out.write(b"".join(dump_row(row) for _, row, _ in lines))
-                        out.flush()
-                        os.fsync(out.fileno())
-                    except OSError as e:
-                        die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
+                    write_synced(out, [dump_row(row) for _, row, _ in lines])
                     progress.update()
             os.replace(name + ".partial", name)
     progress.close()
@@ -190,9 +194,7 @@ def run_blocks(args, header, process):
             with open(args.output + ".tmp", "wb") as out:
                 for name in names:
                     with open(name, "rb") as f:
-                        shutil.copyfileobj(f, out, 1 << 20)
-                out.flush()
-                os.fsync(out.fileno())
+                        write_synced(out, iter(lambda: f.read(1 << 20), b""))
             os.replace(args.output + ".tmp", args.output)
             for name in names:
                 os.remove(name)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import runpy
 import shutil
 import signal
@@ -1160,6 +1161,24 @@ def test_caption_model_without_a_padding_token(folder, arguments, start, whole, 
             path.write_text(json.dumps(settings))
     finish_well(start("caption", *arguments("caption", "--model", model, "--limit", 5)))
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole("caption").splitlines(True)[:5])
+
+
+# --- a full disk --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kilobytes", [30, 200])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(kilobytes, arguments, whole, tmp_path):
+    """A limit on the size of a file stands for it: less than a block's rows, or less than the whole joined file."""
+    command = [sys.executable, str(ROOT / "fuse_vicuna.py"), *map(str, arguments("fuse"))]
+    limit = kilobytes * 1000
+    assert limit < len(whole("fuse"))
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT},
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        mistakes = [line for line in done.stderr.splitlines() if "error:" in line]
+        assert done.returncode == 2 and len(mistakes) == 1 and "Traceback" not in done.stderr, done.stderr
+        assert "Nothing is lost" in mistakes[0] and not (tmp_path / "out.jsonl").exists()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+    assert done.returncode == 0 and (tmp_path / "out.jsonl").read_bytes() == whole("fuse")
 
 
 # --- a user's mistakes: exit status 2, one line, nothing touched --------------------------------------------
