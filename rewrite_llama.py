@@ -146,10 +146,9 @@ def cut_back(out, f, blocks, end):
     return done
 
 
-def write_synced(out, parts):
+def write_synced(out, data):
     try:
-        for part in parts:
-            out.write(part)
+        out.write(data)  # all at once: of many small writes a full disk would leave some to be tried again on closing
         out.flush()
         os.fsync(out.fileno())
     except OSError as e:
@@ -185,7 +184,7 @@ def run_blocks(args, header, process):
                     lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
                     process(block, [(offset, row) for offset, row, good in lines if good], progress)
                     rows += len(lines)
-                    write_synced(out, [dump_row(row) for _, row, _ in lines])
+                    write_synced(out, b"".join(dump_row(row) for _, row, _ in lines))
                     progress.update()
             os.replace(name + ".partial", name)
     progress.close()
@@ -194,7 +193,8 @@ def run_blocks(args, header, process):
             with open(args.output + ".tmp", "wb") as out:
                 for name in names:
                     with open(name, "rb") as f:
-                        write_synced(out, iter(lambda: f.read(1 << 20), b""))
+                        for data in iter(lambda: f.read(1 << 26), b""):
+                            write_synced(out, data)
             os.replace(args.output + ".tmp", args.output)
             for name in names:
                 os.remove(name)
