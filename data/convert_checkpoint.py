@@ -19,14 +19,14 @@ settings a model still gives features, only worse ones:
     OpenAI    quick, quick        1e-5            the highest id        bicubic; OpenAI's mean and std
     open_clip exact, exact (1)    1e-5            the highest id        the same
     HF        config.json         config.json     eos_token_id (2)      preprocessor_config.json, else the same
-    VeCLIP    config.json         config.json     T5's end token        bilinear without antialias; OpenAI's mean and std
+    VeCLIP    config.json         config.json     T5's end token        bilinear, no antialias; OpenAI's mean and std
     LaCLIP    exact, quick        image 1e-6      the highest id        ImageNet's mean and std (3)
 
 (1) --quick-gelu for models that open_clip calls ...-quickgelu, and for OpenAI's weights after somebody's fine-tuning.
 (2) 2, wrong in the first configs, means the highest id there; texts are pooled at the first such id (CLIPTextModel).
-(3) Its image tower is timm's: no LayerNorm before the blocks, a bias in the patch embedding and, but for SLIP's, LayerNorm
-    on every head's queries and keys. Its evaluation resizes with torchvision's default, bilinear with antialias, where a
-    converted checkpoint is bicubic; its tokenizer mends broken Unicode and HTML entities first, which ours does not.
+(3) Its image tower is timm's: no LayerNorm before the blocks, a bias in the patch embedding and, but for SLIP's own, a
+    LayerNorm on every head's queries and keys. Its evaluation resizes with torchvision's default, bilinear smoothed,
+    where a converted checkpoint is bicubic; and its tokenizer mends broken Unicode and HTML entities first (ftfy).
 """
 import argparse
 import json
@@ -38,6 +38,7 @@ import warnings
 import zipfile
 
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from train_clip import CLIP, PRESETS, Config, Tokenizer, die, load_checkpoint, save_checkpoint  # noqa: E402
@@ -71,9 +72,12 @@ LACLIP = {"visual.class_embedding": "visual.cls_token",
           "visual.positional_embedding": "visual.pos_embed",
           **block_names("visual.transformer", "visual.blocks", {
               "ln_1": "norm1", "attn.in_proj_weight": "attn.qkv.weight", "attn.in_proj_bias": "attn.qkv.bias",
-              "attn.out_proj": "attn.proj", "ln_2": "norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}),
+              "attn.q_norm": "attn.q_norm", "attn.k_norm": "attn.k_norm", "attn.out_proj": "attn.proj",
+              "ln_2": "norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}),
           "visual.ln_post": "visual.norm",
           "visual.proj": "image_projection"}  # the text tower is OpenAI's
+LACLIP_SETTINGS = {field: PRESETS["ViT-B/16-laclip"][field] for field in (
+    "pre_norm", "patch_bias", "vision_eps", "text_quick_gelu", "mean", "std")}
 VISION_HEADS = {p["vision_width"]: p["vision_heads"] for p in PRESETS.values() if "vision_heads" in p}  # ViT-H: 80 each
 SLIP_HEADS = {384: 12, 768: 12, 1024: 16}  # by width, SLIP's release; LaCLIP's follow from q_norm
 NO_WEIGHTS = (r"^(input_resolution|context_length|vocab_size)$"  # in OpenAI's archives, nowhere else
@@ -133,22 +137,20 @@ def ours_from(state, config, table, path):
 # === files ============================================================================================================
 
 def read_state(path):
-    """{name: tensor} of a .safetensors file, OpenAI's TorchScript archive, a state dict or a trainer's {"state_dict": ...}.
+    """{name: tensor} of a .safetensors file, a TorchScript archive, a state dict or a trainer's {"state_dict": ...}.
 
-    Of a pickle only tensors and plain values are read, and argparse.Namespace, which LaCLIP's trainer put beside them."""
+    Of a pickle only tensors and plain values are read, and the argparse.Namespace that LaCLIP's trainer saved."""
     if not os.path.isfile(path):
         die(f"{path}: no such file")
     try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-            state = load_file(path)
-        elif zipfile.is_zipfile(path) and any("constants.pkl" in name for name in zipfile.ZipFile(path).namelist()):
-            with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated, but what OpenAI has published
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
+            if path.endswith(".safetensors"):
+                state = load_file(path)
+            elif zipfile.is_zipfile(path) and any("constants.pkl" in name for name in zipfile.ZipFile(path).namelist()):
                 state = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state)
+                state = state.get("state_dict", state)
         state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in state.items()}  # DDP, torch.compile
     except Exception as e:  # there is a different class for every way in which a file is not one of weights
         die(f"{path} is no file of weights: {type(e).__name__}: {e}")
@@ -172,7 +174,7 @@ def fitting_tokenizer(name, config):
 
 # === OpenAI, open_clip, LaCLIP: the sizes follow from the shapes ======================================================
 
-def infer_config(state, table, path, known_heads, **differs):
+def infer_config(state, table, path, known_heads, **settings):
     def shape(ours):
         name = their_names(ours, table)[0]
         if name not in state:
@@ -190,29 +192,29 @@ def infer_config(state, table, path, known_heads, **differs):
             die(f"{path}: a width of {width} is no multiple of {of}, the width of a head")
         return width // of
 
-    (width, *_, patch), (vocab_size, text_width) = shape("visual.conv1.weight"), shape("token_embedding.weight")[:2]
+    width, patch_size = shape("visual.conv1.weight")[0], shape("visual.conv1.weight")[-1]
+    vocab_size, text_width = shape("token_embedding.weight")[0], shape("token_embedding.weight")[1]
     q_norm = state.get(their_names("visual.transformer.resblocks.0.attn.q_norm.weight", table)[0])
-    return Config(embed_dim=shape("text_projection")[1], patch_size=patch, vision_width=width, text_width=text_width,
-                  image_size=patch * math.isqrt(shape("visual.positional_embedding")[0] - 1),
-                  vision_layers=layers("visual.transformer"), text_layers=layers("transformer"),
-                  vision_heads=heads(width, len(q_norm)) if q_norm is not None else known_heads.get(width) or heads(width),
-                  text_heads=heads(text_width), context_length=shape("positional_embedding")[0],
-                  vocab_size=vocab_size, eot_id=vocab_size - 1, qk_norm=q_norm is not None, **differs)
+    vision_heads = heads(width, q_norm.numel()) if q_norm is not None else known_heads.get(width) or heads(width)
+    return Config(embed_dim=shape("text_projection")[1], patch_size=patch_size,
+                  image_size=patch_size * math.isqrt(shape("visual.positional_embedding")[0] - 1),
+                  vision_width=width, vision_layers=layers("visual.transformer"), vision_heads=vision_heads,
+                  text_width=text_width, text_layers=layers("transformer"), text_heads=heads(text_width),
+                  context_length=shape("positional_embedding")[0], vocab_size=vocab_size, eot_id=vocab_size - 1,
+                  qk_norm=q_norm is not None, **settings)
 
 
 def from_openai(args):
     state = read_state(args.input)
-    quick_gelu = args.quick_gelu or "input_resolution" in state
-    config = infer_config(state, OPENAI, args.input, VISION_HEADS, vision_quick_gelu=quick_gelu, text_quick_gelu=quick_gelu)
+    quick = args.quick_gelu or "input_resolution" in state
+    config = infer_config(state, OPENAI, args.input, VISION_HEADS, vision_quick_gelu=quick, text_quick_gelu=quick)
     return ours_from(state, config, OPENAI, args.input), args.tokenizer
 
 
 def from_laclip(args):
     state = read_state(args.input)
     state |= {name: state[name].squeeze() for name in ("visual.cls_token", "visual.pos_embed") if name in state}
-    preset = PRESETS["ViT-B/16-laclip"]
-    differs = {name: preset[name] for name in ("pre_norm", "patch_bias", "vision_eps", "text_quick_gelu", "mean", "std")}
-    config = infer_config(state, LACLIP, args.input, SLIP_HEADS, **differs)
+    config = infer_config(state, LACLIP, args.input, SLIP_HEADS, **LACLIP_SETTINGS)
     return ours_from(state, config, LACLIP, args.input), args.tokenizer
 
 
@@ -241,25 +243,28 @@ def read_hf_config(path):
         if theirs.hidden_act not in ("gelu", "quick_gelu"):
             die(f"{path}: hidden_act in {tower} is {theirs.hidden_act}, expected gelu or quick_gelu")
         if theirs.intermediate_size != 4 * theirs.hidden_size:
-            die(f"{path}: intermediate_size in {tower} is {theirs.intermediate_size}, expected 4 x {theirs.hidden_size}")
+            die(f"{path}: intermediate_size in {tower} is {theirs.intermediate_size}, expected 4 x "
+                f"{theirs.hidden_size}")
         values |= {ours: getattr(theirs, their) for ours, their in fields.items()}
         values[tower.replace("config", "quick_gelu")] = theirs.hidden_act == "quick_gelu"
     for name, value in values.items():
-        if not isinstance(value, (int, float)):
-            die(f"{path}: {name} would be {value}, expected one number")
+        if not isinstance(value, (int, float)) or value < 0:
+            die(f"{path}: {name} would be {value}, expected one number, 0 or more")
     return Config(**values | {"eot_id": -1 if values["eot_id"] == 2 else values["eot_id"]})
 
 
 def read_hf_pictures(folder, config):
     """Mean and std of preprocessor_config.json; the rest must be what EvalTransform does."""
+    S = config.image_size
     try:
         theirs = quiet_transformers().CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        sides = {theirs.size.shortest_edge, theirs.crop_size.height, theirs.crop_size.width}
+        steps = theirs.do_resize and theirs.do_center_crop and theirs.do_rescale and theirs.do_normalize
     except Exception as e:
         die(f"{folder}: preprocessor_config.json cannot be read: {type(e).__name__}: {e}")
-    sides = {theirs.size.shortest_edge, theirs.crop_size.height, theirs.crop_size.width}
-    if sides != {config.image_size} or theirs.resample != 3 or not (theirs.do_resize and theirs.do_center_crop):
-        die(f"{folder}: expected a preprocessor_config.json that resizes the shorter side to {config.image_size}, bicubic "
-            "(resample 3), and crops the centre")
+    if sides != {S} or theirs.resample != 3 or not steps:
+        die(f"{folder}: expected a preprocessor_config.json that resizes the shorter side to {S}, bicubic (3), "
+            "crops the centre and normalises")
     config.mean, config.std = tuple(theirs.image_mean), tuple(theirs.image_std)
 
 
@@ -280,7 +285,7 @@ def from_hf(args):
 
 def to_hf(args):
     model, tokenizer, _ = load_checkpoint(args.input)
-    c, end, folder = model.config, tokenizer.tokenizer.id_to_token(tokenizer.eot_id), os.path.normpath(args.output) + ".tmp"
+    c, folder = model.config, os.path.normpath(args.output) + ".tmp"
     for name, only in (("qk_norm", False), ("pre_norm", True), ("patch_bias", False)):
         if getattr(c, name) != only:
             die(f"{args.input}: its config has {name} = {not only}, which Hugging Face's CLIPModel cannot express")
@@ -297,12 +302,14 @@ def to_hf(args):
     hf = transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=c.embed_dim))
     hf.load_state_dict(dict(pair for name, x in model.state_dict().items() for pair in theirs_of(name, x, HF)))
     hf.save_pretrained(folder)
+    end = tokenizer.tokenizer.id_to_token(tokenizer.eot_id)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.tokenizer.from_str(tokenizer.json_text), eos_token=end, pad_token=end,
         model_max_length=c.context_length, split_special_tokens=True).save_pretrained(folder)
     if c.resize == "bicubic":  # theirs has no bilinear without antialias: such a folder is one of weights, as VeCLIP's
-        transformers.CLIPImageProcessor(size={"shortest_edge": c.image_size}, resample=3, image_mean=c.mean, image_std=c.std,
-                                        crop_size={"height": c.image_size, "width": c.image_size}).save_pretrained(folder)
+        S = c.image_size
+        transformers.CLIPImageProcessor(size={"shortest_edge": S}, crop_size={"height": S, "width": S}, resample=3,
+                                        image_mean=c.mean, image_std=c.std).save_pretrained(folder)
     os.rename(folder, args.output)
     return model
 
@@ -318,10 +325,11 @@ COMMANDS = {  # function, default tokenizer, help
 
 
 def describe(model):
-    c, quick = model.config, [tower for tower in ("vision", "text") if getattr(model.config, f"{tower}_quick_gelu")]
-    return (f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, ViT {c.vision_width} x {c.vision_layers} "
-            f"patch {c.patch_size} at {c.image_size} px, text {c.text_width} x {c.text_layers}, QuickGELU in "
-            f"{' and '.join(quick) or 'no tower'}, pooled at {'the highest id' if c.eot_id < 0 else f'id {c.eot_id}'}")
+    c, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
+    quick = " and ".join(tower for tower in ("vision", "text") if getattr(c, f"{tower}_quick_gelu")) or "no tower"
+    return (f"{parameters / 1e6:.1f} M parameters, ViT {c.vision_width} x {c.vision_layers} patch {c.patch_size} at "
+            f"{c.image_size} px, text {c.text_width} x {c.text_layers}, QuickGELU in {quick}, pooled at "
+            f"{'the highest id' if c.eot_id < 0 else f'id {c.eot_id}'}")
 
 
 def main(argv=None):
@@ -337,7 +345,7 @@ def main(argv=None):
             command.add_argument("--tokenizer", default=tokenizer, help="hub name, folder or tokenizer.json (default: "
                                  f"{tokenizer or 'that of the folder'})")
         if name == "openai":
-            command.add_argument("--quick-gelu", action="store_true", help="as in OpenAI's archives, which need no saying")
+            command.add_argument("--quick-gelu", action="store_true", help="in both towers; OpenAI's archives: always")
     args = parser.parse_args(argv)
     if os.path.exists(args.output):
         die(f"{args.output} exists already: nothing is overwritten")

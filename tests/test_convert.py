@@ -1,0 +1,557 @@
+"""data/convert_checkpoint.py: a converted model gives the embeddings of the library that its weights come from."""
+import argparse
+import copy
+import json
+import logging
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import models, normalizers, pre_tokenizers, processors
+from torch import nn
+
+import train_clip as T
+from conftest import ROOT, assert_mistake, run
+
+sys.path.insert(0, str(ROOT / "data"))
+import convert_checkpoint as C  # noqa: E402
+
+TEXTS = ["red bar", "a green square that is blue all over", "<|endoftext|> red", ""]
+
+
+def convert(*arguments):
+    """The command in this process. -> what load_checkpoint makes of its output"""
+    C.main([str(argument) for argument in arguments])
+    return T.load_checkpoint(str(arguments[2]))
+
+
+def assert_refused(capfd, *arguments, words):
+    """Exit status 2, one line, and no output file."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        C.main([str(argument) for argument in arguments])
+    assert_mistake(subprocess.CompletedProcess([], stop.value.code, stderr=capfd.readouterr().err), *words)
+
+
+def randomise(module, std=0.1):
+    """Every tensor random, biases and LayerNorms too: the libraries' initialisation would hide a lost one."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * std)
+    return module.eval()
+
+
+def random_texts(length, vocab_size, end, rows=5):
+    """Ids with the end token at different places and other tokens behind it."""
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(3, vocab_size - 2, (rows, length)))
+    tokens[torch.arange(rows), torch.arange(rows) * 3 % length + 1] = end
+    return tokens
+
+
+def assert_equal(ours, theirs, atol=1e-4):
+    assert theirs.std() > 1e-3  # no model of zeros
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
+
+
+def same_features(model, images, tokens, their_images, their_texts):
+    with torch.inference_mode():
+        assert_equal(model.encode_image(images), their_images)
+        assert_equal(model.encode_text(tokens), their_texts)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(shapes):
+    return T.Tokenizer.load(str(shapes / "tokenizer.json"))
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+def hf_model(folder, tokenizer, vision="gelu", text="quick_gelu", **text_config):
+    from transformers import CLIPConfig, CLIPModel
+    text_config = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+                       hidden_act=text, max_position_embeddings=20, vocab_size=tokenizer.vocab_size,
+                       eos_token_id=tokenizer.eot_id, bos_token_id=None, layer_norm_eps=0.02) | text_config
+    vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=3, image_size=32,
+                  patch_size=8, hidden_act=vision, layer_norm_eps=1e-3)
+    hf = randomise(CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision, projection_dim=48)))
+    hf.save_pretrained(folder)
+    return hf
+
+
+def hf_features(hf, images, input_ids, **more):
+    with torch.inference_mode():
+        return (hf.get_image_features(pixel_values=images).pooler_output,
+                hf.get_text_features(input_ids=input_ids, **more).pooler_output)
+
+
+@pytest.fixture(scope="module")
+def hf_folder(shapes, vocabulary, tmp_path_factory):
+    """A whole folder: weights, tokenizer, preprocessor."""
+    from transformers import CLIPImageProcessor
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    hf_model(folder, vocabulary)
+    shutil.copy(shapes / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=[0.5, 0.4, 0.3],
+                       image_std=[0.1, 0.2, 0.3]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("vision, text", [("gelu", "quick_gelu"), ("quick_gelu", "gelu")])
+@pytest.mark.parametrize("eos", ["real", 2])
+def test_hf_to_ours_and_back(hf_folder, vocabulary, tmp_path, vision, text, eos):
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+    folder = shutil.copytree(hf_folder, tmp_path / "in")
+    hf = hf_model(folder, vocabulary, vision, text, **({} if eos == "real" else {"eos_token_id": 2}))
+    model, tokenizer, transform = convert("hf", folder, tmp_path / "ours.pt")
+    images, tokens = torch.randn(3, 3, 32, 32), random_texts(20, vocabulary.vocab_size, vocabulary.eot_id)
+    same_features(model, images, tokens, *hf_features(hf, images, tokens))
+    torch.testing.assert_close(model.logit_scale, hf.logit_scale)
+    assert model.config.eot_id == (-1 if eos == 2 else vocabulary.eot_id)
+    assert (transform.mean, transform.std, transform.resize) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bicubic")
+    assert tokenizer.json_text == vocabulary.json_text or tokenizer(TEXTS).equal(vocabulary(TEXTS)[:, :20])
+
+    C.main(["to-hf", str(tmp_path / "ours.pt"), str(tmp_path / "back")])
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+    back = CLIPModel.from_pretrained(tmp_path / "back")
+    for tower in ("text_config", "vision_config"):
+        a, b = (getattr(x.config, tower).to_dict() for x in (hf, back))
+        ignored = {"pad_token_id", "projection_dim", "dtype", "_name_or_path"}  # no part of the mathematics
+        assert {k: v for k, v in a.items() if k not in ignored} == {k: v for k, v in b.items() if k not in ignored}
+    batch = AutoTokenizer.from_pretrained(tmp_path / "back")(TEXTS, padding=True, return_tensors="pt")
+    same_features(model, images, tokenizer(TEXTS), *hf_features(back, images, **batch))
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "back")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 40, 3), np.uint8))  # only cropped
+    torch.testing.assert_close(processor(picture, return_tensors="pt").pixel_values[0], transform(picture))
+
+
+def test_ours_to_hf_and_back(shapes, vocabulary, tmp_path):
+    from transformers import AutoProcessor, CLIPModel
+    model = randomise(T.CLIP(T.Config(**T.PRESETS["nano"], vocab_size=vocabulary.vocab_size, eot_id=vocabulary.eot_id,
+                                      vision_eps=0.01, text_quick_gelu=True)))
+    T.save_checkpoint(str(tmp_path / "ours.pt"), model, vocabulary)
+    done = run("data/convert_checkpoint.py", "to-hf", tmp_path / "ours.pt", tmp_path / "hf")
+    assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 1, done.stderr
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    texts = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    images, hf = torch.randn(2, 3, 48, 48), CLIPModel.from_pretrained(tmp_path / "hf")
+    same_features(model, images, vocabulary(TEXTS), *hf_features(hf, images, **texts))
+    assert processor.tokenizer("red " * 100, truncation=True)["input_ids"] == vocabulary.encode("red " * 100)
+    again, tokenizer, _ = convert("hf", tmp_path / "hf", tmp_path / "again.pt")
+    assert again.config == model.config and tokenizer(TEXTS).equal(vocabulary(TEXTS))
+    assert all(x.equal(again.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"qk_norm": True}, ["qk_norm = True"]), ({"pre_norm": False}, ["pre_norm = False"]),
+    ({"patch_bias": True}, ["patch_bias = True"]), ({"eot_id": 2}, ["id 2"])])
+def test_what_hf_cannot_express(vocabulary, tmp_path, capfd, changes, words):
+    changes = {"vocab_size": vocabulary.vocab_size, "eot_id": vocabulary.eot_id} | changes
+    config = T.Config(**T.PRESETS["nano"] | changes)
+    T.save_checkpoint(str(tmp_path / "ours.pt"), T.CLIP(config), vocabulary)
+    assert_refused(capfd, "to-hf", tmp_path / "ours.pt", tmp_path / "hf", words=words)
+    assert not list(tmp_path.glob("hf*"))
+
+
+def test_a_folder_of_an_older_transformers(hf_folder, vocabulary, tmp_path):
+    folder = shutil.copytree(hf_folder, tmp_path / "in")
+    state = load_file(folder / "model.safetensors")
+    buffers = {"text_model.embeddings.position_ids": torch.arange(20)[None]}
+    save_file({name: x.half() for name, x in state.items()} | buffers, folder / "model.safetensors")
+    model, _, _ = convert("hf", folder, tmp_path / "ours.pt")
+    assert model.ln_final.bias.dtype == torch.float32
+    assert model.ln_final.bias.equal(state["text_model.final_layer_norm.bias"].half().float())
+
+
+# --- VeCLIP -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A tokenizer like T5's: no start token, </s> with id 1 behind, pads with id 0."""
+    path = tmp_path_factory.mktemp("t5") / "tokenizer.json"
+    words = [(f"▁{word}", -1.0 - i) for i, word in enumerate("red green blue square bar a that is all over".split())]
+    letters = [(letter, -9.0) for letter in "▁abcdefghijklmnopqrstuvwxyz<>/|"]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    tokenizer = tokenizers.Tokenizer(models.Unigram([*special, *words, *letters], 2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save(str(path))
+    return path
+
+
+def plain_bilinear(picture, S):
+    """Shorter side to S, half-pixel centres, no antialias, then the centre: TensorFlow's, plainly."""
+    pixels = np.asarray(picture, np.float64)
+    for axis in (0, 1):
+        h, w = picture.size[::-1]
+        n, size = (h, w)[axis], max(S, round(S * (h, w)[axis] / min(h, w)))
+        at = (np.arange(size) + 0.5) * n / size - 0.5
+        low = np.floor(at).astype(int)
+        part = (at - low).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        a, b = (pixels.take(np.clip(low + i, 0, n - 1), axis) for i in (0, 1))
+        pixels = a * (1 - part) + b * part
+    top, left = (pixels.shape[0] - S) // 2, (pixels.shape[1] - S) // 2
+    pixels = pixels[top:top + S, left:left + S] / 255
+    return torch.from_numpy((pixels - T.Config.mean) / T.Config.std).permute(2, 0, 1).float()
+
+
+def test_veclip(vocabulary, t5, tmp_path):
+    """Texts, padded with a mask as its release does it, and pictures."""
+    their_tokenizer = tokenizers.Tokenizer.from_file(str(t5))
+    hf = hf_model(tmp_path / "in", vocabulary, text="gelu", vocab_size=64, eos_token_id=1)  # rows without an id
+    model, tokenizer, transform = convert("veclip", tmp_path / "in", tmp_path / "ours.pt", "--tokenizer", t5)
+    assert model.config.eot_id == 1 and model.config.vocab_size == 64
+    texts = ["red bar", "a green square that is blue all over", "blue"]
+    their_tokenizer.enable_padding(pad_id=0)
+    batch = their_tokenizer.encode_batch(texts)
+    tokens, mask = (torch.tensor([getattr(row, name) for row in batch]) for name in ("ids", "attention_mask"))
+    assert tokenizer(texts).equal(tokens)
+    images = torch.randn(2, 3, 32, 32)
+    same_features(model, images, tokenizer(texts), *hf_features(hf, images, tokens, attention_mask=mask))
+    rng = np.random.default_rng(0)
+    for size in ((100, 75), (75, 101), (32, 32), (20, 31)):
+        picture = Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8))
+        torch.testing.assert_close(transform(picture), plain_bilinear(picture, 32), atol=1e-4, rtol=1e-4)
+    C.main(["to-hf", str(tmp_path / "ours.pt"), str(tmp_path / "back")])
+    assert not (tmp_path / "back" / "preprocessor_config.json").exists()  # it would smooth
+
+
+# --- OpenAI and open_clip ---------------------------------------------------------------------------------------------
+
+def open_clip_model(vocab_size, quick_gelu=False):
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    vision = CLIPVisionCfg(layers=2, width=128, patch_size=8, image_size=32)
+    text = CLIPTextCfg(16, vocab_size, width=64, heads=1, layers=3)
+    return randomise(CLIP(48, vision, text, quick_gelu=quick_gelu), 0.05)
+
+
+def open_clip_features(model, images, tokens):
+    tokens = F.pad(tokens, (0, model.context_length - tokens.shape[1]))
+    with torch.inference_mode():
+        return model.encode_image(images), model.encode_text(tokens)
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+@pytest.mark.parametrize("form", ["plain", "trainer", "compiled", "safetensors"])
+def test_open_clip(shapes, vocabulary, tmp_path, form, quick_gelu):
+    theirs = open_clip_model(vocabulary.vocab_size, quick_gelu)
+    path, state = tmp_path / ("in.safetensors" if form == "safetensors" else "in.pt"), theirs.state_dict()
+    if form == "safetensors":
+        save_file(state, path)
+    elif form == "plain":
+        torch.save(state | {"attn_mask": theirs.attn_mask}, path)
+    else:
+        prefix = "module." if form == "trainer" else "_orig_mod.module."
+        torch.save({"epoch": 3, "state_dict": {prefix + name: x for name, x in state.items()}}, path)
+    model, tokenizer, transform = convert("openai", path, tmp_path / "ours.pt", *["--quick-gelu"] * quick_gelu,
+                                          "--tokenizer", shapes / "tokenizer.json")
+    images, tokens = torch.randn(3, 3, 32, 32), random_texts(16, vocabulary.vocab_size, vocabulary.eot_id)
+    same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
+    assert transform.mean == T.Config.mean and tokenizer(TEXTS).equal(vocabulary(TEXTS))
+
+
+class Named(nn.Module):
+    """Parameters under the names of a state dict, as in OpenAI's archives."""
+
+    def __init__(self, state):
+        super().__init__()
+        inner = {}
+        for name, x in state.items():
+            head, _, rest = name.partition(".")
+            if rest:
+                inner.setdefault(head, {})[rest] = x
+            elif x.is_floating_point():
+                self.register_parameter(head, nn.Parameter(x))
+            else:
+                self.register_buffer(head, x)
+        for head, part in inner.items():
+            self.add_module(head, Named(part))
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_openais_archive(shapes, vocabulary, tmp_path):
+    """TorchScript, fp16, with three numbers beside the weights, and QuickGELU without saying so."""
+    theirs = open_clip_model(vocabulary.vocab_size, quick_gelu=True).half().float()
+    state = {name: x.half() for name, x in theirs.state_dict().items()}
+    state |= {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
+    torch.jit.script(Named(state)).save(str(tmp_path / "in.pt"))
+    done = run("data/convert_checkpoint.py", "openai", tmp_path / "in.pt", tmp_path / "ours.pt", "--tokenizer",
+               shapes / "tokenizer.json")
+    assert done.returncode == 0 and not done.stderr and "QuickGELU in vision and text" in done.stdout, done.stderr
+    model, _, _ = T.load_checkpoint(str(tmp_path / "ours.pt"))
+    saved = torch.load(tmp_path / "ours.pt", weights_only=True)["model"]
+    assert {x.dtype for x in saved.values()} == {torch.float32}
+    images, tokens = torch.randn(3, 3, 32, 32), random_texts(16, vocabulary.vocab_size, vocabulary.eot_id)
+    same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
+
+
+@pytest.mark.parametrize("name", ["ViT-S/16", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-H/14"])
+def test_presets_are_open_clips(name):
+    """Names, shapes and heads, without memory."""
+    import open_clip
+    logging.disable(logging.WARNING)  # that it loads no weights
+    with torch.device("meta"):
+        theirs = open_clip.create_model(name.replace("/", "-"), device="meta")
+        ours = T.CLIP(T.Config(**T.PRESETS[name]))
+    logging.disable(logging.NOTSET)
+    state, width = theirs.state_dict(), ours.config.vision_width
+    assert {name: x.shape for name, x in state.items()} == {name: x.shape for name, x in ours.state_dict().items()}
+    assert C.infer_config(state, C.OPENAI, "", C.VISION_HEADS) == ours.config
+    assert theirs.visual.transformer.resblocks[0].attn.num_heads == ours.config.vision_heads
+    assert theirs.transformer.resblocks[0].attn.num_heads == ours.config.text_heads
+    assert ours.config.vision_heads == width // (80 if name == "ViT-H/14" else 64)
+
+
+def openai_tokenizer(path):
+    """OpenAI's 49,408 tokens, from open_clip's copy of the merges."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+    theirs = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): i for token, i in theirs.encoder.items()}
+    CLIPTokenizer(vocab=vocabulary, merges=list(theirs.bpe_ranks)).backend_tokenizer.save(str(path))
+    return theirs
+
+
+def test_open_clips_vit_b_32_there_and_back(tmp_path):
+    import open_clip
+    logging.disable(logging.WARNING)
+    theirs = open_clip.create_model("ViT-B-32").eval()
+    logging.disable(logging.NOTSET)
+    for parameter in theirs.parameters():
+        if parameter.ndim < 2:  # the matrices are random already
+            nn.init.normal_(parameter, parameter.mean().item(), 0.1)
+    torch.save(theirs.state_dict(), tmp_path / "in.pt")
+    their_tokenizer = openai_tokenizer(tmp_path / "tokenizer.json")
+    model, tokenizer, _ = convert("openai", tmp_path / "in.pt", tmp_path / "ours.pt",
+                                  "--tokenizer", tmp_path / "tokenizer.json")
+    assert model.config == T.Config(**T.PRESETS["ViT-B/32"])
+    images, texts = torch.randn(2, 3, 224, 224), ["a photo of a dog", "two red bicycles by an old wall, at night"]
+    tokens = tokenizer(texts)
+    assert F.pad(tokens, (0, 77 - tokens.shape[1])).equal(their_tokenizer(texts))
+    same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
+    weights = torch.load(tmp_path / "ours.pt", weights_only=True)["model"]  # the two lines of the docstring
+    for parameter in theirs.parameters():
+        nn.init.zeros_(parameter)
+    theirs.load_state_dict(weights, strict=True)
+    same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
+
+
+# --- LaCLIP -----------------------------------------------------------------------------------------------------------
+
+def laclip_towers(vocab_size, width, heads, qk_norm):
+    """A state dict as LaCLIP's release has it, and timm's image tower, which it is built on."""
+    from timm.models.vision_transformer import VisionTransformer
+    torch.manual_seed(0)
+    tower = randomise(VisionTransformer(img_size=32, patch_size=16, embed_dim=width, depth=2, num_heads=heads,
+                                        qk_norm=qk_norm, num_classes=0, norm_layer=partial(nn.LayerNorm, eps=1e-6)))
+    text = {name: x for name, x in open_clip_model(vocab_size).state_dict().items() if not name.startswith("visual.")}
+    state = {f"visual.{name}": x for name, x in tower.state_dict().items()} | text
+    return tower, state | {"image_projection": torch.randn(width, 48) * 0.1}
+
+
+def plain_text_tower(state, tokens, heads):
+    """LaCLIP's, plainly: causal attention over all positions, QuickGELU, the feature at the highest id."""
+    L, W = tokens.shape[1], state["ln_final.weight"].shape[0]
+
+    def linear(x, name):
+        return x @ state[f"{name}weight"].T + state[f"{name}bias"]
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    x = state["token_embedding.weight"][tokens] + state["positional_embedding"][:L]
+    for i in range(3):
+        block = f"transformer.resblocks.{i}."
+        q, k, v = linear(norm(x, block + "ln_1"), block + "attn.in_proj_").split(W, -1)
+        out = []
+        for q, k, v in zip(*(part.split(W // heads, -1) for part in (q, k, v))):
+            scores = (q @ k.transpose(1, 2)) / math.sqrt(W // heads) + torch.full((L, L), -math.inf).triu(1)
+            out.append(scores.softmax(-1) @ v)
+        x = x + linear(torch.cat(out, -1), block + "attn.out_proj.")
+        hidden = linear(norm(x, block + "ln_2"), block + "mlp.c_fc.")
+        x = x + linear(hidden * torch.sigmoid(1.702 * hidden), block + "mlp.c_proj.")
+    return norm(x, "ln_final")[torch.arange(len(x)), tokens.argmax(-1)] @ state["text_projection"]
+
+
+@pytest.mark.parametrize("width, heads, qk_norm", [(96, 6, True), (384, 12, False)], ids=["laclip", "slip"])
+def test_laclip_and_slip(shapes, vocabulary, tmp_path, width, heads, qk_norm):
+    tower, state = laclip_towers(vocabulary.vocab_size, width, heads, qk_norm)
+    head = {"image_mlp.layer1.weight": torch.zeros(8, 8), "image_mlp.bn1.running_mean": torch.zeros(8)}
+    weights = {f"module.{name}": x for name, x in (state if qk_norm else state | head).items()}
+    torch.save({"epoch": 35, "state_dict": weights, "args": argparse.Namespace(model="CLIP_VITB16", betas=(0.9, 0.98))},
+               tmp_path / "in.ckpt")
+    model, _, transform = convert("laclip", tmp_path / "in.ckpt", tmp_path / "ours.pt",
+                                  "--tokenizer", shapes / "tokenizer.json")
+    images, tokens = torch.randn(3, 3, 32, 32), random_texts(16, vocabulary.vocab_size, vocabulary.eot_id)
+    with torch.inference_mode():
+        their_images, their_texts = tower(images) @ state["image_projection"], plain_text_tower(state, tokens, 1)
+    same_features(model, images, tokens, their_images, their_texts)
+    assert transform.mean == (0.485, 0.456, 0.406) and transform.std == (0.229, 0.224, 0.225)
+    assert (model.config.vision_heads, model.config.vision_eps, model.config.text_eps) == (heads, 1e-6, 1e-5)
+
+
+def test_our_preset_is_laclips():
+    """ViT-B/16: the names and shapes of timm's tower, and the config that follows from them."""
+    from timm.models.vision_transformer import VisionTransformer
+    ours = T.Config(**T.PRESETS["ViT-B/16-laclip"])
+    with torch.device("meta"):
+        tower = VisionTransformer(num_classes=0, qk_norm=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        text = {name: x for name, x in T.CLIP(ours).state_dict().items() if not name.startswith("visual.")}
+    state = {f"visual.{name}": x.squeeze() if x.ndim == 3 else x for name, x in tower.state_dict().items()} | text
+    state["image_projection"] = torch.empty(768, 512, device="meta")
+    config = C.infer_config(state, C.LACLIP, "", {}, **C.LACLIP_SETTINGS)
+    assert config == ours
+    C.ours_from(state, config, C.LACLIP, "")  # every name, every shape
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+def changed(state, **changes):
+    state = dict(state)
+    for name, x in changes.items():
+        if x is None:
+            del state[name]
+        else:
+            state[name] = x
+    return state
+
+
+LOST, SHORT = "transformer.resblocks.1.mlp.c_fc.bias", "visual.ln_post.weight"
+EXTRA = "visual.transformer.resblocks.0.ls_1.gamma"  # of a model with LayerScale
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({LOST: None}, [LOST, "missing"]),
+    ({"visual.conv1.weight": None}, ["visual.conv1.weight", "missing"]),  # a size follows from it
+    ({SHORT: torch.ones(127)}, [SHORT, "[127]", "[128]"]),
+    ({"visual.positional_embedding": torch.ones(16, 128)}, ["visual.positional_embedding", "[16, 128]", "[10, 128]"]),
+    ({"token_embedding.weight": torch.ones(5)}, ["token_embedding.weight", "[5]"]),
+    ({"visual.conv1.weight": torch.ones(100, 3, 8, 8)}, ["100", "64"]),
+    ({EXTRA: torch.ones(128)}, [EXTRA, "unexpected"]),
+    ({"logit_bias": "text"}, ["logit_bias", "no tensor"]),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_partial_or_foreign_weights(shapes, vocabulary, tmp_path, capfd, changes, words):
+    torch.save(changed(open_clip_model(vocabulary.vocab_size).state_dict(), **changes), tmp_path / "in.pt")
+    assert_refused(capfd, "openai", tmp_path / "in.pt", tmp_path / "out.pt", "--tokenizer", shapes / "tokenizer.json",
+                   words=words)
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("family", ["hf", "laclip"])
+def test_a_key_at_fault_has_their_name(hf_folder, shapes, vocabulary, tmp_path, capfd, family):
+    if family == "hf":
+        shutil.copytree(hf_folder, tmp_path / "in")
+        save, source, path = save_file, tmp_path / "in", tmp_path / "in" / "model.safetensors"
+        state, wrong = load_file(path), "text_projection.weight"
+        lost = "text_model.encoder.layers.1.self_attn.k_proj.bias"
+    else:
+        save, source, path = torch.save, tmp_path / "in.pt", tmp_path / "in.pt"
+        state, wrong = laclip_towers(vocabulary.vocab_size, 96, 6, True)[1], "visual.cls_token"
+        lost = "visual.blocks.1.norm1.bias"
+    command = (family, source, tmp_path / "out.pt", "--tokenizer", shapes / "tokenizer.json")
+    save(changed(state, **{lost: None}), path)
+    assert_refused(capfd, *command, words=[lost, "missing"])
+    save(changed(state, **{wrong: torch.ones(2, 3)}), path)
+    assert_refused(capfd, *command, words=[wrong, "[2, 3]"])
+    save(changed(state, extra=torch.ones(2)), path)
+    assert_refused(capfd, *command, words=["unexpected extra"])
+
+
+class Code:
+    """Where it is unpickled, a folder appears."""
+
+    def __reduce__(self):
+        return os.mkdir, ("the-pickle-ran",)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"no checkpoint", pickle.dumps(Code()), Code(), [1, 2], {"model": {}, "step": 1}],
+    ids=["empty", "text", "pickle", "code", "list", "ours"])
+@pytest.mark.parametrize("family", ["openai", "laclip"])
+def test_what_is_no_file_of_weights(tmp_path, monkeypatch, capfd, family, content):
+    monkeypatch.chdir(tmp_path)
+    if isinstance(content, bytes):
+        (tmp_path / "in.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "in.pt")
+    assert_refused(capfd, family, tmp_path / "in.pt", tmp_path / "out.pt", words=["in.pt"])
+    assert not (tmp_path / "the-pickle-ran").exists()
+
+
+@pytest.mark.parametrize("command", ["openai", "hf", "veclip", "laclip", "to-hf"])
+def test_missing_input_and_existing_output(tmp_path, capfd, command):
+    assert_refused(capfd, command, tmp_path / "missing", tmp_path / "out", words=["missing", "no such"])
+    (tmp_path / "out").write_text("precious")
+    assert_refused(capfd, command, tmp_path / "missing", tmp_path / "out", words=["out", "exists"])
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_tokenizers_that_do_not_fit(hf_folder, shapes, vocabulary, t5, tmp_path, capfd):
+    path = tmp_path / "tokenizer.json"
+    command = ("hf", hf_folder, tmp_path / "out.pt", "--tokenizer")
+    assert_refused(capfd, *command, t5, words=["end with id 1", f"pools at id {vocabulary.eot_id}"])
+    torch.save(open_clip_model(vocabulary.vocab_size).state_dict(), tmp_path / "in.pt")
+    assert_refused(capfd, "openai", tmp_path / "in.pt", tmp_path / "out.pt", words=["--tokenizer openai/"])  # offline
+    content = json.loads((shapes / "tokenizer.json").read_text())
+    path.write_text(json.dumps(content | {"post_processor": None}))
+    assert_refused(capfd, *command, path, words=["end token"])
+    larger = copy.deepcopy(content)
+    larger["added_tokens"].append(content["added_tokens"][0] | {"id": vocabulary.vocab_size, "content": "<more>"})
+    path.write_text(json.dumps(larger))
+    assert_refused(capfd, *command, path, words=[f"ids up to {vocabulary.vocab_size}", f"{vocabulary.vocab_size} rows"])
+    assert_refused(capfd, *command, tmp_path / "none.json", words=["none.json"])
+    hf_model(tmp_path / "highest", vocabulary, eos_token_id=2)
+    assert_refused(capfd, "veclip", tmp_path / "highest", tmp_path / "out.pt", "--tokenizer", t5, words=["with id 1"])
+    assert_refused(capfd, "hf", tmp_path / "highest", tmp_path / "out.pt", words=["no tokenizer", "--tokenizer"])
+
+
+@pytest.mark.parametrize("file, change, words", [
+    ("config.json", {"model_type": "siglip"}, ["model_type", "siglip"]),
+    ("config.json", {"text_config": {"hidden_act": "relu"}}, ["hidden_act", "relu"]),
+    ("config.json", {"vision_config": {"intermediate_size": 300}}, ["intermediate_size", "300", "4 x 96"]),
+    ("config.json", {"text_config": {"eos_token_id": [1, 2]}}, ["eot_id", "[1, 2]"]),
+    ("config.json", {"text_config": {"eos_token_id": -5}}, ["eot_id", "-5"]),
+    ("config.json", {"vision_config": {"image_size": [32, 48]}}, ["image_size", "[32, 48]"]),
+    ("config.json", {"vision_config": {"patch_size": 0}}, ["sizes"]),
+    ("config.json", {"vision_config": {"num_hidden_layers": 3}}, ["vision_model.encoder.layers.2.", "missing"]),
+    ("config.json", None, ["config.json"]),
+    ("preprocessor_config.json", {"resample": 2}, ["bicubic"]),
+    ("preprocessor_config.json", {"do_normalize": False}, ["normalises"]),
+    ("preprocessor_config.json", {"size": None}, ["preprocessor_config.json"]),
+    ("preprocessor_config.json", {"crop_size": {"height": 64, "width": 64}}, ["to 32"]),
+    ("preprocessor_config.json", None, ["preprocessor_config.json"]),
+], ids=str)
+def test_folders_that_are_no_clip_of_ours(hf_folder, tmp_path, capfd, file, change, words):
+    folder = shutil.copytree(hf_folder, tmp_path / "in")
+    content = json.loads((folder / file).read_text())
+    for key, value in (change or {}).items():
+        content[key] = {**content[key], **value} if isinstance(value, dict) else value
+    (folder / file).write_text(json.dumps(content) if change else "{")
+    assert_refused(capfd, "hf", folder, tmp_path / "out.pt", words=words)
+
+
+def test_a_mistake_on_the_command_line(tmp_path, capfd):
+    assert_refused(capfd, "openai", words=["input"])
+    assert_refused(capfd, "timm", "a", "b", words=["timm", "laclip"])
+    done = run("data/convert_checkpoint.py", "hf", tmp_path, tmp_path / "out.pt")
+    assert_mistake(done, "config.json")
