@@ -175,20 +175,21 @@ def normalise(images, mean, std):
 class EvalTransform:
     """PIL image -> [3, S, S]: shorter side to S, centre crop, normalised.
 
-    resize "bicubic" is OpenAI CLIP's; "bilinear" is VeCLIP's, without antialias and with floats until the end."""
+    resize "bicubic" is OpenAI CLIP's, "bilinear" LaCLIP's (both smooth what they shrink), "bilinear-unsmoothed" VeCLIP's:
+    no antialias, and floats until the end."""
 
     def __init__(self, config):
         self.image_size, self.mean, self.std, self.resize = config.image_size, config.mean, config.std, config.resize
 
     def __call__(self, image):
         S, (w, h) = self.image_size, image.size
-        if self.resize == "bilinear":
+        if self.resize == "bilinear-unsmoothed":
             w, h = max(S, round(S * w / h)), max(S, round(S * h / w))
             pixels = F.interpolate(to_uint8(image)[None].float(), (h, w), mode="bilinear")[0]
             left, top = (w - S) // 2, (h - S) // 2
         else:
             w, h = (S, S * h // w) if w <= h else (S * w // h, S)
-            pixels = to_uint8(image.resize((w, h), Image.BICUBIC))
+            pixels = to_uint8(image.resize((w, h), Image.Resampling[self.resize.upper()]))
             left, top = round((w - S) / 2), round((h - S) / 2)
         return normalise(pixels[:, top:top + S, left:left + S], self.mean, self.std)
 
@@ -269,27 +270,30 @@ class Tokenizer:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(context_length)  # keeps the end token the last
         self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a caption is just text
-        ends = {self.tokenizer.encode(text).ids[-1] for text in ("a", "dog")}
-        self.eot_id = ends.pop()
-        if ends or self.eot_id not in self.tokenizer.get_added_tokens_decoder():
-            raise ValueError("it has no end token: its post-processor must add one behind every text")
+        (*_, self.eot_id), other = (self.tokenizer.encode(text).ids for text in ("a", "dog"))
+        if other[-1] != self.eot_id or other.count(self.eot_id) > 1 or \
+                self.eot_id not in self.tokenizer.get_added_tokens_decoder():
+            raise ValueError("it has no end token: its post-processor must add one behind every text, and only there")
         self.vocab_size = self.tokenizer.get_vocab_size()
 
     @classmethod
     def load(cls, name):
         """From a tokenizer.json, a folder or a hub name."""
+        if os.path.isdir(name) and not {"tokenizer.json", "vocab.json"} & set(os.listdir(name)):
+            die(f"--tokenizer {name}: no tokenizer.json in it")  # transformers would make up an empty one
         try:
             if name.endswith(".json"):
                 with open(name, encoding="utf-8") as f:
                     return cls(f.read())
             from transformers import AutoTokenizer
-            return cls(AutoTokenizer.from_pretrained(name).backend_tokenizer.to_str())
+            return cls(AutoTokenizer.from_pretrained(name, trust_remote_code=False).backend_tokenizer.to_str())
         except Exception as e:  # tokenizers raises bare Exception for a file it cannot parse
             die(f"--tokenizer {name}: {type(e).__name__}: {e}")
 
     def encode(self, text):
         """Ids of one text. A hundred kilobytes are no caption: their first twenty are read."""
-        return self.tokenizer.encode(text[:20_000].encode("utf-8", "replace").decode()).ids
+        *ids, end = self.tokenizer.encode(text[:20_000].encode("utf-8", "replace").decode()).ids
+        return [i for i in ids if i != end] + [end]  # T5's vocabulary has "</s>" as a piece of text, too
 
     def __call__(self, texts):
         return pad([self.encode(text) for text in texts])
@@ -470,7 +474,7 @@ PRESETS = {  # as open_clip has them; parameters with OpenAI's vocabulary
                      text_width=1024, text_layers=24, text_heads=16),  # 986 M
     # LaCLIP's release, whose image tower is timm's; 150 M. The initial weights are drawn as for the others
     "ViT-B/16-laclip": dict(patch_size=16, qk_norm=True, pre_norm=False, patch_bias=True, vision_eps=1e-6,
-                            text_quick_gelu=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+                            text_quick_gelu=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize="bilinear"),
 }
 
 

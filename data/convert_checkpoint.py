@@ -20,13 +20,12 @@ settings a model still gives features, only worse ones:
     open_clip exact, exact (1)    1e-5            the highest id        the same
     HF        config.json         config.json     eos_token_id (2)      preprocessor_config.json, else the same
     VeCLIP    config.json         config.json     T5's end token        bilinear, no antialias; OpenAI's mean and std
-    LaCLIP    exact, quick        image 1e-6      the highest id        ImageNet's mean and std (3)
+    LaCLIP    exact, quick        image 1e-6      the highest id        bilinear; ImageNet's mean and std (3)
 
 (1) --quick-gelu for models that open_clip calls ...-quickgelu, and for OpenAI's weights after somebody's fine-tuning.
 (2) 2, wrong in the first configs, means the highest id there; texts are pooled at the first such id (CLIPTextModel).
 (3) Its image tower is timm's: no LayerNorm before the blocks, a bias in the patch embedding and, but for SLIP's own, a
-    LayerNorm on every head's queries and keys. Its evaluation resizes with torchvision's default, bilinear smoothed,
-    where a converted checkpoint is bicubic; and its tokenizer mends broken Unicode and HTML entities first (ftfy).
+    LayerNorm on every head's queries and keys. Its tokenizer mends broken Unicode and HTML entities first (ftfy).
 """
 import argparse
 import json
@@ -67,6 +66,7 @@ HF = {"visual.class_embedding": "vision_model.embeddings.class_embedding",
       "ln_final": "text_model.final_layer_norm",
       "text_projection": "text_projection.weight"}
 TRANSPOSED = {"visual_projection.weight", "text_projection.weight"}  # of an nn.Linear; ours is x @ projection
+RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 LACLIP = {"visual.class_embedding": "visual.cls_token",
           "visual.conv1": "visual.patch_embed.proj",
           "visual.positional_embedding": "visual.pos_embed",
@@ -77,7 +77,7 @@ LACLIP = {"visual.class_embedding": "visual.cls_token",
           "visual.ln_post": "visual.norm",
           "visual.proj": "image_projection"}  # the text tower is OpenAI's
 LACLIP_SETTINGS = {field: PRESETS["ViT-B/16-laclip"][field] for field in (
-    "pre_norm", "patch_bias", "vision_eps", "text_quick_gelu", "mean", "std")}
+    "pre_norm", "patch_bias", "vision_eps", "text_quick_gelu", "mean", "std", "resize")}
 VISION_HEADS = {p["vision_width"]: p["vision_heads"] for p in PRESETS.values() if "vision_heads" in p}  # ViT-H: 80 each
 SLIP_HEADS = {384: 12, 768: 12, 1024: 16}  # by width, SLIP's release; LaCLIP's follow from q_norm
 NO_WEIGHTS = (r"^(input_resolution|context_length|vocab_size)$"  # in OpenAI's archives, nowhere else
@@ -262,9 +262,10 @@ def read_hf_pictures(folder, config):
         steps = theirs.do_resize and theirs.do_center_crop and theirs.do_rescale and theirs.do_normalize
     except Exception as e:
         die(f"{folder}: preprocessor_config.json cannot be read: {type(e).__name__}: {e}")
-    if sides != {S} or theirs.resample != 3 or not steps:
-        die(f"{folder}: expected a preprocessor_config.json that resizes the shorter side to {S}, bicubic (3), "
-            "crops the centre and normalises")
+    if sides != {S} or theirs.resample not in RESAMPLE.values() or not steps:
+        die(f"{folder}: expected a preprocessor_config.json that resizes the shorter side to {S}, bicubic (3) or bilinear "
+            "(2), crops the centre and normalises")
+    config.resize = next(name for name, number in RESAMPLE.items() if number == theirs.resample)
     config.mean, config.std = tuple(theirs.image_mean), tuple(theirs.image_std)
 
 
@@ -274,7 +275,7 @@ def from_hf(args):
     there = set(os.listdir(args.input))
     config = read_hf_config(os.path.join(args.input, "config.json"))
     if args.command == "veclip":
-        config.resize = "bilinear"
+        config.resize = "bilinear-unsmoothed"
     elif there & {"preprocessor_config.json", "processor_config.json"}:
         read_hf_pictures(args.input, config)
     if not args.tokenizer and not there & {"tokenizer.json", "vocab.json"}:
@@ -306,9 +307,9 @@ def to_hf(args):
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.tokenizer.from_str(tokenizer.json_text), eos_token=end, pad_token=end,
         model_max_length=c.context_length, split_special_tokens=True).save_pretrained(folder)
-    if c.resize == "bicubic":  # theirs has no bilinear without antialias: such a folder is one of weights, as VeCLIP's
+    if c.resize in RESAMPLE:  # theirs always smooths: without that it is a folder of weights alone, as VeCLIP's is
         S = c.image_size
-        transformers.CLIPImageProcessor(size={"shortest_edge": S}, crop_size={"height": S, "width": S}, resample=3,
+        transformers.CLIPImageProcessor(size={"shortest_edge": S}, crop_size={"height": S, "width": S}, resample=RESAMPLE[c.resize],
                                         image_mean=c.mean, image_std=c.std).save_pretrained(folder)
     os.rename(folder, args.output)
     return model

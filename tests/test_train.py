@@ -349,6 +349,26 @@ def test_tokenizer(shapes):
     assert tokens[-1, -1] == end  # cut text still ends
 
 
+def test_tokenizers_that_would_end_texts_elsewhere(shapes, tmp_path, capsys):
+    """The end token stands once, behind the text: not as its start too, and not where a caption spells it."""
+    import tokenizers
+
+    piece = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0), ("</s>", 0), ("\u2581", -1), ("a", -1)], 0))
+    piece.add_special_tokens(["</s>"])
+    piece.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    piece.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    t5 = T.Tokenizer(piece.to_str())  # like T5's, whose vocabulary holds its end token as a piece of text
+    assert t5.eot_id == 1 and t5(["a </s> a"])[0].tolist().count(1) == 1
+    both = json.loads(piece.to_str())
+    both["post_processor"]["single"].insert(0, both["post_processor"]["single"][-1])  # GPT-2's: one token for both
+    with pytest.raises(ValueError, match="end token"):
+        T.Tokenizer(json.dumps(both))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        T.Tokenizer.load(str(tmp_path / "empty"))
+    assert "no tokenizer.json" in capsys.readouterr().err
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 def losses(out):
