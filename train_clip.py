@@ -1094,7 +1094,7 @@ def main(argv=None):
                 now = time.time()
                 entry = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), "loss": losses[-1],
                          "lr": optimizer.param_groups[0]["lr"], "logit_scale": model.logit_scale.exp().item(),
-                         "samples_per_s": round((step + 1 - timed) * args.batch_size / (now - since), 1),
+                         "samples_per_s": float(f"{(step + 1 - timed) * args.batch_size / (now - since):.4g}"),
                          "data_wait_s": round(wait, 3)}
                 if args.loss == "multitext":
                     entry["filled"] = round(filled / (seen * len(fields)), 4)  # share of versions that were missing

@@ -9,7 +9,6 @@ DATA is the folder that tests/bench/train.py makes. One line of JSON a step, unt
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -17,10 +16,7 @@ import torch.nn.functional as F
 from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import train_clip as T  # noqa: E402
-
-FIELDS = ["alt", "rewrite_chatgpt", "rewrite_bard", "rewrite_coco", "rewrite_human"]
+from inputs import FIELDS, T
 
 
 def torchvision_transform(size):
@@ -48,7 +44,8 @@ def transformers_clip(c, folder):
     text = dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width, num_hidden_layers=c.text_layers,
                 num_attention_heads=c.text_heads, hidden_act="gelu", vocab_size=c.vocab_size, eos_token_id=c.eot_id)
     vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_layers,
-                  num_attention_heads=c.vision_heads, hidden_act="gelu", image_size=c.image_size, patch_size=c.patch_size)
+                  num_attention_heads=c.vision_heads, hidden_act="gelu", image_size=c.image_size,
+                  patch_size=c.patch_size)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=c.embed_dim))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{folder}/tokenizer.json", pad_token="<|endoftext|>")
 
@@ -63,7 +60,7 @@ def transformers_clip(c, folder):
 
 
 def open_clip_multitext(name):
-    """-> model, tokenize, loss: (L_I* + L_T) / 2, where L_I* is the mean over all five texts and L_T has a drawn one"""
+    """-> model, tokenize, loss: (L_I* + L_T) / 2, where L_I* is the mean over the five texts and L_T has a drawn one"""
     import open_clip
     model = open_clip.create_model(name)
 
@@ -71,7 +68,7 @@ def open_clip_multitext(name):
         image = F.normalize(model.encode_image(images), dim=-1)
         text = F.normalize(model.encode_text(texts.flatten(0, 1)), dim=-1).view(*texts.shape[:2], -1)
         scale, labels = model.logit_scale.exp(), torch.arange(len(images))
-        loss_i = sum(F.cross_entropy(scale * image @ version.T, labels) for version in text.unbind(1)) / texts.shape[1]
+        loss_i = sum(F.cross_entropy(scale * image @ one.T, labels) for one in text.unbind(1)) / texts.shape[1]
         drawn = text[labels, torch.randint(texts.shape[1], labels.shape)]
         return (loss_i + F.cross_entropy(scale * drawn @ image.T, labels)) / 2
     return model, open_clip.get_tokenizer(name), loss

@@ -1,0 +1,109 @@
+"""What the benchmarks train on, made on the spot and always the same: pictures, captions, OpenAI's tokenizer.json."""
+import json
+import statistics
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_clip as T  # noqa: E402
+
+FIELDS = ["alt", "rewrite_chatgpt", "rewrite_bard", "rewrite_coco", "rewrite_human"]
+AHEAD = 6  # batches behind the last measured one: the workers are busy to the end
+
+
+def photograph(rng, width, height):
+    """To a decoder like a photograph: smooth colours, a finer texture, a sensor's noise."""
+    pixels = 128 + rng.normal(0, 9, (height, width, 1))
+    for cells, strength in ((5, 60), (width // 16, 12)):
+        field = (128 + rng.normal(0, strength, (cells, cells, 3))).clip(0, 255).astype(np.uint8)
+        pixels = pixels + np.asarray(Image.fromarray(field).resize((width, height), Image.BICUBIC), np.float32) - 128
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def openai_tokenizer():
+    """OpenAI CLIP's tokenizer.json, from the vocabulary and merges inside the open_clip package."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizer
+    theirs = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocab = {names.get(token, token): i for token, i in theirs.encoder.items()}
+    return CLIPTokenizer(vocab=vocab, merges=list(theirs.bpe_ranks)).backend_tokenizer.to_str()
+
+
+def caption(rng, tokenizer, names):
+    """Of 8 to 16 tokens, start and end included, each length as likely as the others."""
+    forms = ["a {} and a {}", "{}, {} and {}", "an old {} next to a {}", "the {} of a {} in a {}"]
+    length = rng.integers(8, 17)
+    while len(tokenizer.encode(text := rng.choice(forms).format(*rng.choice(names, 3)))) != length:
+        pass
+    return text
+
+
+def make_data(folder, batch_size, warmup, steps):
+    """For one pass of a run: images/, tokenizer.json, short.jsonl and mixed.jsonl; short.tsv for open_clip."""
+    from open_clip import IMAGENET_CLASSNAMES, tokenize
+    rng, n, measured = np.random.default_rng(0), batch_size * (warmup + steps + AHEAD), batch_size * steps
+    (folder / "tokenizer.json").write_text(openai_tokenizer())
+    tokenizer = T.Tokenizer.load(str(folder / "tokenizer.json"))
+    (folder / "images").mkdir()
+    rows = []
+    for i in range(n):
+        photograph(rng, 640, 480).save(folder / "images" / f"{i}.jpg", quality=88)
+        rows.append({"image": f"{i}.jpg"} | {field: caption(rng, tokenizer, IMAGENET_CLASSNAMES) for field in FIELDS})
+    every = measured // -(-measured // 100)  # at least 1 % of the measured texts, evenly spread in the order of a run
+    long = {T.shuffled(p, n, 0) for p in range((warmup * batch_size + every // 2) % every, n, every)}
+    mixed = [{**row, "alt": " and ".join([row["alt"]] * 20)} if i in long else row for i, row in enumerate(rows)]
+    for name, some in (("short", rows), ("mixed", mixed)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    lines = [f"{folder / 'images' / row['image']}\t{row['alt']}\n" for row in rows]
+    (folder / "short.tsv").write_text("filepath\ttitle\n" + "".join(lines))
+
+    texts = [row[field] for row in rows + mixed for field in FIELDS]
+    ids = [tokenizer.encode(text) for text in texts]
+    assert [ours + [0] * (77 - len(ours)) for ours in ids] == tokenize(texts).tolist()
+    size = statistics.mean(path.stat().st_size for path in (folder / "images").iterdir())
+    filled = seen_lengths(folder, "mixed", FIELDS[:1], batch_size, warmup, steps).count(77)
+    print(f"{n} JPEGs of 640 x 480, {size / 1000:.0f} kB on average\n"
+          f"our tokenizer gives open_clip's ids on all {len(ids)} texts\n"
+          f"short captions, tokens: texts: {dict(sorted(Counter(map(len, ids[:n * len(FIELDS)])).items()))}\n"
+          f"mixed captions: {filled} of the {measured} measured ones fill 77 tokens, {100 * filled / measured:.1f} %",
+          flush=True)
+
+
+def seen_lengths(folder, name, fields, batch_size, warmup, steps):
+    """Tokens of each text that our trainer's measured steps see."""
+    rows = list(T.read_rows(str(folder / f"{name}.jsonl")))
+    tokenizer = T.Tokenizer.load(str(folder / "tokenizer.json"))
+    seen = [rows[T.shuffled(p, len(rows), 0)] for p in range(warmup * batch_size, (warmup + steps) * batch_size)]
+    return [len(tokenizer.encode(row[field])) for row in seen for field in fields]
+
+
+def make_rows(folder, n, size):
+    """For data.py: rows.jsonl; the same as rows.tsv (path, alt) and a text file a rewrite; one picture, tokenizer.json.
+
+    Every row has a path of its own, by way of a hundred links from the folder to itself, and but for chance its own
+    texts: a reader might hold equal strings only once."""
+    from open_clip import IMAGENET_CLASSNAMES
+    rng = np.random.default_rng(0)
+    halves = [" and ".join(rng.choice(IMAGENET_CLASSNAMES, 2)) for _ in range(5000)]
+    for i in range(100):
+        (folder / f"{i:02}").symlink_to(".")
+    Image.new("RGB", (size, size)).save(folder / "picture.jpg")
+    (folder / "tokenizer.json").write_text(openai_tokenizer())
+    rows, tsv, *rewrites = (open(folder / name, "w") for name in ("rows.jsonl", "rows.tsv", *FIELDS[1:]))
+    tsv.write("filepath\ttitle\n")
+    for i in range(n):
+        if i % 10000 == 0:
+            drawn = rng.integers(len(halves), size=(10000, len(FIELDS), 2)).tolist()
+        texts = [f"{halves[j]} in front of {halves[k]}" for j, k in drawn[i % 10000]]
+        path = f"{i // 10 ** 6 % 100:02}/{i // 10 ** 4 % 100:02}/{i // 100 % 100:02}/{i % 100:02}/picture.jpg"
+        rows.write(json.dumps({"image": path, **dict(zip(FIELDS, texts))}) + "\n")
+        tsv.write(f"{folder / path}\t{texts[0]}\n")
+        for f, text in zip(rewrites, texts[1:]):
+            f.write(text + "\n")
+    for f in (rows, tsv, *rewrites):
+        f.close()
