@@ -25,7 +25,7 @@ from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 PROMPT = "Describe the image concisely, less than 20 words"  # paper, section 3.2
@@ -311,9 +311,16 @@ def open_image(root, name):
     path = os.path.realpath(os.path.join(root, member[1] if member else name))
     if not path.startswith(os.path.join(os.path.realpath(root), "")):
         raise ValueError("outside --image-root")
+    size = int(member[3]) if member else os.path.getsize(path)
+    if size > 1 << 28 or not os.path.isfile(path):
+        raise ValueError(f"{size} bytes are no picture" if os.path.isfile(path) else "no file")
     with open(path, "rb") as f:
         f.seek(int(member[2]) if member else 0)
-        image = Image.open(io.BytesIO(f.read(int(member[3]) if member else -1)))
+        data = io.BytesIO(f.read(size))
+    try:
+        image = Image.open(data)
+    except UnidentifiedImageError:  # its own message has a memory address in it, another one in every run
+        raise ValueError("no picture that Pillow can read") from None
     if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
         raise ValueError(f"{image.width} x {image.height} pixels are no picture")
     return image

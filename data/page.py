@@ -1,7 +1,9 @@
 """Writes the project's HTML: one self-contained page that opens anywhere, offline, and makes no request.
 
+    python data/page.py rows out/demo/filtered.jsonl out/demo/rows.html --image-root out/demo/images --sample 100
     python data/page.py report out/demo/results.json out/demo/report.html --image-root out/demo/images
 
+`rows` shows pictures beside their AltText and what the stages made of it, or why nothing; `report` shows results.
 Captions come from the web, so all text is hostile here. Three rules keep the page safe. Markup is made only
 by tag(), which escapes whatever is not markup already. A picture is opened only inside --image-root and is
 encoded anew. Should these two ever fail, the page's Content-Security-Policy forbids it scripts and requests.
@@ -14,24 +16,32 @@ import io
 import json
 import math
 import os
+import random
 import re
 import sys
 import warnings
+from collections import Counter
+from itertools import zip_longest
 
 from PIL import Image
+from tqdm import tqdm
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 THUMBNAIL = 96                    # px, the longer side
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # not all of Pillow's: EPS runs Ghostscript
+LONG = 1000                       # characters; of a longer text the beginning is shown, and how long it is
+MANY = 20                         # entries of a list, likewise
+KINDS = 100                       # of field names and of reasons the commonest are counted one by one
+FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # not all of Pillow's: EPS runs Ghostscript
 # All that is not a printable character, tab or line break: C0 and C1 controls, lone surrogates.
 UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")
 DASHES = ("none", "9 4", "2 4", "12 4 2 4", "5 5", "16 5")  # one a series, for grey print
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fafaf8; --card: #fff; --ink: #1c1d1f; --soft: #5b6067;
-  --line: #e2e2dd; --link: #1f5fbf; --good: #14734a; --note: #fbf4e2; --edge: #b98516;
+  --line: #e2e2dd; --link: #1f5fbf; --good: #14734a; --note: #fbf4e2; --edge: #b98516; --warn: #a3401a;
   --s0: #1f5fbf; --s1: #c2410c; --s2: #14734a; --s3: #8b2fa8; --s4: #86660a; --s5: #4b5563 }
 @media (prefers-color-scheme: dark) { :root { --back: #131416; --card: #1b1d20; --ink: #e7e7e4;
-  --soft: #a2a7ae; --line: #303338; --link: #84b1f5; --good: #5fca96; --note: #29241a; --edge: #d0a144;
+  --soft: #a2a7ae; --line: #303338; --link: #84b1f5; --good: #5fca96; --note: #29241a; --edge: #d0a144; --warn: #f0a07a;
   --s0: #84b1f5; --s1: #f5955f; --s2: #5fca96; --s3: #d294ea; --s4: #dcbc58; --s5: #b8bec8 } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--back); color: var(--ink); overflow-wrap: anywhere;
@@ -77,8 +87,12 @@ thead th { border-color: var(--soft); color: var(--soft); font-size: .875rem; fo
   border-radius: 8px } .card > div { flex: 1; min-width: 0 } .card h3 { margin-bottom: .5rem }
 .card dl > div { display: grid; grid-template-columns: 6rem 1fr; gap: 0 .75rem; padding: .3rem 0;
   font-size: .93rem }
+.card { contain: paint } /* piled-up accents stay inside */
 .card p { margin: 0 } .card p + p { font-size: .9em } .card .picture { object-position: top }
 .picture { display: block; width: 6rem; height: 6rem; flex: none; border-radius: 4px; object-fit: contain }
+.failed { color: var(--warn) } .card ol { list-style: decimal; padding-left: 1.4rem }
+.rows { align-items: start; margin-top: 2rem } .rows dl > div { grid-template-columns: 4.5rem 1fr }
+.rows h3, .rows summary { color: var(--soft); font-size: .85rem; font-weight: 400 } summary { cursor: pointer }
 .none { border: 1px dashed var(--soft); color: var(--soft); padding: .3rem; overflow: hidden;
   font-size: .72rem; line-height: 1.3 }
 
@@ -91,12 +105,13 @@ figcaption { text-align: center; white-space: nowrap; overflow: hidden; font-siz
 .hits .correct { border-color: var(--good) } .correct figcaption { color: var(--good); font-weight: 600 }
 
 .steps li { border-top: 1px solid var(--line); padding: .65rem 0 }
-.steps code { color: var(--soft); white-space: pre-wrap }
+.steps code, details code { color: var(--soft); white-space: pre-wrap }
 .steps h3 { display: flex; justify-content: space-between; gap: 1rem; font-weight: 500 }
 .time, .legend, figcaption { font-variant-numeric: tabular-nums } .time { white-space: nowrap }
 
 @media (max-width: 40rem) { header { padding-top: 1.75rem } .chart text { font-size: 22px }
-  .model, .card dl > div { grid-template-columns: 1fr } .card .picture { width: 4.5rem; height: 4.5rem }
+  .model, .card dl > div { grid-template-columns: 1fr }
+  .card .picture { width: 4.5rem; height: 4.5rem } .card .none { height: auto; align-self: start }
   .hits { gap: .25rem } .hits figure { padding: .1rem } figcaption { font-size: .72rem } }
 @media print { :root { --back: #fff } nav { display: none } body { font-size: 10pt }
   h2, h3, p.soft { break-after: avoid }
@@ -148,9 +163,21 @@ def tag(name, *children, **attributes) -> Html:
     return Html(f"<{start}>" if name == "img" else f"<{start}>{''.join(map(escape, children))}</{name}>")
 
 
+def text_of(value) -> str:
+    """A text as it is, anything else as JSON."""
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
+    except RecursionError:
+        return "nested too deeply to show"
+
+
 def words(name, value, **attributes) -> Html:
     """An element for text from outside. dir="auto" isolates it: a right-to-left override ends with it."""
-    return tag(name, "–" if value is None else value, dir="auto", **attributes)
+    text = "–" if value is None else text_of(value)
+    shown = [text]
+    if len(text) > LONG and not isinstance(text, Html):
+        shown = [tag("bdi", text[:LONG]), tag("span", f" … cut, {len(text):,} characters", class_="soft")]
+    return tag(name, *shown, dir="auto", **attributes)
 
 
 def get(node, key, kind, each=object):
@@ -172,35 +199,34 @@ def is_number(value) -> bool:
 
 @functools.lru_cache(maxsize=1024)  # the same picture answers several queries
 def thumbnail(root, name) -> str:
-    """The picture `name` inside `root` (a real path) as a data URI; ValueError says why there is none."""
+    """The picture `name` inside `root` as a data URI; ValueError says why there is none."""
+    from train_clip import open_image, to_rgb  # torch takes seconds, and a page without pictures needs none
     try:
-        path = os.path.realpath(os.path.join(root, name))  # symlinks resolved, nothing opened
-    except ValueError:  # a NUL or a lone surrogate in it
-        raise ValueError("not a file name") from None
-    if os.path.isabs(name) or os.path.commonpath([root, path]) != root:
-        raise ValueError("not inside the image folder")
-    if not os.path.isfile(path):  # nor a pipe or a device, on which open() would wait
-        raise ValueError("no such file")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # a JPEG: decode near the needed size
-            small = image.convert("RGB")  # as the models see it
+        if not os.path.isfile(os.path.realpath(os.path.join(root, re.sub(r"@\d+\+\d+$", "", name)))):
+            raise ValueError("no such file")  # or a pipe or a device, on which open() would wait
+        image = open_image(root, name)
+        if image.format not in FORMATS:
+            raise ValueError(f"{image.format} is not read")
+        image.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))  # a JPEG: decode near the needed size
+        small = to_rgb(image)  # as the models see it
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         small.info.clear()  # no colour profile or comment from the file goes into the page
         small.save(png := io.BytesIO(), "PNG", optimize=True)
-    except Exception:  # a damaged file makes Pillow raise nearly anything, and one must not cost the page
-        raise ValueError("not a readable image") from None
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything, and one must not cost the page
+        reason = getattr(error, "strerror", None) or re.sub(" <_io.*", "", str(error))  # no memory address
+        raise ValueError(reason or type(error).__name__) from None
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 def picture(root, name, alt) -> Html:
     """<img>, or a visible placeholder with the reason."""
+    alt = text_of(alt or "")[:LONG]
     try:
-        if not isinstance(name, str):
+        if not name or not isinstance(name, str):
             raise ValueError("none is named")
-        return tag("img", src=thumbnail(root, name), alt=alt or "", title=alt or "", class_="picture")
+        return tag("img", src=thumbnail(root, name), alt=alt, title=alt, class_="picture")
     except ValueError as reason:
-        return tag("span", f"no picture: {reason}", class_="picture none", title=name or "")
+        return words("span", f"no picture: {reason}", class_="picture none", title=text_of(name or "")[:LONG])
 
 
 # ---- the report's parts: each returns its elements, none if its key is absent
@@ -290,12 +316,14 @@ def curves(results) -> list:
     return [tag("figure", words("h3", title), drawing, tag("ul", *legend, class_="legend"), class_="chart")]
 
 
-def card(root, image, heading, pairs) -> Html:
-    """A picture, if `image` is not None, beside a heading and (name, element) pairs."""
-    shown = "" if image is None else picture(root, image, heading)
-    title = words("h3", heading) if heading else ""
+def card(shown, heading, pairs, *more) -> Html:
+    """A picture beside a heading, (name, element) pairs and what else there is; picture and heading may be ""."""
     listed = tag("dl", *(tag("div", words("dt", name), value) for name, value in pairs))
-    return tag("li", shown, tag("div", title, listed), class_="card")
+    return tag("li", shown, tag("div", words("h3", heading) if heading else "", listed, *more), class_="card")
+
+
+def because(what, reason) -> Html:
+    return words("p", f"{what}: {text_of(reason or 'no reason given')}", class_="failed")
 
 
 def rewrites(results, root) -> list:
@@ -305,11 +333,10 @@ def rewrites(results, root) -> list:
         for text in get(node, "texts", list, dict):
             said = words("dd", text.get("text"))
             if text.get("text") is None or not text.get("kept", True):
-                said = "no text" if text.get("text") is None else tag("del", text["text"])
-                why = tag("p", "dropped: ", tag("bdi", text.get("reason") or "no reason given"))
-                said = tag("dd", words("p", said), why, class_="soft")
+                said = "no text" if text.get("text") is None else words("del", text["text"])
+                said = tag("dd", tag("p", said), because("dropped", text.get("reason")), class_="soft")
             pairs.append((text.get("source"), said))
-        cards.append(card(root, node.get("image", ""), node.get("alt"), pairs))
+        cards.append(card(picture(root, node.get("image"), node.get("alt")), node.get("alt"), pairs))
     about = "The original caption in bold, under it what each source made of it."
     return cards and [tag("p", about, class_="soft"), tag("ul", *cards, class_="cards")]
 
@@ -338,7 +365,8 @@ def samples(results, root) -> list:
         cards = []
         for item in get(node, "items", list, dict):
             pairs = [(name, words("dd", text)) for name, text in get(item, "fields", dict).items()]
-            cards.append(card(root, item.get("image"), "", pairs))
+            image = item.get("image")
+            cards.append(card("" if image is None else picture(root, image, ""), "", pairs))
         blocks.append(block(node, tag("ul", *cards, class_="cards")))
     return blocks
 
@@ -393,6 +421,107 @@ def report(results, root) -> str:
     ), tag("main", *(tag("section", tag("h2", name), *content, id=key) for key, name, content in parts)))
 
 
+# ---- rows: what the stages made of a data set
+
+def parse_row(line) -> dict:
+    """The line's object; of a line that is none, what the stages write for it (data/README.md)."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        reason = "not a JSON object"
+    except (ValueError, RecursionError) as error:
+        row, reason = None, f"not JSON: {error}"
+    text = line.rstrip(b"\n").decode("utf-8", "backslashreplace")
+    return row if isinstance(row, dict) else {"error": {"line": reason}, "line": text}
+
+
+def as_list(value) -> list:
+    return value if isinstance(value, list) and value else [value]
+
+
+def errors_of(row) -> dict:
+    """{field: reason or list of reasons}; a user's own `error` that is no object is one of the other keys."""
+    return row["error"] if isinstance(row.get("error"), dict) else {}
+
+
+def count_row(row, fields, nulls, reasons):
+    fields.update(row.keys())
+    nulls.update([field for field, value in row.items() if None in as_list(value)])
+    for field, reason in errors_of(row).items():  # what follows a reason's colon is of this row: a path, a position
+        reasons.update(sorted({(field, text_of(kind).split(":")[0]) for kind in as_list(reason) if kind is not None}))
+    for counter, others in (fields, "all others"), (nulls, "all others"), (reasons, ("all others", "other reasons")):
+        if len(counter) > 2 * KINDS:  # memory must not grow with the rows, whatever they hold
+            for key, number in counter.most_common()[KINDS:]:
+                del counter[key]
+                counter[others] += number
+
+
+def count_table(fields, nulls, reasons) -> Html:
+    """A line a field: the rows that have it, that have a null in it, and that failed, by reason."""
+    totals = Counter()
+    for (_, kind), number in reasons.items():
+        totals[kind] += number
+    kinds = [kind for kind, _ in totals.most_common()]
+    names = [name for name in dict.fromkeys([*fields, *(field for field, _ in reasons)]) if name != "error"]
+    body = [[name, *(f"{number:,}" if number else None for number in (
+        fields[name], nulls[name], *(reasons[name, kind] for kind in kinds)))] for name in names]
+    return tables({"tables": [{"columns": ["field", "rows", "null", *kinds], "rows": body}]})[0]
+
+
+def read_rows(path, limit, sample, seed):
+    """One pass. -> [(line number, row)] of the first `limit` or of `sample` drawn ones, the number of rows, and
+    Counters of the rows that have a field, a null in it, a reason why."""
+    shown, number, counters = [], 0, (Counter(), Counter(), Counter())
+    size, random_below = limit if sample is None else sample, random.Random(seed).randrange
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(tqdm(file, unit=" rows", unit_scale=True, disable=None, delay=2), 1):
+                row = parse_row(line)
+                count_row(row, *counters)
+                if len(shown) < size:
+                    shown.append((number, row))
+                elif sample and (place := random_below(number)) < size:  # a reservoir: all rows alike
+                    shown[place] = number, row
+    except OSError as error:
+        die(f"cannot read {path}: {error.strerror}")
+    return sorted(shown), number or die(f"{path} has no rows"), counters
+
+
+def entry(text, reason) -> Html:
+    """A caption, or that there is none and why."""
+    if text is None:
+        return because("failed", reason) if reason is not None else tag("p", "null", class_="failed")
+    said = words("p", text)
+    return said if reason is None else tag("div", said, because("failed", reason))
+
+
+def row_card(root, number, row) -> Html:
+    """A row: its caption fields and what failed in sight, the user's keys folded."""
+    errors = errors_of(row)
+    names = ["alt", *(key for key in row if key.startswith("rewrite_")), "vec", "vecap", "label", *errors]
+    names = [name for name in dict.fromkeys(names) if name in row or name in errors]
+    pairs = []
+    for name in names:
+        entries = [entry(*both) for both in zip_longest(as_list(row.get(name)), as_list(errors.get(name)))]
+        if len(entries) > MANY:
+            entries[MANY:] = [tag("p", f"… {len(entries):,} entries", class_="soft")]
+        said = entries[0] if len(entries) == 1 else tag("ol", *(tag("li", each) for each in entries))
+        pairs.append((name.removeprefix("rewrite_"), tag("dd", said)))
+    others = {key: row[key] for key in row if key not in names and not (key == "error" and errors)}
+    image = others.pop("image", None)
+    shown = "" if "line" in errors else picture(root, image, as_list(row.get("alt"))[0])
+    folded = tag("details", tag("summary", f"other keys ({len(others)})"), words("code", others))
+    return card(shown, f"line {number:,}" + (f" · {text_of(image)}" if image else ""), pairs, folded if others else "")
+
+
+def rows(path, root, limit, sample, seed) -> str:
+    shown, total, counters = read_rows(path, limit, sample, seed)
+    how = "from the top" if sample is None else f"drawn with seed {seed}"
+    counted = tag("summary", f"{len(shown):,} of {total:,} rows, {how}. How many rows have what:")
+    return document(title := f"Rows of {os.path.basename(path)}", tag("header", words("h1", title)), tag(
+        "main", tag("details", counted, count_table(*counters), open=""),
+        tag("ul", *(row_card(root, *numbered) for numbered in shown), class_="cards rows")))
+
+
 # ---- files
 
 def document(title, *body) -> str:
@@ -423,12 +552,25 @@ def write(path, page):
         die(f"cannot write {path}: {error.strerror}")
 
 
+def count(text) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return number
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write a self-contained HTML page.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     command = commands.add_parser("report", help="the tables, curves and examples of a results file")
-    command.add_argument("results", metavar="RESULTS.json", help="what to show")
-    command.set_defaults(render=report)
+    command.add_argument("input", metavar="RESULTS.json", help="what to show")
+    command.set_defaults(render=lambda args, root: report(read_json(args.input), root))
+    command = commands.add_parser("rows", help="pictures beside their captions, and why one has none")
+    command.add_argument("input", metavar="ROWS.jsonl", help="any stage's rows; all are read and counted, few are held")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--limit", type=count, default=200, metavar="N", help="show the first N (default: %(default)s)")
+    which.add_argument("--sample", type=count, metavar="N", help="show N drawn ones instead (default: off)")
+    command.add_argument("--seed", type=count, default=0, help="of the draw (default: %(default)s)")
+    command.set_defaults(render=lambda args, root: rows(args.input, root, args.limit, args.sample, args.seed))
     for command in commands.choices.values():
         command.add_argument("output", metavar="OUT.html", help="the page to write; replaced if it exists")
         command.add_argument("--image-root", required=True, metavar="DIR",
@@ -440,8 +582,10 @@ def main(argv=None):
     root = os.path.realpath(args.image_root)
     if not os.path.isdir(root):
         die(f"--image-root {args.image_root} is not a folder")
+    if os.path.exists(args.output) and os.path.realpath(args.output) == os.path.realpath(args.input):
+        die(f"{args.output} is the input")
     warnings.simplefilter("error", Image.DecompressionBombWarning)  # a picture over 89 Mpx is not decoded
-    write(args.output, args.render(read_json(args.results), root))
+    write(args.output, args.render(args, root))
 
 
 if __name__ == "__main__":

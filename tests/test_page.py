@@ -3,6 +3,7 @@ import base64
 import html.parser
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,8 +14,12 @@ import pytest
 from PIL import Image
 
 PAGE = Path(__file__).parents[1] / "data" / "page.py"
-TAGS = set("""html head meta title style body header main nav aside section div span p h1 h2 h3 ul ol li dl dt
-    dd a table thead tbody tr th td figure figcaption img code del bdi svg desc path line circle text""".split())
+sys.path.insert(0, str(PAGE.parent))
+import page as page_py  # noqa: E402
+
+TAGS = set("""html head meta title style body header main nav aside section div span p h1 h2 h3 ul ol li dl dt dd a
+    table thead tbody tr th td figure figcaption img code del bdi details summary svg desc path line circle
+    text""".split())
 HOSTILE = [
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='alert(1)", "</style>",
     "</title>", "<!--", "--><svg onload=alert(1)>", "]]>", "javascript:alert(1)", "https://evil.example/x.png",
@@ -30,8 +35,12 @@ def run(*arguments):
 def render(tmp_path, results) -> str:
     (tmp_path / "root").mkdir(exist_ok=True)
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")  # \ud800 stays an escape
-    done = run("report", tmp_path / "results.json", tmp_path / "out.html", "--image-root", tmp_path / "root")
-    assert (done.returncode, done.stderr) == (0, "")
+    return write_page(tmp_path, "report", tmp_path / "results.json")
+
+
+def write_page(tmp_path, command, *arguments) -> str:
+    """In this process: torch, which reading pictures imports, takes seconds."""
+    page_py.main([str(a) for a in (command, *arguments, tmp_path / "out.html", "--image-root", tmp_path / "root")])
     return (tmp_path / "out.html").read_bytes().decode("utf-8")  # strict: the page is valid UTF-8
 
 
@@ -41,6 +50,7 @@ class Parser(html.parser.HTMLParser):
     def __init__(self, page):
         super().__init__(convert_charrefs=True)
         self.open, self.text, self.attributes, self.images = [], "", [], []
+        self.shape, self.texts = [], []  # of the whole page: (element, its attributes' names); (element, text)
         self.feed(page)
         self.close()
         assert self.open == [], "not closed"
@@ -56,6 +66,7 @@ class Parser(html.parser.HTMLParser):
                 png = base64.b64decode(value.split(",")[1], validate=True)
                 self.images.append(Image.open(io.BytesIO(png)))
             self.attributes.append(value)
+        self.shape.append((name, [key for key, _ in attributes]))
         if name not in ("img", "meta"):
             self.open.append(name)
 
@@ -67,6 +78,7 @@ class Parser(html.parser.HTMLParser):
             assert "url(" not in data and "@import" not in data and "<" not in data
         else:
             self.text += data
+            self.texts.append((self.open[-1] if self.open else None, data))
 
     def handle_comment(self, data):
         raise AssertionError("a comment")
@@ -145,7 +157,7 @@ def test_page_isolates_and_forbids(tmp_path):
     assert re.search(r'<h1 dir="auto">', page) and re.search(r'<td dir="auto">', page)
     assert "ln(batch)" in parsed.text and "1 min 30 s" in parsed.text and "skipped" in parsed.text
     assert "0.25" in parsed.text and "✓" in parsed.text and parsed.text.count("dropped: ") == 2
-    assert re.search(r"<del>text</del>", page)
+    assert re.search(r'<del dir="auto">text</del>', page)
 
 
 @pytest.mark.parametrize("name", [
@@ -200,9 +212,7 @@ def test_every_key_but_the_title_may_be_missing(tmp_path):
                 node[key] = value
             if isinstance(value, dict | list):
                 yield from drop(value)
-    sys.path.insert(0, str(PAGE.parent))
-    import page
-    count = sum(bool(Parser(page.report(full, str(tmp_path)))) for _ in drop(full))
+    count = sum(bool(Parser(page_py.report(full, str(tmp_path)))) for _ in drop(full))
     assert count > 40
 
 
@@ -240,7 +250,13 @@ def test_mistakes_in_the_command(tmp_path):
             (["report", results, output, "--image-root", tmp_path / "missing\nfolder"], "not a folder"),
             (["report", results, tmp_path / "no" / "o.html", "--image-root", tmp_path], "cannot write"),
             (["report", results, tmp_path / "folder", "--image-root", tmp_path], "cannot write"),
-            (["report", results, output, "--image-root", tmp_path, "--nonsense"], "--nonsense")]:
+            (["report", results, results, "--image-root", tmp_path], "is the input"),
+            (["report", results, output, "--image-root", tmp_path, "--nonsense"], "--nonsense"),
+            (["rows", results, output, "--image-root", tmp_path, "--limit", "-1"], "--limit"),
+            (["rows", results, output, "--image-root", tmp_path, "--limit", "1", "--sample", "1"], "--sample"),
+            (["rows", tmp_path / "no.jsonl", output, "--image-root", tmp_path], "cannot read"),
+            (["rows", tmp_path / "folder", output, "--image-root", tmp_path], "cannot read"),
+            (["rows", os.devnull, output, "--image-root", tmp_path], "no rows")]:
         check_mistake(run(*arguments), told)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "r.json"]  # no partial page is left
 
@@ -256,3 +272,159 @@ def test_an_old_page_is_replaced_only_by_a_whole_one(tmp_path):
     run("report", tmp_path / "bad.json", tmp_path / "out.html", "--image-root", tmp_path)
     assert (tmp_path / "out.html").read_text() == "old"
     assert "new" in render(tmp_path, {"title": "new"})
+
+
+# ---- rows
+
+def render_rows(tmp_path, rows, *arguments) -> str:
+    """rows: objects, or lines as bytes"""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    (tmp_path / "root").mkdir(exist_ok=True)
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+    return write_page(tmp_path, "rows", *arguments, tmp_path / "rows.jsonl")
+
+
+def cells(page) -> list:
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+
+
+def test_a_row_with_everything(tmp_path):
+    make_image(tmp_path / "root" / "a.jpg")
+    row = {"image": "a.jpg", "alt": ["first alt", "second alt"], "rewrite_chatgpt": ["a rewrite", None],
+           "rewrite_bard": None, "vec": "the vec", "vecap": ["a vecap", None], "label": ["cat", "tomcat"],
+           "mine": {"url": "x"}, "yours": 7,
+           "error": {"rewrite_chatgpt": [None, "repeats itself"], "rewrite_bard": "empty", "vecap": [None, "refused"]}}
+    text = render_rows(tmp_path, [row, {"alt": "no image", "vec": None, "error": "the user's own"}])
+    page = Parser(text)
+    assert [image.size for image in page.images] == [(96, 48)] and "first alt" in page.attributes
+    names = [data for element, data in page.texts if element == "dt"]
+    assert names == ["alt", "chatgpt", "bard", "vec", "vecap", "label", "alt", "vec"]
+    said = [data for element, data in page.texts if element == "p"]
+    assert said == ["first alt", "second alt", "a rewrite", "failed: repeats itself", "failed: empty", "the vec",
+                    "a vecap", "failed: refused", "cat", "tomcat", "no image", "null"]
+    assert [data for element, data in page.texts if element == "summary"][1:] == ["other keys (2)", "other keys (1)"]
+    folded = [json.loads(data) for element, data in page.texts if element == "code"]
+    assert folded == [{"mine": {"url": "x"}, "yours": 7}, {"error": "the user's own"}]
+    assert "2 of 2 rows" in page.text and "no picture: none is named" in page.text
+    assert text.count('<p dir="auto"') == len(said) - 1  # all but our own "null"
+
+
+def test_a_row_in_which_every_text_is_hostile(tmp_path):
+    def rows(text):
+        return [{"image": text, "alt": text, "rewrite_" + text: text, "vec": [text, None], "vecap": None, "label": text,
+                 text: {text: text}, "error": {"vec": [None, text], "vecap": text, "not " + text: text}},
+                {"alt": text, "error": text}, {"error": {"line": text}, "line": text}, json.dumps([text]).encode()]
+
+    calm = Parser(render_rows(tmp_path, rows("calm")))
+    for text in (text[:50] for text in HOSTILE):  # nothing is cut here
+        page = Parser(render_rows(tmp_path, rows(text)))  # which refuses whatever is not the page's own
+        assert page.shape == calm.shape and page.images == [], text
+        assert page.text.count(shown(text)) >= 11
+
+
+def test_lines_that_are_no_rows(tmp_path):
+    text = render_rows(tmp_path, [{"error": {"line": "not JSON: Expecting value"}, "line": "kept <b> by a stage"},
+                                  b"{broken", b"", b"[1, 2]", b"\xff\xfe", b"[" * 100_000])
+    page = Parser(text)
+    assert "kept <b> by a stage" in page.text and "{broken" in page.text and "\\xff\\xfe" in page.text
+    assert page.text.count("failed: not JSON: ") == 5 and "failed: not a JSON object" in page.text
+    assert page.text.count("no picture") == 0
+    assert cells(text)[1:] == [["line", "6", "–", "5", "1"]]
+
+
+def test_long_texts_and_lists_are_cut_and_their_length_said(tmp_path):
+    text = render_rows(tmp_path, [{"alt": "y" * 100_000, "vec": [f"v{i}" for i in range(1000)], "label": [],
+                                   "n": "z" * 5000}])
+    page = Parser(text)
+    assert len(text) < 40_000 and text.count("y" * 1000) == 1 and "y" * 1001 not in text
+    assert "cut, 100,000 characters" in page.text and "1,000 entries" in page.text and "v19" in page.text
+    assert "v20" not in page.text and "z" * 1001 not in text and "[]" in page.text
+
+
+def test_odd_values_are_shown(tmp_path):
+    odd = {"alt": 1.5, "vec": {"a": [True]}, "label": False}
+    errors = {"alt": ["a"], "error": {"alt": ["x", "y", None], "vec": {"a": 1}, "label": 0}}
+    page = Parser(render_rows(tmp_path, [odd, errors]))
+    assert "1.5" in page.text and "false" in page.text and "failed: y" in page.text
+    assert re.search(r'failed: {\s*"a": 1\s*}', page.text)
+
+
+@pytest.mark.parametrize("depth", [10, *range(850, 1001, 6)])
+def test_rows_as_deep_as_the_parser_takes(depth, tmp_path):
+    deep = b"[" * depth + b"]" * depth
+    line = b'{"image": %b, "alt": %b, "mine": %b, "error": {"alt": %b}}' % (deep, deep, deep, deep)
+    page = Parser(render_rows(tmp_path, [line]))
+    assert ("failed: [" if depth == 10 else "nested too deeply") in page.text or "failed: not JSON" in page.text \
+        or "cut" in page.text
+
+
+@pytest.mark.parametrize("image, reason", [
+    ("no.png", "no such file"), ("../out.png", "outside --image-root"), ("link.png", "outside --image-root"),
+    ("text.png", "no picture that Pillow can read"), ("cut.jpg", "Truncated"), ("pipe@0+5", "no such file"),
+    ("s.tar@9999+50", "no picture that Pillow can read"), ("../s.tar@512+9", "outside --image-root"),
+    (None, "none is named"), (["a"], "none is named")])
+def test_pictures_that_cannot_be_shown(tmp_path, image, reason):
+    root = tmp_path / "root"
+    make_image(root / "whole.jpg")
+    make_image(tmp_path / "out.png")
+    (root / "link.png").symlink_to(tmp_path / "out.png")
+    (root / "text.png").write_text("no picture")
+    (root / "cut.jpg").write_bytes((root / "whole.jpg").read_bytes()[:400])
+    (root / "s.tar").write_bytes(bytes(512))
+    (tmp_path / "s.tar").write_bytes(bytes(1024))
+    os.mkfifo(root / "pipe")
+    page = Parser(render_rows(tmp_path, [{"image": image, "alt": "a"}]))
+    assert page.images == [] and re.search(f"no picture: .*{reason}", page.text)
+    assert "0x" not in page.text  # no address of an object: the page is the same every time
+
+
+def test_a_picture_in_a_tar(tmp_path):
+    make_image(tmp_path / "root" / "a.jpg", (80, 60))
+    data = (tmp_path / "root" / "a.jpg").read_bytes()
+    (tmp_path / "root" / "s.tar").write_bytes(bytes(512) + data + bytes(512))
+    page = Parser(render_rows(tmp_path, [{"image": f"s.tar@512+{len(data)}", "alt": "a"}]))
+    assert [image.size for image in page.images] == [(80, 60)]
+
+
+def lines_shown(text) -> list:
+    return [int(number) for number in re.findall(r">line (\d+)<", text)]
+
+
+def test_limit_and_sample(tmp_path):
+    rows = [{"alt": f"row {i}"} for i in range(500)]
+    text = render_rows(tmp_path, rows)
+    assert lines_shown(text) == [*range(1, 201)] and "200 of 500 rows, from the top" in text
+    assert lines_shown(render_rows(tmp_path, rows, "--limit", 3)) == [1, 2, 3]
+    text = render_rows(tmp_path, rows, "--sample", 20)
+    drawn = lines_shown(text)
+    assert text == render_rows(tmp_path, rows, "--sample", 20, "--seed", 0)
+    assert len(set(drawn)) == 20 and drawn == sorted(drawn) and "20 of 500 rows, drawn with seed 0" in text
+    assert drawn != lines_shown(render_rows(tmp_path, rows, "--sample", 20, "--seed", 1))
+    assert lines_shown(render_rows(tmp_path, rows[:5], "--sample", 20)) == [1, 2, 3, 4, 5]
+    hits = [page_py.read_rows(tmp_path / "rows.jsonl", 200, 1, seed)[0][0][0] for seed in range(2000)]
+    assert all(330 < sum(i == hit for hit in hits) < 470 for i in range(1, 6))  # a fifth each, 4 standard deviations
+
+
+def test_counts_are_of_all_rows(tmp_path):
+    rows = [{"alt": "a", "vec": None, "error": {"vec": "OSError: this file"}}, {"alt": None, "vec": "v"},
+            {"alt": ["a", None], "vec": None, "error": {"vec": "OSError: that file", "image": "missing file"}},
+            {"vecap": ["a", None, None], "error": {"vecap": [None, "refused", "refused"]}}]
+    text = render_rows(tmp_path, rows + [{"error": {"alt": list("abcdefgh")}}], "--limit", 1)
+    for seed in "123":  # the same page every time, whatever the order of Python's sets
+        subprocess.run([sys.executable, PAGE, "rows", tmp_path / "rows.jsonl", tmp_path / "again.html", "--limit", "0",
+                        "--image-root", tmp_path], env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+        assert cells((tmp_path / "again.html").read_text()) == cells(text)
+    text = render_rows(tmp_path, rows, "--limit", 1)
+    assert cells(text) == [
+        ["field", "rows", "null", "OSError", "missing file", "refused"], ["alt", "3", "2", "–", "–", "–"],
+        ["vec", "3", "2", "2", "–", "–"], ["vecap", "1", "1", "–", "–", "1"], ["image", "–", "–", "–", "1", "–"]]
+
+
+def test_counting_holds_few_names(tmp_path):
+    rows = [{"alt": "a", f"key {i}": None, "error": {"alt": "often", f"key {i}": f"reason {i}"}} for i in range(1000)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, total, counters = page_py.read_rows(tmp_path / "rows.jsonl", 1, None, 0)
+    assert total == 1000 and all(len(counter) <= 200 for counter in counters)
+    fields, nulls, reasons = counters
+    assert fields["alt"] == 1000 and reasons["alt", "often"] == 1000
+    assert (fields.total(), nulls.total(), reasons.total()) == (3000, 1000, 2000)

@@ -1050,11 +1050,11 @@ def save_faults(root):
     return {"../outside.png": "outside", "escape.png": "outside", "up/outside.png": "outside",
             "../root-2.png": "outside", str(root.parent / "outside.png"): "outside", "/etc/passwd": "outside",
             ".": "outside", "../outside.png@0+500": "outside", "": "no image", None: "no image",
-            "missing.png": "FileNotFound", "empty.png": "Unidentified", "cut.png": "OSError",
-            "text.jpg": "Unidentified", "svg.svg": "Unidentified", "bits.png": "Error", 7: "TypeError",
+            "missing.png": "FileNotFound", "empty.png": "no picture that Pillow can read", "cut.png": "OSError",
+            "text.jpg": "no picture that Pillow can read", "svg.svg": "no picture that Pillow can read", "bits.png": "Error", 7: "TypeError",
             "a\0b": "ValueError", "\ud800.png": "Error", "x" * 5000: "OSError", "line.png": "ValueError",
-            "shard.tar": "Unidentified", f"shard.tar@{size}+10": "Unidentified",
-            "shard.tar@512+0": "Unidentified", "shard.tar@0+99999999999999999999": "Error",
+            "shard.tar": "no picture that Pillow can read", f"shard.tar@{size}+10": "no picture that Pillow can read",
+            "shard.tar@512+0": "no picture that Pillow can read", "shard.tar@0+99999999999999999999": "Error",
             "shard.tar@99999999999999999999+5": "Error"}
 
 

@@ -9,16 +9,14 @@
               examples drawn for every prompt: (a) LaCLIP's released loop, always 77 new tokens, cut at the newline
               afterwards; (b) the same, but `generate` ends a row at any token that has a newline in it
     fuse      fuse_vicuna.py --format pairs (for a small model), half of the rows: --batch-size 32 against 1
-    caption   caption_llava.py, a LLaVA of small random weights (so what surrounds the model weighs more than it would)
-              and made pictures: --batch-size 16 against 1
-    memory    rewrite_llama.py on ever longer files of empty texts, for which no row asks the model: rows/s and peak
-              resident memory (VmHWM, read by the stage's own process as it ends)
+    caption   caption_llava.py --batch-size 16 against 1, a LLaVA of small random weights: the model is nearly free
+    memory    rewrite_llama.py, ever longer files of empty texts, for which no row asks the model: peak resident memory
 
 A stage runs as a command; its rate is the one it prints: all its work but loading the model, second tries and fsync
 included. The loops' clock covers tokenising, `generate` and decoding. All sides have the same model, dtype, threads,
 captions, prompt, sampling and limit of 77 tokens, each its own best batch size, from a trial that also warms the loops
-up; a stage starts cold every time. Sides take turns, every other round backwards. The stage rewrites a caption from four
-sources, the slow loops from one, in turn. An answer's length includes its newline; without one, it counts nowhere.
+up; a stage starts cold every time. Sides take turns, every other round backwards. The stage rewrites a caption from
+four sources, the slow loops from one, in turn. An answer's length includes its newline; without one, it counts nowhere.
 """
 import argparse
 import json
@@ -39,6 +37,7 @@ from statistics import mean, median
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # for all sides
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,8 +47,7 @@ NEW, TOP_P, SHOTS = 77, 0.95, 3  # LaCLIP's release
 OURS, LACLIP, NEWLINE = "rewrite_llama.py", "LaCLIP's loop", "newline stop"
 AIMS = {LACLIP: 8, NEWLINE: 3.5}  # the smallest median ratio to be content with
 RATIO = "{:.2f} x ({:.2f} to {:.2f})"
-FLAT = 32  # MiB: 34 bytes kept of each of a million rows would be more
-# Runs a script, then says how large its process has been. Not by getrusage: that starts at the parent's size.
+# Runs a script, then says how large its process has ever been. Not by getrusage: that starts at the parent's size.
 WITH_PEAK = """import re, runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name="__main__")
 print("VmHWM", re.search("VmHWM:(.*) kB", open("/proc/self/status").read())[1])"""
 
@@ -79,12 +77,11 @@ def run_stage(script, folder, args, *flags):
 
 def take_turns(sides, pairs):
     """[{side: what its function returns for the round's number: (.., rate, ..)}], every other round backwards"""
-    results = []
-    for n in range(pairs):
-        results.append({})
+    results = [{} for _ in range(pairs)]
+    for n, result in enumerate(results):
         for side in list(sides)[::-1 if n % 2 else 1]:
-            results[n][side] = sides[side](n)
-            print(f"  round {n + 1} of {pairs}, {side}: {results[n][side][1]:.2f} a second", flush=True)
+            result[side] = sides[side](n)
+            print(f"  round {n + 1} of {pairs}, {side}: {result[side][1]:.2f} a second", flush=True)
     return results
 
 
@@ -119,15 +116,14 @@ def loop(model, tokenizer, prompts, batch_size, temperature, stops, seed):
 
 
 def rewrite(args, rows, folder, dtype):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[dtype]).eval()
     newlines = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])] + [tokenizer.eos_token_id]
     captions, peaks = [" ".join(row["alt"].split()) for row in rows], []
     flags = ["--input", write_rows(folder / "rows.jsonl", rows), "--model", args.model, "--dtype", dtype,
-             "--sources", *SOURCES, "--shots", SHOTS, "--temperature", args.temperature, "--top-p", TOP_P,
-             "--max-new-tokens", NEW]
+             "--shots", SHOTS, "--temperature", args.temperature, "--top-p", TOP_P, "--max-new-tokens", NEW,
+             "--sources", *SOURCES]
 
     def ours(size, seed, trial=False):
         peaks.append(peak(dtype))
@@ -148,16 +144,17 @@ def rewrite(args, rows, folder, dtype):
     for side, aim in AIMS.items():
         ratio = found[side]["ratio"] = compare(found[OURS]["runs"], found[side]["runs"])
         longer = found[OURS]["tokens"] / max(found[side]["tokens"], 1e-9) - 1
-        print(f"rewrite-{dtype}: {RATIO.format(*ratio)} {side}, aim {aim}: {'' if ratio[0] >= aim else 'NOT '}reached; "
-              f"our answers are longer by {100 * longer:+.1f} %: {'' if abs(longer) <= 0.1 else 'NOT '}within 10 %")
+        print(f"rewrite-{dtype}: {RATIO.format(*ratio)} {side}, aim {aim}: {'' if ratio[0] >= aim else 'NOT '}reached, "
+              f"our answers longer by {100 * longer:+.1f} %: {'' if abs(longer) <= 0.1 else 'NOT '}within 10 %")
     # 2 FLOPs a parameter and token. Not counted: the prefixes that rows share, answers thrown away, attention. Counted
     # though not computed: the output layer for all but the last token of a prompt
-    rate, given = found[OURS]["texts/s"], mean(len(tokenizer(f"{caption} =>").input_ids) for caption in captions)
-    new = rate * found[OURS]["tokens"] * found[OURS]["answered"]
-    share = 2 * sum(p.numel() for p in model.parameters()) * (new + rate * given) / max(peaks)
-    print(f"ours: {new:.0f} new tokens/s, {new + rate * given:.0f} with the captions', which takes {share:.1%} of what the "
-          f"machine does in a large matrix product, {max(peaks) / 1e9:.0f} GFLOP/s")
-    return {**found, "new tokens/s": new, "tokens/s": new + rate * given, "peak FLOP/s": max(peaks), "share": share}
+    given = mean(len(tokenizer(f"{caption} =>").input_ids) for caption in captions)
+    new = found[OURS]["texts/s"] * found[OURS]["tokens"] * found[OURS]["answered"]
+    both = new + found[OURS]["texts/s"] * given
+    share = 2 * sum(p.numel() for p in model.parameters()) * both / max(peaks)
+    print(f"ours: {new:.0f} new tokens/s, {both:.0f} with the captions': {share:.1%} of the matrix product's "
+          f"{max(peaks) / 1e9:.0f} GFLOP/s")
+    return {**found, "new tokens/s": new, "tokens/s": both, "peak FLOP/s": max(peaks), "share": share}
 
 
 def describe(side, size, results, tokenizer):
@@ -166,7 +163,7 @@ def describe(side, size, results, tokenizer):
     answers = [answer for result in results for answer in result[side][0]]
     lengths = [len(tokenizer(" " + answer, add_special_tokens=False).input_ids) + 1 for answer in answers if answer]
     tokens, answered = mean(lengths or [0]), len(lengths) / len(answers)
-    print(f"{side:15}  batch {size:3}  {median(runs):7.2f} texts/s, {answered:.1%} answered, in {tokens:.2f} tokens")
+    print(f"{side:16}  batch {size:3}  {median(runs):7.2f} texts/s, {answered:.1%} answered, in {tokens:.2f} tokens")
     return {"batch size": size, "texts/s": median(runs), "runs": runs, "tokens": tokens, "answered": answered}
 
 
@@ -178,13 +175,13 @@ def peak(dtype, n=2048):
 
 def batched(script, size, field, folder, args, *flags):
     """--batch-size `size` against 1: rows/s, and in how many rows both wrote the same"""
-    results = take_turns({n: lambda _, n=n: run_stage(script, folder, args, *flags, "--batch-size", n)
-                          for n in (size, 1)}, args.pairs)
-    runs = {n: [result[n][1] for result in results] for n in (size, 1)}
+    sides = {n: lambda _, n=n: run_stage(script, folder, args, *flags, "--batch-size", n) for n in (size, 1)}
+    results = take_turns(sides, args.pairs)
+    runs = {n: [result[n][1] for result in results] for n in sides}
     texts, singles = ([row[field] for row in read_rows(results[0][n][0])] for n in runs)
     ratio, same = compare(*runs.values()), mean(a == b for a, b in zip(texts, singles))
-    print(f"{script}: {RATIO.format(*ratio)}; {median(runs[size]):.2f} rows/s in batches of {size}, {median(runs[1]):.2f} one "
-          f"at a time; the same text in {same:.1%} of {len(texts)} rows")
+    print(f"{script}: {RATIO.format(*ratio)}, {' against '.join(f'{median(runs[n]):.2f} rows/s' for n in runs)}; "
+          f"the same text in {same:.1%} of {len(texts)} rows")
     return {"rows/s": runs, "ratio": ratio, "same": same}
 
 
@@ -205,22 +202,18 @@ def caption(args, rows, folder):
 
 
 def memory(args, rows, folder):
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     tokenizer, found = AutoTokenizer.from_pretrained(args.model), {}
     tokenizer.save_pretrained(folder / "tiny")
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                                  num_attention_heads=2)).save_pretrained(folder / "tiny")
     for n in args.memory_rows:
-        with tempfile.TemporaryDirectory(dir=folder) as there:
-            file = write_rows(Path(there, "rows.jsonl"), ({"image": f"{i:07}.jpg", "alt": ""} for i in range(n)))
-            _, rate, mib = run_stage(OURS, there, args, "--input", file, "--model", folder / "tiny",
-                                     "--sources", "chatgpt", "--dtype", "fp32")
-        found[n] = {"peak MiB": mib, "rows/s": rate}
-        print(f"{n:9,} rows: peak {mib:.1f} MiB, {rate:,.0f} rows/s", flush=True)
-    peaks = [entry["peak MiB"] for entry in found.values()]
-    more = max(peaks) - min(peaks)
-    print(f"memory: the peaks differ by {more:.1f} MiB, {'' if more <= FLAT else 'NOT '}within {FLAT}")
-    return found
+        file = write_rows(folder / f"{n}.jsonl", ({"image": f"{i:07}.jpg", "alt": ""} for i in range(n)))
+        found[n] = run_stage(OURS, folder, args, "--input", file, "--model", folder / "tiny", "--sources", "bard")[1:]
+        print("{:9,} rows: {:,.0f} rows/s, peak {:.1f} MiB".format(n, *found[n]), flush=True)
+    peaks = [mib for _, mib in found.values()]
+    more = max(peaks) - min(peaks)  # 34 bytes kept of each of a million rows would be 32 MiB
+    print(f"memory: the peaks differ by {more:.1f} MiB, {'' if more <= 32 else 'NOT '}within 32")
+    return {"rows: (rows/s, peak MiB)": found}
 
 
 CASES = {f"{case.__name__}-{dtype}": partial(case, dtype=dtype) for case in (rewrite, fuse) for dtype in DTYPES} | {
