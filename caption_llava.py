@@ -328,13 +328,13 @@ def open_image(root, name):
 
 def to_rgb(image):
     """Any PIL image -> RGB, upright; transparency becomes white."""
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def begin_worker():

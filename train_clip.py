@@ -61,17 +61,20 @@ def index_rows(path):
             if f.read(16) == stamp.tobytes():
                 return
     temporary = f"{path}.idx.{os.environ.get('RANK', 0)}.{os.getpid()}"  # two nodes may share the disk
-    with open(path, "rb") as f, open(temporary, "wb") as out:
-        stamp.tofile(out)
-        offsets, at = array("Q"), 0
-        for line in tqdm(f, desc=f"indexing {path}", unit="row", unit_scale=True, delay=2):
-            offsets.append(at)
-            at += len(line)
-            if len(offsets) == 1 << 20:
-                offsets.tofile(out)
-                offsets = array("Q")
-        offsets.tofile(out)
-    os.replace(temporary, path + ".idx")
+    try:
+        with open(path, "rb") as f, open(temporary, "wb") as out:
+            stamp.tofile(out)
+            offsets, at = array("Q"), 0
+            for line in tqdm(f, desc=f"indexing {path}", unit="row", unit_scale=True, delay=2):
+                offsets.append(at)
+                at += len(line)
+                if len(offsets) == 1 << 20:
+                    offsets.tofile(out)
+                    offsets = array("Q")
+            offsets.tofile(out)
+        os.replace(temporary, path + ".idx")
+    except OSError as e:
+        die(f"the rows' offsets cannot be written beside {path}: {e}")
 
 
 class Rows:
@@ -107,9 +110,6 @@ class Rows:
 
 class BadRow(Exception):
     """A row that cannot be trained on, and why; another one takes its place and it is named in bad_images.jsonl."""
-
-
-UNREADABLE = (BadRow, OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError)  # rows and pictures
 
 
 def shuffled(i, n, key):
@@ -159,13 +159,13 @@ def open_image(root, name):
 
 def to_rgb(image):
     """Any PIL image -> RGB, upright; transparency becomes white."""
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def to_uint8(image):
@@ -349,7 +349,7 @@ class Samples(torch.utils.data.Dataset):
                 views = [self.augment(image, self.image_size, rng)]
                 views += [augment_slip(image, self.image_size, rng) for _ in range(2 * self.ssl)]
                 return {**sample, "images": torch.stack([to_uint8(view) for view in views]), "bad": bad}
-            except UNREADABLE as e:
+            except Exception as e:  # Pillow's decoders raise nearly everything; a month's run must outlive any file
                 bad.append((name, f"{type(e).__name__}: {e}"))
                 index = int(rng.integers(len(self.rows)))
                 if len(bad) == 100:
@@ -775,7 +775,7 @@ class Pictures(torch.utils.data.Dataset):
         """-> [3, S, S], or the reason why there is none"""
         try:
             return self.transform(to_rgb(open_image(self.root, self.names[i])))
-        except UNREADABLE as e:
+        except Exception as e:  # as in Samples
             return f"{type(e).__name__}: {e}"
 
 

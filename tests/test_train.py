@@ -321,7 +321,7 @@ def test_pictures_of_every_kind(tmp_path):
     assert read(f"shard.tar@100+{len(blob)}").size == (8, 8)
     os.symlink("/etc/hostname", tmp_path / "link.png")
     for name in ("../x.png", "/etc/hostname", "link.png", None, 7, "missing.png"):
-        with pytest.raises(T.UNREADABLE):
+        with pytest.raises((OSError, ValueError, TypeError)):
             read(name)
 
 
