@@ -78,15 +78,21 @@ def test_both_towers_equal_transformers(activation):
                                    atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_on_the_cpu_equals_torchs(causal):
+def test_attention_on_the_cpu_equals_torchs(causal, dtype, tolerance):
+    """fp32 goes to torch's kernel, bf16 by the formula."""
     torch.manual_seed(0)
     ours, theirs = T.Attention(48, 4), torch.nn.MultiheadAttention(48, 4, batch_first=True)
     torch.nn.init.normal_(ours.in_proj_weight, std=0.2)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, 9, 48)
     mask = torch.full((9, 9), -math.inf).triu(1) if causal else None
-    torch.testing.assert_close(ours(x.flatten(0, 1), [(3, 9)], causal).view(3, 9, 48), theirs(x, x, x, attn_mask=mask, need_weights=False)[0], atol=1e-5, rtol=1e-5)
+    expected = theirs(x, x, x, attn_mask=mask, need_weights=False)[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        got = ours(x.flatten(0, 1), [(3, 9)], causal).view(3, 9, 48)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
 
 
 def test_text_does_not_depend_on_its_padding():
