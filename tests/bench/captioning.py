@@ -1,7 +1,7 @@
 """The captioning stages against the loops that people have, and their memory, on this machine's CPU.
 
     bash data/demo.sh                                                     # once: makes the model and the captions
-    python tests/bench/captioning.py                                      # all cases, about 50 minutes on two cores
+    python tests/bench/captioning.py                                      # all cases, about an hour on two cores
     python tests/bench/captioning.py --cases rewrite-bf16                 # one of them, 10 minutes
     python tests/bench/captioning.py --rows 8 --pairs 1 --batch-sizes 8   # does it all run? the ratios mean nothing
 
@@ -10,13 +10,14 @@
               afterwards; (b) the same, but `generate` ends a row at any token that has a newline in it
     fuse      fuse_vicuna.py --format pairs (for a small model), half of the rows: --batch-size 32 against 1
     caption   caption_llava.py --batch-size 16 against 1, a LLaVA of small random weights: the model is nearly free
-    memory    rewrite_llama.py, ever longer files of empty texts, for which no row asks the model: peak resident memory
+    memory    rewrite_llama.py, ever longer files of empty texts, for which no row asks the model: peak resident memory.
+              In bf16 torch's cache of compiled matrix products, one a prefix length, adds to it until it is full
 
 A stage runs as a command; its rate is the one it prints: all its work but loading the model, second tries and fsync
 included. The loops' clock covers tokenising, `generate` and decoding. All sides have the same model, dtype, threads,
 captions, prompt, sampling and limit of 77 tokens, each its own best batch size, from a trial that also warms the loops
 up; a stage starts cold every time. Sides take turns, every other round backwards. The stage rewrites a caption from
-four sources, the slow loops from one, in turn. An answer's length includes its newline; without one, it counts nowhere.
+four sources, the slow loops from one, in turn. An answer's length includes its end; without one, it counts nowhere.
 Much of the loops' time on a CPU is `generate` sorting the vocabulary for top-p; --temperature 0 shows it without.
 """
 import argparse
@@ -102,17 +103,18 @@ def draw_prompts(captions, seed):
     return prompts
 
 
-def loop(model, tokenizer, prompts, batch_size, temperature, stops, seed):
-    """transformers' generate over the prompts, without `stops` LaCLIP's loop. -> answers (None: no newline), texts/s"""
+def loop(model, tokenizer, prompts, batch_size, temperature, ends, stop, seed):
+    """transformers' generate over the prompts, ended by `ends` or not (LaCLIP's). -> answers (endless: None), rate"""
     how = {"do_sample": True, "temperature": temperature, "top_p": TOP_P, "top_k": 0} if temperature else {}
-    how |= {"eos_token_id": stops} if stops else {"min_new_tokens": NEW}
+    how["eos_token_id"] = ends if stop else model.config.vocab_size  # an id that no token has
     torch.manual_seed(seed)
     answers, start = [], time.perf_counter()
     for at in range(0, len(prompts), batch_size):
         inputs = tokenizer(prompts[at:at + batch_size], padding=True, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=NEW, pad_token_id=tokenizer.pad_token_id, **how)
-        texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-        answers += [text.split("\n")[0].strip() if "\n" in text else None for text in texts]
+        for row in ids[:, inputs["input_ids"].shape[1]:].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in ends), None)
+            answers.append(end and tokenizer.decode(row[:end], skip_special_tokens=True).split("\n")[0].strip())
     return answers, len(prompts) / (time.perf_counter() - start)
 
 
@@ -120,7 +122,7 @@ def rewrite(args, rows, folder, dtype):
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[dtype]).eval()
-    newlines = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])] + [tokenizer.eos_token_id]
+    ends = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])] + [tokenizer.eos_token_id]
     captions, peaks = [" ".join(row["alt"].split()) for row in rows], []
     flags = ["--input", write_rows(folder / "rows.jsonl", rows), "--model", args.model, "--dtype", dtype,
              "--shots", SHOTS, "--temperature", args.temperature, "--top-p", TOP_P, "--max-new-tokens", NEW,
@@ -131,11 +133,11 @@ def rewrite(args, rows, folder, dtype):
         output, rate, _ = run_stage(OURS, folder, args, *flags, "--batch-size", size, "--seed", seed)
         return [row[f"rewrite_{source}"] for row in read_rows(output) for source in SOURCES], rate * len(SOURCES)
 
-    def peer(stops, size, seed, trial=False):  # in a trial 64 texts, or one batch
+    def peer(stop, size, seed, trial=False):  # in a trial 64 texts, or one batch
         prompts = draw_prompts(captions, seed)[:max(size, 64) if trial else None]
-        return loop(model, tokenizer, prompts, size, args.temperature, stops, seed)
+        return loop(model, tokenizer, prompts, size, args.temperature, ends, stop, seed)
 
-    sides, sizes = {LACLIP: partial(peer, None), OURS: ours, NEWLINE: partial(peer, newlines)}, {}
+    sides, sizes = {LACLIP: partial(peer, False), OURS: ours, NEWLINE: partial(peer, True)}, {}
     for side, run in sides.items():
         rates = {size: run(size, 0, True)[1] for size in args.batch_sizes}
         sizes[side] = max(rates, key=rates.get)
@@ -152,8 +154,7 @@ def rewrite(args, rows, folder, dtype):
     new = found[OURS]["texts/s"] * found[OURS]["tokens"] * found[OURS]["answered"]
     both = new + found[OURS]["texts/s"] * mean(len(tokenizer(f"{caption} =>").input_ids) for caption in captions)
     share = 2 * sum(p.numel() for p in model.parameters()) * both / max(peaks)
-    print(f"ours: {new:.0f} new tokens/s, {both:.0f} with the captions': {share:.1%} of the matrix product's "
-          f"{max(peaks) / 1e9:.0f} GFLOP/s")
+    print(f"ours: {new:.0f} new tokens/s, {both:.0f} with captions, {share:.1%} of {max(peaks) / 1e9:.0f} GFLOP/s")
     return {**found, "new tokens/s": new, "tokens/s": both, "peak FLOP/s": max(peaks), "share": share}
 
 
@@ -201,23 +202,23 @@ def caption(args, rows, folder):
                    folder / "random-llava", "--workers", args.threads, "--dtype", "fp32")
 
 
-def memory(args, rows, folder):
+def memory(args, rows, folder, dtype):
     tokenizer, found = AutoTokenizer.from_pretrained(args.model), {}
     tokenizer.save_pretrained(folder / "tiny")
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                                  num_attention_heads=2)).save_pretrained(folder / "tiny")
     for n in args.memory_rows:
         file = write_rows(folder / f"{n}.jsonl", ({"image": f"{i:07}.jpg", "alt": ""} for i in range(n)))
-        found[n] = run_stage(OURS, folder, args, "--input", file, "--model", folder / "tiny", "--sources", "bard")[1:]
+        found[n] = run_stage(OURS, folder, args, "--input", file, "--model", folder / "tiny", "--dtype", dtype)[1:]
         print("{:9,} rows: {:,.0f} rows/s, peak {:.1f} MiB".format(n, *found[n]), flush=True)
     peaks = sorted(mib for _, mib in found.values())
     more = peaks[-1] - peaks[0]  # 34 bytes kept of each of a million rows would be 32 MiB
-    print(f"memory: the peaks differ by {more:.1f} MiB, {'' if more <= 32 else 'NOT '}within 32")
+    print(f"memory-{dtype}: the peaks differ by {more:.1f} MiB, {'' if more <= 32 else 'NOT '}within 32")
     return {"rows: (rows/s, peak MiB)": found}
 
 
-CASES = {f"{case.__name__}-{dtype}": partial(case, dtype=dtype) for case in (rewrite, fuse) for dtype in DTYPES} | {
-    "caption": caption, "memory": memory}
+CASES = {f"{case.__name__}-{dtype}": partial(case, dtype=dtype) for dtype in DTYPES
+         for case in (rewrite, fuse, memory)} | {"caption": caption}
 
 
 def main(argv=None):
@@ -229,7 +230,7 @@ def main(argv=None):
     add("--input", default="out/demo/train.jsonl", help="JSONL with captions in alt (default: %(default)s)")
     add("--rows", type=int, default=256, help="captions, taken evenly from the file (default: %(default)s)")
     add("--pairs", type=int, default=3, help="rounds a case (default: %(default)s)")
-    add("--batch-sizes", type=int, nargs="+", default=[16, 64, 256], help="tried for rewrite (default: %(default)s)")
+    add("--batch-sizes", type=int, nargs="+", default=[16, 32, 64, 256], help="for rewrite to try (%(default)s)")
     add("--temperature", type=float, default=0.9, help="of all sides of rewrite, 0 is greedy (default: %(default)s)")
     add("--memory-rows", type=int, nargs="+", default=[1_000, 100_000, 1_000_000], help="default: %(default)s")
     add("--threads", type=int, default=os.cpu_count(), help="default: all, %(default)s")
@@ -245,9 +246,8 @@ def main(argv=None):
     rows or parser.error(f"--input {args.input}: no row has a text in alt")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the run that is going on ends too
     torch.set_num_threads(args.threads)
-    about = {name: version(name) for name in ("torch", "transformers")} | vars(args)
+    about, results = {name: version(name) for name in ("torch", "transformers")} | vars(args), {}
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    results = {}
     for case in args.cases:
         print(f"=== {case}", flush=True)
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
