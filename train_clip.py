@@ -501,8 +501,8 @@ class Attention(nn.Module):
         for part, (B, L) in zip(x.split([B * L for B, L in groups]), groups):
             q, k, v = part.view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # [B, heads, L, W / heads]
             q, k = self.q_norm(q), self.k_norm(k)
-            if q.is_cpu and q.dtype == torch.bfloat16:  # the formula: for short sequences torch's kernel takes four times
-                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # as long (tests/bench/attention.py)
+            if q.is_cpu and q.dtype == torch.bfloat16 and L < 128:  # the formula: for short sequences torch's kernel
+                scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # takes four times as long (bench/attention.py)
                 if causal:
                     scores = scores + torch.full((L, L), -torch.inf).triu(1)
                 part = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
