@@ -1,24 +1,185 @@
-"""Zero-shot classification with a CLIP checkpoint: top-1, top-5, top-10 and the mean of the classes' accuracies.
+"""Classification with a CLIP checkpoint: zero-shot, few-shot and linear probe.
 
-    python eval_zeroshot.py --checkpoint runs/laclip/checkpoint.pt --dataset imagefolder:imagenet/val --classes names.json
-    python eval_zeroshot.py --checkpoint runs/laclip/checkpoint.pt --dataset jsonl:test.jsonl --image-root DIR --json out.json
+    python eval_zeroshot.py --checkpoint runs/laclip/checkpoint.pt --dataset imagenet1k --data-root DIR --templates openai
+    torchrun --nproc_per_node 8 eval_zeroshot.py --checkpoint runs/laclip/checkpoint.pt --dataset laclip15 --data-root DIR \\
+        --templates openai --protocol zeroshot fewshot linear --json out.json          # LaCLIP's tables 2 to 4
+    python eval_zeroshot.py --checkpoint runs/try/checkpoint.pt --dataset jsonl:test.jsonl --image-root DIR
 
-A class is the mean of its prompts' embeddings: normalise, average, normalise (Radford et al. 2021, section 3.1.4; both
-papers). An image that cannot be read counts as wrong, is counted and named. Beside the accuracy stand what guessing and
-what always answering the largest class would score.
+zeroshot    top-1, 5, 10 and the mean of the classes' accuracies. A class is the mean of its prompts' embeddings:
+            normalise, average, normalise (Radford et al. 2021, section 3.1.4; both papers)
+fewshot     --ways classes, --shots images each make a prototype; mean over --episodes and its 95 % interval (LaCLIP)
+linear      logistic regression on the frozen features, its penalty chosen on a validation split, fitted again on
+            train + validation (LaCLIP)
+
+An image that cannot be read is named and counts as wrong. Beside the accuracy stands what guessing and what always
+answering the largest class would score. Any number of ranks gives the same figures.
 """
 import argparse
+import hashlib
+import importlib.util
 import json
 import os
-import sys
-from collections import Counter
+import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from train_clip import die, encode_images, encode_texts, load_checkpoint, pick_device, read_rows, texts_of
+from train_clip import (die, encode_images, encode_texts, load_checkpoint, open_image, pick_device, read_rows, start_ranks,
+                        texts_of)
 
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompts", "templates.txt")
+# clip-benchmark's names. What torchvision reads: its class, and its arguments for train, validation (None: every fifth
+# of train) and test
+TORCHVISION = {
+    "food101": ("Food101", {"split": "train"}, None, {"split": "test"}),
+    "cifar10": ("CIFAR10", {"train": True}, None, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, None, {"train": False}),
+    "cars": ("StanfordCars", {"split": "train"}, None, {"split": "test"}),
+    "fgvc_aircraft": ("FGVCAircraft", {"split": "train"}, {"split": "val"}, {"split": "test"}),
+    "dtd": ("DTD", {"split": "train"}, {"split": "val"}, {"split": "test"}),
+    "pets": ("OxfordIIITPet", {"split": "trainval"}, None, {"split": "test"}),
+    "flowers": ("Flowers102", {"split": "train"}, {"split": "val"}, {"split": "test"}),
+    "stl10": ("STL10", {"split": "train"}, None, {"split": "test"}),
+    "gtsrb": ("GTSRB", {"split": "train"}, None, {"split": "test"}),
+    "country211": ("Country211", {"split": "train"}, {"split": "valid"}, {"split": "test"}),
+    "svhn": ("SVHN", {"split": "train"}, None, {"split": "test"}),
+    "pcam": ("PCAM", {"split": "train"}, {"split": "val"}, {"split": "test"}),  # VTAB's Camelyon
+}
+# Folders of one folder a class under --data-root: of the test images, of the training images, and where they come from.
+# Where both are the same there is no official split: an image belongs to train, validation or test by its path, `part_of`
+FOLDERS = {
+    "imagenet1k": ("imagenet/val", "imagenet/train", "image-net.org"),
+    "imagenetv2": ("imagenetv2-matched-frequency-format-val", "imagenet/train", "huggingface.co/datasets/vaishaal/ImageNetV2"),
+    "caltech101": ("caltech101/101_ObjectCategories", "caltech101/101_ObjectCategories", "torchvision.datasets.Caltech101"),
+    "sun397": ("SUN397", "SUN397", "torchvision.datasets.SUN397"),
+    "eurosat": ("eurosat/2750", "eurosat/2750", "torchvision.datasets.EuroSAT"),
+    "resisc45": ("NWPU-RESISC45", "NWPU-RESISC45", "NWPU-RESISC45.rar"),
+}
+SUITES = {
+    "laclip15": ["food101", "cifar10", "cifar100", "sun397", "cars", "fgvc_aircraft", "dtd", "pets", "caltech101", "flowers",
+                 "stl10", "eurosat", "resisc45", "gtsrb", "country211"],
+    "vtab9": ["caltech101", "cifar100", "svhn", "dtd", "pets", "flowers", "eurosat", "resisc45", "pcam"],  # VeCLIP's
+}
+QUERIES = 6  # images a class that an episode classifies; assumed
+PENALTIES = [10.0 ** -i for i in range(1, 8)]  # of the linear probe, from the strongest on; assumed
+MEAN_PER_CLASS = {"fgvc_aircraft", "pets", "caltech101", "flowers"}  # what is reported of these; of the others top-1
+
+
+# === data sets ========================================================================================================
+
+class Part:
+    """Images and labels: names[i], read(names[i]) -> PIL image, labels[i] the key of its class. `words`: key -> name."""
+
+    def __init__(self, names, read, labels, words=()):
+        self.names, self.read, self.labels, self.words = names, read, labels, dict(words)
+
+    def of(self, keep):
+        return Part([n for n, k in zip(self.names, keep) if k], self.read, [y for y, k in zip(self.labels, keep) if k], self.words)
+
+
+def part_of(name):
+    """train, val or test, 6 : 2 : 2, by the image's path inside the set: the same on every machine."""
+    tenth = int.from_bytes(hashlib.sha256(name.replace(os.sep, "/").encode()).digest()) % 10
+    return "train" if tenth < 6 else "val" if tenth < 8 else "test"
+
+
+def read_folder(spec, path, source=""):
+    """The images in `path`; the class of one is the folder that holds it, relative to `path`."""
+    if not os.path.isdir(path):
+        die(f"--dataset {spec}: no folder {path}" + (f"; it comes from {source}" if source else ""))
+    names = sorted(os.path.relpath(os.path.join(folder, file), path) for folder, _, files in os.walk(path) if folder != path
+                   for file in files if not file.startswith("."))
+    labels = [os.path.dirname(name) for name in names]
+    return Part(names, partial(open_image, path), labels, {label: re.sub("^[a-z]/", "", label) for label in labels})
+
+
+def read_jsonl(spec, path, args):
+    if not args.image_root or not os.path.isdir(args.image_root):
+        die(f"--dataset {spec} needs --image-root, the folder that its image paths start from; got {args.image_root}")
+    rows = [(row.get("image"), texts_of(row.get(args.label))) for row in read_rows(path)]
+    if not any(labels for _, labels in rows):
+        die(f"--dataset {spec}: no row has the field {args.label!r}")
+    return Part([name for name, labels in rows if labels], partial(open_image, args.image_root),
+                [labels[0] for _, labels in rows if labels])
+
+
+def read_torchvision(spec, root, arguments):
+    """torchvision's data set, which is never downloaded here; a class's key is its number there."""
+    import torchvision
+    kind = TORCHVISION[spec][0]
+    try:
+        dataset = getattr(torchvision.datasets, kind)(root, **arguments)
+    except (RuntimeError, OSError, ImportError) as e:  # ImportError: some need scipy, PCAM h5py
+        arguments = "".join(f", {key}={value!r}" for key, value in arguments.items())
+        die(f"--dataset {spec}: {e}. To fetch it: "
+            f"python -c \"import torchvision; torchvision.datasets.{kind}({root!r}{arguments}, download=True)\"")
+    labels = next((getattr(dataset, name) for name in ("_labels", "targets", "labels") if hasattr(dataset, name)), None)
+    if labels is None:  # Cars and GTSRB; PCAM, whose images have to be opened for it
+        labels = [sample[1] for sample in getattr(dataset, "_samples", dataset)]
+    words = {f"{i:04}": name for i, name in enumerate(getattr(dataset, "classes", []))}
+    return Part(range(len(dataset)), partial(image_of, dataset), [f"{int(label):04}" for label in labels], words)
+
+
+def image_of(dataset, i):
+    return dataset[i][0]
+
+
+def read_part(spec, part, args):
+    """The "train", "val" or "test" part of NAME. Of imagefolder:DIR and jsonl:FILE all is the test part, or, of --train's,
+    every fifth image the validation part; so it is where a set has no official validation part."""
+    kind, _, path = spec.partition(":")
+    divided = part == "test"  # the part is the whole of what is read
+    if spec in TORCHVISION:
+        train, val, test = TORCHVISION[spec][1:]
+        found, divided = read_torchvision(spec, args.data_root, {"train": train, "val": val or train, "test": test}[part]), divided or val
+    elif spec in FOLDERS:
+        test, train, source = FOLDERS[spec]
+        found = read_folder(spec, os.path.join(args.data_root, test if part == "test" else train), source)
+        if test == train:
+            found, divided = found.of([part_of(name) == part for name in found.names]), True
+    elif kind == "imagefolder":
+        found = read_folder(spec, path)
+    elif kind == "jsonl":
+        found = read_jsonl(spec, path, args)
+    else:
+        die(f"--dataset {spec}: expected imagefolder:DIR, jsonl:FILE or {', '.join([*SUITES, *FOLDERS, *TORCHVISION])}")
+    if not divided:
+        found = found.of([(i % 5 == 0) == (part == "val") for i in range(len(found.names))])
+    return found if found.names else die(f"--dataset {spec}: it is empty")
+
+
+# === class names and templates ========================================================================================
+
+def packaged(package, file):
+    """Text of a file inside an installed package, which is not imported."""
+    found = importlib.util.find_spec(package)
+    if found is None:
+        die("--templates openai: the published class names and templates are in two packages: "
+            "pip install clip-benchmark open_clip_torch")
+    with open(os.path.join(found.submodule_search_locations[0], file), encoding="utf-8") as f:
+        return f.read()
+
+
+def published(spec, part):
+    """OpenAI's templates and class names, as clip-benchmark has them -> (templates, {key: name})"""
+    folder = "datasets/en_"
+    templates = json.loads(packaged("clip_benchmark", folder + "zeroshot_classification_templates.json"))
+    names = json.loads(packaged("clip_benchmark", folder + "classnames.json"))
+    synsets = packaged("timm", "data/_info/imagenet_synsets.txt").split()  # timm comes with open_clip
+    if spec == "imagenetv2" or set(part.labels) <= set(synsets):
+        name = "imagenet1k"
+        keys = [str(i) for i in range(1000)] if spec == "imagenetv2" else synsets
+    else:
+        name, keys = spec, sorted(set(part.labels))
+        if spec == "caltech101" and keys[0] != "BACKGROUND_Google":  # torchvision leaves it out
+            keys.insert(0, "BACKGROUND_Google")
+    templates = [template.replace("{c}", "{}") for template in templates.get(name, templates["imagenet1k"])]
+    if name not in names:
+        return templates, part.words  # the folders' or torchvision's own
+    if len(names[name]) != len(keys):
+        die(f"--dataset {spec}: {len(keys)} classes, published are {len(names[name])}")
+    return templates, dict(zip(keys, names[name]))
 
 
 def read_templates(path):
@@ -33,47 +194,22 @@ def read_templates(path):
     return templates or die(f"--templates {path} is empty")
 
 
-def read_dataset(spec, image_root, label_field):
-    """imagefolder:DIR or jsonl:FILE -> (image root, paths, labels, one a path). A label is a class's key."""
-    kind, _, path = spec.partition(":")
-    names, labels = [], []
-    if kind == "imagefolder":
-        if not os.path.isdir(path):
-            die(f"--dataset {spec}: no such folder")
-        for label in sorted(entry.name for entry in os.scandir(path) if entry.is_dir()):
-            files = sorted(entry.name for entry in os.scandir(os.path.join(path, label)) if entry.is_file())
-            names += [os.path.join(label, file) for file in files]
-            labels += [label] * len(files)
-        image_root = path
-    elif kind == "jsonl":
-        if not image_root or not os.path.isdir(image_root):
-            die(f"--dataset {spec} needs --image-root, the folder that its image paths start from; got {image_root}")
-        for row in read_rows(path):
-            if found := texts_of(row.get(label_field)):
-                names.append(row.get("image"))
-                labels.append(found[0])
-        if not labels:
-            die(f"--dataset {spec}: no row has the field {label_field!r}")
+def class_names(keys, words, path):
+    """The words for each class: from --classes, a JSON object of key -> name or names, else its own."""
+    if path:
+        try:
+            with open(path, encoding="utf-8") as f:
+                words = json.load(f)
+        except (OSError, ValueError) as e:
+            die(f"--classes {path}: {e}")
     else:
-        die(f"--dataset {spec}: expected imagefolder:DIR or jsonl:FILE")
-    if not names:
-        die(f"--dataset {spec}: it is empty")
-    return image_root, names, labels
-
-
-def class_names(classes, path):
-    """The words for each class: from a JSON object of key -> name (or list of names), else the key itself."""
-    if path is None:
-        return [[key.replace("_", " ")] for key in classes]
-    try:
-        with open(path, encoding="utf-8") as f:
-            names = json.load(f)
-    except (OSError, ValueError) as e:
-        die(f"--classes {path}: {e}")
-    if missing := [key for key in classes if not texts_of(names.get(key))]:
+        words = {key: words.get(key, key).replace("_", " ").replace("/", " ") for key in keys}
+    if missing := [key for key in keys if not texts_of(words.get(key))]:
         die(f"--classes {path} has no name for {len(missing)} classes, {missing[0]!r} the first")
-    return [texts_of(names[key]) for key in classes]
+    return [texts_of(words[key]) for key in keys]
 
+
+# === protocols ========================================================================================================
 
 def classifier(model, tokenizer, names, templates):
     """[C, d]: for each class the normalised mean of the normalised embeddings of its prompts."""
@@ -83,7 +219,8 @@ def classifier(model, tokenizer, names, templates):
 
 
 def accuracies(features, weights, targets, block=4096):
-    """features [N, d], weights [C, d], targets [N] -> {"top1": ..., ...}. Among equal scores the earlier class wins."""
+    """features [N, d], weights [C, d], targets [N] -> {"top1": ..., ...}. Among equal scores the earlier class wins; a
+    feature of zeros (an image that could not be read) is never right."""
     ranks = []
     for image, target in zip(features.split(block), targets.split(block)):
         scores = image @ weights.T  # [block, C]
@@ -91,54 +228,175 @@ def accuracies(features, weights, targets, block=4096):
         earlier = torch.arange(scores.shape[1]) < target[:, None]
         ranks.append(((scores > own) | (scores == own) & earlier).sum(1))
     rank = torch.cat(ranks)
-    rank[features.abs().sum(1) == 0] = 2 ** 62  # an image that could not be read
+    rank[(features == 0).all(1)] = 2 ** 62
     right = torch.zeros(len(weights)).index_add_(0, targets, (rank == 0).float())
     count = torch.bincount(targets, minlength=len(weights))
     figures = {f"top{k}": (rank < k).double().mean().item() for k in (1, 5, 10)}
-    return {**figures, "mean_per_class": (right / count).mean().item(), "chance": 1 / len(weights),
-            "largest_class": count.max().item() / len(targets), "images": len(targets), "classes": len(weights)}
+    return {**figures, "mean_per_class": (right / count)[count > 0].mean().item(), "chance": 1 / len(weights),
+            "largest_class": count.max().item() / len(targets)}
+
+
+def draw_episodes(targets, ways=5, images=11, episodes=600, seed=0, block=50):
+    """targets [N] -> [E, ways, images]: for every episode `ways` classes and as many different images of each.
+
+    A class with fewer images is not drawn; a set with fewer than `ways` such classes has no episodes: None."""
+    count = torch.bincount(targets)
+    eligible = (count >= images).nonzero()[:, 0]
+    if len(eligible) < ways:
+        return None
+    members, first = targets.argsort(stable=True), count.cumsum(0) - count  # class after class, and where each begins
+    generator, drawn = torch.Generator().manual_seed(seed), []
+    for E in torch.arange(episodes).split(block):
+        classes = eligible[torch.rand(len(E), len(eligible), generator=generator).topk(ways).indices]  # [e, ways]
+        order = torch.rand(len(E), ways, int(count[eligible].max()), generator=generator)
+        order[torch.arange(order.shape[-1]) >= count[classes][..., None]] = -1  # a smaller class ends earlier
+        drawn.append(members[first[classes][..., None] + order.topk(images).indices])
+    return torch.cat(drawn)
+
+
+def fewshot(features, episodes, shots=5):
+    """Prototype classifier: `shots` images a class make its prototype, by which the others are classified.
+
+    features [N, d], episodes [E, ways, images] -> the mean accuracy and half of its 95 % interval. 5 ways, 5 shots are
+    LaCLIP's; 600 episodes, 6 queries a class, centring by the support's mean and unit length are assumed."""
+    right = []
+    for images in episodes.split(50):
+        x = features[images]  # [e, ways, images, d]
+        x = F.normalize(x - x[:, :, :shots].mean((1, 2), keepdim=True), dim=-1)
+        prototypes = F.normalize(x[:, :, :shots].mean(2), dim=-1)  # [e, ways, d]
+        guess = torch.einsum("ewqd,evd->ewqv", x[:, :, shots:], prototypes).argmax(-1)
+        readable = (features[images[:, :, shots:]] != 0).any(-1)
+        right.append(((guess == torch.arange(images.shape[1])[:, None]) & readable).double().mean((1, 2)))
+    right = torch.cat(right)
+    return {"fewshot_mean": right.mean().item(), "fewshot_ci95": 1.96 * right.std().item() / len(right) ** 0.5}
+
+
+class Probe:
+    """Multinomial logistic regression: the mean cross-entropy + penalty / 2 * |W|^2, the bias free, by L-BFGS; what
+    scikit-learn's LogisticRegression(C=1 / (penalty * n)) minimises. A fit starts where the one before it ended."""
+
+    def __init__(self, d, classes, device="cpu", dtype=torch.float32):
+        self.weight = torch.zeros(classes, d, device=device, dtype=dtype, requires_grad=True)
+        self.bias = torch.zeros(classes, device=device, dtype=dtype, requires_grad=True)
+
+    def fit(self, x, y, penalty, tolerance=1e-5, steps=1000, block=2 ** 16):
+        """x [n, d], y [n]; ends when no gradient is above `tolerance`"""
+        optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=steps, tolerance_grad=tolerance,
+                                      tolerance_change=0, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = penalty / 2 * self.weight.square().sum()
+            loss.backward()
+            for part, target in zip(x.split(block), y.split(block)):  # a million images: the logits stay small
+                fit = F.cross_entropy(part @ self.weight.T + self.bias, target, reduction="sum") / len(x)
+                fit.backward()
+                loss = loss.detach() + fit.detach()
+            return loss
+
+        optimizer.step(closure)
+        return self
+
+    @torch.no_grad()
+    def predict(self, x):
+        return (x @ self.weight.T + self.bias).argmax(1)
+
+
+def linear_probe(train, val, classes, penalties=PENALTIES):
+    """train, val: (features [n, d], targets [n]) -> (the Probe fitted on both, the penalty that was best on val, of equal
+    ones the strongest)."""
+    (x, y), (vx, vy) = train, val
+    probe, right = Probe(x.shape[1], classes, x.device, x.dtype), {}
+    for penalty in penalties:
+        right[penalty] = (probe.fit(x, y, penalty).predict(vx) == vy).sum().item()
+    best = max(penalties, key=right.get)
+    return probe.fit(torch.cat([x, vx]), torch.cat([y, vy]), best), best
+
+
+# === the command ======================================================================================================
+
+def evaluate(spec, args, model, tokenizer, transform):
+    """-> the figures of one data set, fractions of 1"""
+    def encode(part):
+        features = encode_images(model, transform, part.names, part.read, args.batch_size, args.workers)
+        return features, torch.tensor([number[label] for label in part.labels]), (features != 0).any(1)
+
+    test = read_part(spec, "test", args)
+    keys = sorted({*test.labels, *(test.words if spec in TORCHVISION else ())})
+    number = {key: i for i, key in enumerate(keys)}
+    templates, words = published(spec, test) if args.templates == "openai" else (read_templates(args.templates), test.words)
+    names = class_names(keys, words, args.classes)
+    features, targets, readable = encode(test)
+    figures = {"images": len(targets), "classes": len(keys), "unreadable": len(targets) - int(readable.sum()),
+               "reported": "mean_per_class" if spec in MEAN_PER_CLASS else "top1"}
+    if "zeroshot" in args.protocol:
+        figures |= accuracies(features, classifier(model, tokenizer, names, templates), targets)
+    if "fewshot" in args.protocol:
+        episodes = draw_episodes(targets, args.ways, args.shots + QUERIES, args.episodes, args.seed)
+        figures |= fewshot(features, episodes, args.shots) if episodes is not None else {}
+    if "linear" in args.protocol:
+        device, learned = model.logit_scale.device, []
+        for part in ("train", "val"):
+            x, y, mask = encode(read_part(args.train if ":" in spec else spec, part, args))
+            learned.append((x[mask].to(device), y[mask].to(device)))
+        probe, figures["penalty"] = linear_probe(*learned, len(keys))
+        guess = probe.predict(features.to(device)).cpu()
+        figures["linear_top1"] = ((guess == targets) & readable).double().mean().item()
+    return figures
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = die
-    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of train_clip.py")
-    parser.add_argument("--dataset", nargs="+", required=True, metavar="imagefolder:DIR|jsonl:FILE",
-                        help="a folder of one folder a class, or rows with image and label")
-    parser.add_argument("--image-root", help="the folder that the image paths of jsonl: start from")
-    parser.add_argument("--label", default="label", metavar="FIELD", help="the class's field of jsonl: (default: label)")
-    parser.add_argument("--classes", help="JSON object, folder or label -> class name or names (default: themselves)")
-    parser.add_argument("--templates", default=TEMPLATES, help="a file, one a line (default: data/prompts/templates.txt)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--seed", type=int, default=0, help="nothing is drawn; kept for symmetry with the other scripts")
-    parser.add_argument("--json", help="write the figures there too, as fractions of 1")
+    parser.error, add = die, parser.add_argument
+    add("--checkpoint", required=True, help="checkpoint.pt of train_clip.py, or of data/convert_checkpoint.py")
+    add("--dataset", nargs="+", required=True, metavar="NAME|imagefolder:DIR|jsonl:FILE", help="a folder of one folder a "
+        f"class; rows with image and label; or, under --data-root: {', '.join([*SUITES, *FOLDERS, *TORCHVISION])}")
+    add("--data-root", default="datasets", help="where the sets by name lie, each as torchvision unpacks it (%(default)s)")
+    add("--protocol", nargs="+", choices=["zeroshot", "fewshot", "linear"], default=["zeroshot"])
+    add("--image-root", help="the folder that the image paths of jsonl: start from")
+    add("--label", default="label", metavar="FIELD", help="the class's field of jsonl: (default: label)")
+    add("--classes", help="JSON object, folder or label -> class name or names (default: themselves)")
+    add("--templates", default=TEMPLATES, help="a file, one template a line (default: data/prompts/templates.txt), or openai: "
+        "the published templates and class names, from clip-benchmark")
+    add("--train", metavar="imagefolder:DIR|jsonl:FILE", help="what linear learns from, if --dataset is no NAME")
+    add("--ways", type=int, default=5, help="classes of an episode (default: %(default)s)")
+    add("--shots", type=int, default=5, help="images a class to learn from (default: %(default)s)")
+    add("--episodes", type=int, default=600, help="default: %(default)s")
+    add("--batch-size", type=int, default=64)
+    add("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--seed", type=int, default=0, help="of the episodes")
+    add("--json", help="write the figures there too, as fractions of 1")
     args = parser.parse_args(argv)
+    specs = [name for spec in args.dataset for name in SUITES.get(spec, [spec])]
+    if "linear" in args.protocol and not args.train and (own := [spec for spec in specs if ":" in spec]):
+        die(f"--protocol linear on {own[0]} needs --train, a set of the same classes")
 
-    templates = read_templates(args.templates)
-    datasets = {spec: read_dataset(spec, args.image_root, args.label) for spec in args.dataset}
-    model, tokenizer, transform = load_checkpoint(args.checkpoint, pick_device(args.device))
+    device = pick_device(args.device)
+    rank, _ = start_ranks(device)
+    model, tokenizer, transform = load_checkpoint(args.checkpoint, device)
     results = {}
-    for spec, (root, names, labels) in datasets.items():
-        classes = sorted(set(labels))
-        weights = classifier(model, tokenizer, class_names(classes, args.classes), templates)
-        features, unreadable = encode_images(model, transform, root, names, args.batch_size, args.workers)
-        for i, reason in unreadable.items():
-            print(f"unreadable, counted as wrong: {names[i]}: {reason}", file=sys.stderr)
-        number = {key: i for i, key in enumerate(classes)}
-        results[spec] = accuracies(features, weights, torch.tensor([number[label] for label in labels]))
-        results[spec]["unreadable"] = len(unreadable)
+    for spec in specs:
+        results[spec] = evaluate(spec, args, model, tokenizer, transform)
+        if rank == 0 and args.json:  # after every set: the next one may take an hour
+            with open(args.json, "w") as f:
+                json.dump(results, f, indent=1)
+    if rank == 0:
+        print_table(results)
 
-    width = max(map(len, results))
-    columns = ["top1", "top5", "top10", "mean_per_class", "chance", "largest_class"]
-    print(f"{'%':{width}}" + "".join(f"{column:>16}" for column in columns) + f"{'images':>9}{'classes':>9}")
+
+def print_table(results):
+    """Per cent; a star marks what is reported of a set, and the last line is its mean over the sets."""
+    columns = [c for c in ("top1", "top5", "top10", "mean_per_class", "chance", "largest_class", "fewshot_mean", "fewshot_ci95",
+                           "linear_top1") if any(c in figures for figures in results.values())]
+    width = max(len("reported *, mean"), *map(len, results))
+    print(f"{'%':{width}}" + "".join(f"{column:>15}" for column in columns) + f"{'images':>9}{'classes':>9}")
     for spec, figures in results.items():
-        print(f"{spec:{width}}" + "".join(f"{100 * figures[column]:16.2f}" for column in columns) +
-              f"{figures['images']:9d}{figures['classes']:9d}")
-    if args.json:
-        with open(args.json, "w") as f:
-            json.dump(results, f, indent=1)
+        cells = [f"{100 * figures[c]:.2f}{'*' if c == figures['reported'] else ' '}" if c in figures else "- " for c in columns]
+        print(f"{spec:{width}}" + "".join(f"{cell:>15}" for cell in cells) + f"{figures['images']:9d}{figures['classes']:9d}")
+    found = [figures[figures["reported"]] for figures in results.values() if "top1" in figures]
+    if len(found) > 1:
+        print(f"{'reported *, mean':{width}}{100 * sum(found) / len(found):14.2f}")
 
 
 if __name__ == "__main__":

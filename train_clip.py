@@ -764,46 +764,56 @@ def read_rows(path):
             yield row
 
 
-class Pictures(torch.utils.data.Dataset):
-    def __init__(self, root, names, transform):
-        self.root, self.names, self.transform = root, names, transform
+def blocks(n, size):
+    """This rank's [start, end) of range(n): blocks of `size` go to the ranks in turn, so that what is computed together,
+    and so every bit of the result, is the same for any number of ranks."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return [(start, min(start + size, n)) for start in range(rank() * size, n, world * size)]
 
-    def __len__(self):
-        return len(self.names)
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, names, read, transform):
+        self.names, self.read, self.transform = names, read, transform
 
     def __getitem__(self, i):
         """-> [3, S, S], or the reason why there is none"""
         try:
-            return self.transform(to_rgb(open_image(self.root, self.names[i])))
+            return self.transform(to_rgb(self.read(self.names[i])))
         except Exception as e:  # as in Samples
             return f"{type(e).__name__}: {e}"
 
 
 @torch.inference_mode()
-def encode_images(model, transform, root, names, batch_size=64, workers=2):
-    """Paths under `root` -> (features [N, d] of unit length, on the CPU; {index: reason} of those that cannot be read,
-    whose features are zero, so that they match nothing and stay in every denominator)."""
-    device, features, unreadable = model.logit_scale.device, torch.zeros(len(names), model.config.embed_dim), {}
-    loader = torch.utils.data.DataLoader(Pictures(root, names, transform), batch_size, num_workers=workers,
-                                         collate_fn=list)
-    for number, batch in enumerate(tqdm(loader, desc="images", unit="batch", leave=False)):
-        indices = range(number * batch_size, number * batch_size + len(batch))
-        unreadable |= {i: picture for i, picture in zip(indices, batch) if isinstance(picture, str)}
-        readable = [i for i in indices if i not in unreadable]
+def encode_images(model, transform, names, read, batch_size=64, workers=2):
+    """names -> features [N, d] of unit length, on the CPU of every rank; read(name) gives a PIL image.
+
+    One that cannot be read is named on stderr. Its feature is zero: it matches nothing and stays in every denominator."""
+    device, features = model.logit_scale.device, torch.zeros(len(names), model.config.embed_dim)
+    batches = [list(range(*block)) for block in blocks(len(names), batch_size)]
+    loader = torch.utils.data.DataLoader(Pictures(names, read, transform), batch_sampler=batches, num_workers=workers,
+                                         collate_fn=list, worker_init_fn=one_thread)
+    progress = tqdm(loader, desc="images", unit="batch", leave=False, disable=rank() > 0, delay=1)
+    for indices, batch in zip(batches, progress):
+        for i, picture in zip(indices, batch):
+            if isinstance(picture, str):
+                print(f"unreadable, it counts as wrong: {names[i]}: {picture}", file=sys.stderr)
+        readable = [(i, picture) for i, picture in zip(indices, batch) if not isinstance(picture, str)]
         if readable:
-            pictures = torch.stack([picture for picture in batch if not isinstance(picture, str)]).to(device)
-            features[readable] = F.normalize(model.encode_image(pictures).float(), dim=-1).cpu()
-    return features, unreadable
+            indices, pictures = zip(*readable)
+            encoded = model.encode_image(torch.stack(pictures).to(device))
+            features[list(indices)] = F.normalize(encoded.float(), dim=-1).cpu()
+    return all_reduce(features)  # every row is zero on all ranks but one
 
 
 @torch.inference_mode()
 def encode_texts(model, tokenizer, texts, batch_size=256):
-    """list of str -> features [T, d] of unit length, on the CPU"""
+    """list of str -> features [T, d] of unit length, on the CPU of every rank"""
     device, features = model.logit_scale.device, torch.zeros(len(texts), model.config.embed_dim)
-    for at in tqdm(range(0, len(texts), batch_size), desc="texts", unit="batch", leave=False):
-        tokens = tokenizer(texts[at:at + batch_size]).to(device)
-        features[at:at + batch_size] = F.normalize(model.encode_text(tokens).float(), dim=-1).cpu()
-    return features
+    mine = blocks(len(texts), batch_size)
+    for start, end in tqdm(mine, desc="texts", unit="batch", leave=False, disable=rank() > 0, delay=1):
+        tokens = tokenizer(texts[start:end]).to(device)
+        features[start:end] = F.normalize(model.encode_text(tokens).float(), dim=-1).cpu()
+    return all_reduce(features)
 
 
 # === the loop =========================================================================================================

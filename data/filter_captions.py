@@ -1,6 +1,8 @@
 """Drop unusable rewrites by plain rules: JSONL in, JSONL out, one row for every row.
 
     python data/filter_captions.py rewritten.jsonl filtered.jsonl --field alt
+    python eval_retrieval.py --checkpoint clip.pt --captions filtered.jsonl --image-root DIR --score scored.jsonl
+    python data/filter_captions.py scored.jsonl best.jsonl --min-score 0.2         # by how well they fit the image, too
 
 A rewrite (every rewrite_* field, or those of --fields) that breaks a rule becomes null and the rule's name goes to the
 row's "error"; the texts themselves are never changed. LLaMA-7B's rewrites were used unfiltered in the paper; those of a
@@ -11,6 +13,7 @@ small model need it, and whether it helps is an experiment: train on either file
   long         over --max-words words
   repeats      two words occur twice, side by side and in the same order ("a red cap on a red cap")
   unrelated    no content word of the original is left (words of three letters or more that are no stop word)
+  score        its clip_score is under --min-score, or less than --min-gain above its original's; "unscored" has none
 """
 import argparse
 import json
@@ -18,6 +21,7 @@ import os
 import re
 import sys
 from collections import Counter
+from functools import partial
 
 STOP_WORDS = frozenset("""a about above after all also am an and any are as at be been before being below between both but by
 can did do does doing down during each few for from further had has have having he her here hers him his how i if in into
@@ -40,33 +44,46 @@ def content_words(words):
     return {word.rstrip("s") if len(word) > 3 else word for word in words if len(word) > 2 and word not in STOP_WORDS}
 
 
-def broken_rule(original, rewrite, min_words, max_words):
-    """The name of the first rule that a rewrite breaks, or None."""
-    before, after = words_of(original), words_of(rewrite)
-    if before == after:
+def broken_rule(original, rewrite, before, after, args):
+    """The name of the first rule that a rewrite breaks, or None. before, after: the clip_score of either, None if it has
+    none."""
+    old, new = words_of(original), words_of(rewrite)
+    if old == new:
         return "identical"
-    if len(after) < min_words:
+    if len(new) < args.min_words:
         return "short"
-    if len(after) > max_words:
+    if len(new) > args.max_words:
         return "long"
-    pairs = Counter(zip(after, after[1:]))
+    pairs = Counter(zip(new, new[1:]))
     if pairs and max(pairs.values()) > 1:
         return "repeats"
-    kept = content_words(before)
-    if kept and not kept & content_words(after):
+    kept = content_words(old)
+    if kept and not kept & content_words(new):
         return "unrelated"
+    for least in (args.min_score, args.min_gain if args.min_gain is None or before is None else before + args.min_gain):
+        if least is not None and after is None:
+            return "unscored"
+        if least is not None and after < least:
+            return "score"
     return None
 
 
+def as_list(value, n):
+    """n entries: a list of that length as it is, anything else n times."""
+    return value if isinstance(value, list) and len(value) == n else [value] * n
+
+
 def filter_row(row, field, fields, rule):
-    """Apply `rule` to every rewrite of a row, in place. -> Counter of (field, rule or "kept")"""
-    counts = Counter()
-    original = row.get(field)
+    """Apply rule(original, rewrite, original's score, rewrite's score) to every rewrite of a row, in place; a score is
+    None where there is none. -> Counter of (field, rule's name or "kept")"""
+    counts, scores = Counter(), row.get("clip_score")
+    scores = scores if isinstance(scores, dict) else {}
     for name in fields or [key for key in row if key.startswith("rewrite_")]:
         value = row.get(name)
         texts = value if isinstance(value, list) else [value]
-        originals = original if isinstance(original, list) and len(original) == len(texts) else [original] * len(texts)
-        reasons = [rule(a, b) if isinstance(a, str) and isinstance(b, str) else None for a, b in zip(originals, texts)]
+        entries = zip(*(as_list(v, len(texts)) for v in (row.get(field), texts, scores.get(field), scores.get(name))))
+        reasons = [rule(a, b, *(score if isinstance(score, (int, float)) else None for score in both))
+                   if isinstance(a, str) and isinstance(b, str) else None for a, b, *both in entries]
         counts.update((name, reason or "kept") for reason, text in zip(reasons, texts) if text is not None)
         if any(reasons):
             texts = [None if reason else text for reason, text in zip(reasons, texts)]
@@ -93,6 +110,9 @@ def main(argv=None):
     parser.add_argument("--fields", nargs="+", help="the rewrites (default: every rewrite_* field)")
     parser.add_argument("--min-words", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--max-words", type=int, default=30, help="default: %(default)s")
+    parser.add_argument("--min-score", type=float, help="drop what has a lower clip_score (-1 to 1; default: off)")
+    parser.add_argument("--min-gain", type=float, metavar="X", help="drop what scores less than its original's clip_score + X; "
+                        "0: as good or better (default: off)")
     args = parser.parse_args(argv)
     if not os.path.isfile(args.input):
         die(f"{args.input}: no such file")
@@ -105,7 +125,7 @@ def main(argv=None):
             except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict):  # any other line goes through as it is
-                found = filter_row(row, args.field, args.fields, lambda a, b: broken_rule(a, b, args.min_words, args.max_words))
+                found = filter_row(row, args.field, args.fields, partial(broken_rule, args=args))
                 counts += found
                 if any(rule != "kept" for _, rule in found):
                     line = dump_row(row)
@@ -115,9 +135,12 @@ def main(argv=None):
     if not counts:
         os.remove(args.output + ".tmp")
         die(f"{args.input} has no rewrite in {' '.join(args.fields or ['rewrite_*'])}")
+    rules = ["kept", "identical", "short", "long", "repeats", "unrelated", "score", "unscored"]
+    if any(rule == "unscored" for _, rule in counts) and not any(rule in ("kept", "score") for _, rule in counts):
+        os.remove(args.output + ".tmp")
+        die(f"{args.input} has no clip_score: eval_retrieval.py --score writes it")
     os.replace(args.output + ".tmp", args.output)
 
-    rules = ["kept", "identical", "short", "long", "repeats", "unrelated"]
     names = sorted({name for name, _ in counts})
     print(f"{rows} rows, {touched} with something dropped")
     print(f"{'':24}" + "".join(f"{rule:>11}" for rule in rules))

@@ -1,9 +1,11 @@
 """Writes the project's HTML: one self-contained page that opens anywhere, offline, and makes no request.
 
     python data/page.py rows out/demo/filtered.jsonl out/demo/rows.html --image-root out/demo/images --sample 100
+    python data/page.py hits hits.jsonl gallery.html --image-root coco
     python data/page.py report out/demo/results.json out/demo/report.html --image-root out/demo/images
 
-`rows` shows pictures beside their AltText and what the stages made of it, or why nothing; `report` shows results.
+`rows` shows pictures beside their AltText and what the stages made of it, or why nothing; `hits` the queries of
+eval_retrieval.py --hits with what they found; `report` shows results.
 Captions come from the web, so all text is hostile here. Three rules keep the page safe. Markup is made only
 by tag(), which escapes whatever is not markup already. A picture is opened only inside --image-root and is
 encoded anew. Should these two ever fail, the page's Content-Security-Policy forbids it scripts and requests.
@@ -103,6 +105,11 @@ thead th { border-color: var(--soft); color: var(--soft); font-size: .875rem; fo
 .hits .picture { width: 100%; height: auto; aspect-ratio: 1 }
 figcaption { text-align: center; white-space: nowrap; overflow: hidden; font-size: .8rem; color: var(--soft) }
 .hits .correct { border-color: var(--good) } .correct figcaption { color: var(--good); font-weight: 600 }
+.hits .wanted { border: 2px dashed var(--edge) }
+.filter { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; padding: .6rem 0;
+  border: 0; margin: 0; background: var(--back); border-bottom: 1px solid var(--line) }
+.filter label { padding: .35rem 0; cursor: pointer } .query > .picture { margin: .5rem 0 }
+main:has(#show-hits:checked) .miss, main:has(#show-misses:checked) .hit { display: none }
 
 .steps li { border-top: 1px solid var(--line); padding: .65rem 0 }
 .steps code, details code { color: var(--soft); white-space: pre-wrap }
@@ -160,7 +167,7 @@ def tag(name, *children, **attributes) -> Html:
     start = name
     for key, value in attributes.items():
         start += f' {key.strip("_").replace("_", "-")}="{escape(value)}"'
-    return Html(f"<{start}>" if name == "img" else f"<{start}>{''.join(map(escape, children))}</{name}>")
+    return Html(f"<{start}>" if name in ("img", "input") else f"<{start}>{''.join(map(escape, children))}</{name}>")
 
 
 def text_of(value) -> str:
@@ -341,18 +348,20 @@ def rewrites(results, root) -> list:
     return cards and [tag("p", about, class_="soft"), tag("ul", *cards, class_="cards")]
 
 
+def hit_figure(root, hit, kind="") -> Html:
+    """A picture that a query found, with its score; ✓ and a frame: correct."""
+    score = f"{hit['score']:.3f}" if is_number(hit.get("score")) else hit.get("score", "")
+    caption = tag("figcaption", "✓ " if hit.get("correct") else "", tag("bdi", score))
+    return tag("figure", picture(root, hit.get("image"), hit.get("alt")), caption,
+               class_=kind or ("correct" if hit.get("correct") else "other"))
+
+
 def queries(results, root) -> list:
     blocks = []
     for node in get(results, "queries", list, dict):
         models = []
         for row in get(node, "rows", list, dict):
-            hits = []
-            for hit in get(row, "hits", list, dict)[:5]:
-                score = f"{hit['score']:.3f}" if is_number(hit.get("score")) else hit.get("score", "")
-                caption = tag("figcaption", "✓ " if hit.get("correct") else "", tag("bdi", score))
-                hits.append(tag("figure", picture(root, hit.get("image"), hit.get("alt")), caption,
-                                class_="correct" if hit.get("correct") else "other"))
-            hits = tag("div", *hits, class_="hits")
+            hits = tag("div", *(hit_figure(root, hit) for hit in get(row, "hits", list, dict)[:5]), class_="hits")
             models.append(tag("div", words("div", row.get("model")), hits, class_="model"))
         blocks.append(block({"title": node.get("query")}, *models))
     about = "The five nearest pictures of each model, best first, with scores. ✓ and a frame: correct."
@@ -522,6 +531,48 @@ def rows(path, root, limit, sample, seed) -> str:
         tag("ul", *(row_card(root, *numbered) for numbered in shown), class_="cards rows")))
 
 
+# ---- hits: what eval_retrieval.py found
+
+def kind_of(row) -> str:
+    """hit: the first picture is right; miss: it is not; other: nobody knows what is."""
+    if "truth" not in row:
+        return "other"
+    return "hit" if any(hit.get("correct") for hit in get(row, "hits", list, dict)[:1]) else "miss"
+
+
+def hit_block(root, number, row) -> Html:
+    """A query, a text or a picture, with what it found; of a miss also the right picture and its place."""
+    hits, kind = get(row, "hits", list, dict), kind_of(row)
+    place, precision = row.get("rank"), row.get("average_precision")
+    about = [f"query {number:,}"]
+    if "rank" in row:
+        about += [f"right at place {place:,}" if is_number(place) else "the right picture could not be read"]
+    elif "truth" in row:
+        about += ["label: " + text_of(row["truth"])]
+    if is_number(precision):
+        about += [f"average precision {precision:.3f}"]
+    figures = [hit_figure(root, hit) for hit in hits]
+    if kind == "miss" and "rank" in row and not any(hit.get("correct") for hit in hits):
+        figures.append(hit_figure(root, {"image": row["truth"], "score": "the right one"}, "wanted"))
+    query = words("h3", row["query"]) if "query" in row else picture(root, row.get("image"), row.get("truth"))
+    return tag("article", query, words("p", " · ".join(about), class_="soft"), tag("div", *figures, class_="hits"),
+               class_=f"block query {kind}", tabindex=0)
+
+
+def hits(path, root, limit, sample, seed) -> str:
+    shown, total, _ = read_rows(path, limit, sample, seed)
+    how = "from the top" if sample is None else f"drawn with seed {seed}"
+    blocks = [hit_block(root, *numbered) for numbered in shown]
+    kinds, choices = Counter(kind_of(row) for _, row in shown), []
+    for key, name, number in (("all", "all", len(shown)), ("hits", "right at once", kinds["hit"]), ("misses", "not", kinds["miss"])):
+        checked = {"checked": ""} if key == "all" else {}  # radio buttons: arrow keys and thumbs move them, CSS does the rest
+        choices.append(tag("label", tag("input", type="radio", name="show", id=f"show-{key}", **checked), f" {name}: {number:,}"))
+    return document(title := f"Hits of {os.path.basename(path)}", tag(
+        "header", words("h1", title), tag("p", f"{len(shown):,} of {total:,} queries, {how}: the nearest pictures, best "
+                                          "first, with scores. ✓ and a frame: correct.", class_="soft")),
+        tag("main", tag("fieldset", *choices, class_="filter", aria_label="show"), *blocks))
+
+
 # ---- files
 
 def document(title, *body) -> str:
@@ -564,13 +615,16 @@ def main(argv=None):
     command = commands.add_parser("report", help="the tables, curves and examples of a results file")
     command.add_argument("input", metavar="RESULTS.json", help="what to show")
     command.set_defaults(render=lambda args, root: report(read_json(args.input), root))
-    command = commands.add_parser("rows", help="pictures beside their captions, and why one has none")
-    command.add_argument("input", metavar="ROWS.jsonl", help="any stage's rows; all are read and counted, few are held")
-    which = command.add_mutually_exclusive_group()
-    which.add_argument("--limit", type=count, default=200, metavar="N", help="show the first N (default: %(default)s)")
-    which.add_argument("--sample", type=count, metavar="N", help="show N drawn ones instead (default: off)")
-    command.add_argument("--seed", type=count, default=0, help="of the draw (default: %(default)s)")
-    command.set_defaults(render=lambda args, root: rows(args.input, root, args.limit, args.sample, args.seed))
+    for page, about, metavar, what in (
+            (rows, "pictures beside their captions, and why one has none", "ROWS.jsonl", "any stage's rows"),
+            (hits, "queries with the pictures that they found", "HITS.jsonl", "what eval_retrieval.py --hits wrote")):
+        command = commands.add_parser(page.__name__, help=about)
+        command.add_argument("input", metavar=metavar, help=f"{what}; all are read, few are held")
+        which = command.add_mutually_exclusive_group()
+        which.add_argument("--limit", type=count, default=200, metavar="N", help="show the first N (default: %(default)s)")
+        which.add_argument("--sample", type=count, metavar="N", help="show N drawn ones instead (default: off)")
+        command.add_argument("--seed", type=count, default=0, help="of the draw (default: %(default)s)")
+        command.set_defaults(render=lambda args, root, page=page: page(args.input, root, args.limit, args.sample, args.seed))
     for command in commands.choices.values():
         command.add_argument("output", metavar="OUT.html", help="the page to write; replaced if it exists")
         command.add_argument("--image-root", required=True, metavar="DIR",

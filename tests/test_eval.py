@@ -1,22 +1,40 @@
-"""eval_zeroshot.py and eval_retrieval.py: equal to plainly written references, and right on a model that has learned."""
+"""eval_zeroshot.py and eval_retrieval.py: equal to the tools that the field trusts and to plainly written references."""
 import json
+import math
+import os
+import pickle
 import shutil
 import subprocess
+import sys
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 import eval_retrieval
 import eval_zeroshot
 import train_clip as T
-from conftest import COLOURS, assert_mistake, read_jsonl, run
+from conftest import COLOURS, ROOT, assert_mistake, read_jsonl, run
 
 
 # --- equality with plain references -----------------------------------------------------------------------------------
 
 def features(n, d=6, seed=0):
     return F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def coarse(n, d=6, seed=0):
+    """Features whose products are exact in any order of summing, and often the same."""
+    x = torch.randint(-3, 4, (n, d), generator=torch.Generator().manual_seed(seed)) / 16
+    return x.index_fill(0, (x == 0).all(1).nonzero()[:, 0], 1 / 16)
 
 
 def plain_order(query, keys):
@@ -46,37 +64,156 @@ def test_equal_scores_and_unreadable_images_are_defined():
     assert eval_zeroshot.accuracies(unreadable, same, torch.tensor([0, 0, 0]))["top10"] == pytest.approx(2 / 3)
 
 
-def test_recalls_equal_a_sort_with_any_number_of_texts_an_image():
-    images, texts = features(20), features(47, seed=1)
+def owners(images, texts, seed=3):
+    """Which image each text belongs to, at least one each."""
+    more = torch.randint(0, images, (texts - images,), generator=torch.Generator().manual_seed(seed))
+    return torch.sort(torch.cat([torch.arange(images), more])).values
+
+
+def recalls(images, texts, owner):
+    return eval_retrieval.recalls(*eval_retrieval.ranks_both_ways(images, texts, owner), owner)
+
+
+@pytest.mark.parametrize("block", [100, 2 ** 25])
+def test_recalls_equal_a_sort_with_any_number_of_texts_an_image(block, monkeypatch):
+    monkeypatch.setattr(eval_retrieval, "SIMILARITIES", block)
+    images, texts, owner = coarse(20), coarse(47, seed=1), owners(20, 47)
     texts[5] = texts[9]  # a caption that stands twice
-    owner = torch.sort(torch.cat([torch.arange(20), torch.randint(0, 20, (27,), generator=torch.Generator().manual_seed(3))])).values
-    found = eval_retrieval.recalls(images, texts, owner)
+    found = recalls(images, texts, owner)
     for k in (1, 5, 10):
         i2t = [any(int(owner[t]) == i for t in plain_order(image, texts)[:k]) for i, image in enumerate(images)]
         t2i = [int(owner[t]) in plain_order(text, images)[:k] for t, text in enumerate(texts)]
         assert found[f"i2t_r{k}"] == pytest.approx(sum(i2t) / 20) and found[f"t2i_r{k}"] == pytest.approx(sum(t2i) / 47)
 
 
-def test_blocks_do_not_change_ranks():
-    images, texts = features(30), features(30, seed=1)
-    own = lambda start, end: torch.eye(30, dtype=torch.bool)[start:end]
-    assert torch.equal(eval_retrieval.rank_of_own(images, texts, own, block=7), eval_retrieval.rank_of_own(images, texts, own))
-
-
 def test_chance_is_what_random_features_get():
     owner = torch.arange(10).repeat_interleave(3)
-    found = [eval_retrieval.recalls(features(10, seed=s), features(30, seed=s + 1000), owner) for s in range(400)]
+    found = [recalls(features(10, seed=s), features(30, seed=s + 1000), owner) for s in range(400)]
     for way in ("i2t", "t2i"):
         for k in (1, 5, 10):
             mean = sum(f[f"{way}_r{k}"] for f in found) / len(found)
             assert mean == pytest.approx(found[0][f"{way}_r{k}_chance"], abs=0.03)
 
 
-def test_an_unreadable_image_finds_nothing_and_is_not_found():
+def test_an_unreadable_image_finds_nothing_is_not_found_and_is_in_nobodys_way():
     images = features(4)
     images[2] = 0
-    found = eval_retrieval.recalls(images, images.clone(), torch.arange(4))
+    found = recalls(images, -images, torch.arange(4))  # all similarities to the right one are -1, to the unreadable 0
     assert found["i2t_r10"] == found["t2i_r10"] == 0.75  # though k is larger than the index
+    hits = list(eval_retrieval.best_images(-images[:1], images))
+    assert sorted(hits[0][1]) == [0, 1, 3]
+
+
+@pytest.mark.parametrize("block", [30, 2 ** 25])
+def test_average_precision_equals_its_definition(block, monkeypatch):
+    monkeypatch.setattr(eval_retrieval, "SIMILARITIES", block)
+    images, labels = coarse(30), torch.randint(0, 6, (30,), generator=torch.Generator().manual_seed(4))
+    labels[7] = 99  # the only one of its label
+    images[3] = 0  # unreadable
+    images[11] = images[12]  # a picture that stands twice
+    found = eval_retrieval.average_precisions(images, labels)
+    for q in range(30):
+        order = sorted((i for i in range(30) if i != q), key=lambda i: (i == 3, -float(images[q] @ images[i]), i))
+        places = [place for place, i in enumerate(order, 1) if labels[i] == labels[q]]
+        if q == 7:
+            assert math.isnan(found[q])
+        elif q == 3:
+            assert found[q] == 0
+        else:
+            assert found[q] == pytest.approx(sum(n / place for n, place in enumerate(places, 1)) / len(places), abs=1e-9)
+
+
+def test_fewshot_equals_a_plain_loop():
+    x, targets = features(200, 16), torch.arange(200) % 9
+    targets[-3:] = 40  # too few images for an episode
+    episodes = eval_zeroshot.draw_episodes(targets, ways=5, images=11, episodes=70, seed=1)
+    assert episodes.shape == (70, 5, 11) and len(episodes.unique()) > 190
+    right = []
+    for episode in episodes:
+        classes = [targets[images].unique().tolist() for images in episode]
+        assert all(len(c) == 1 and c != [40] for c in classes) and len({c[0] for c in classes}) == 5
+        assert len(set(episode.flatten().tolist())) == 55  # no image twice
+        support = torch.stack([x[i] for images in episode for i in images[:5]])
+        unit = lambda v: v / v.norm()
+        prototypes = [unit(sum(unit(x[i] - support.mean(0)) for i in images[:5]) / 5) for images in episode]
+        guesses = [(max(range(5), key=lambda w: float(prototypes[w] @ unit(x[i] - support.mean(0)))), way)
+                   for way, images in enumerate(episode) for i in images[5:]]
+        right.append(sum(guess == way for guess, way in guesses) / 30)
+    found = eval_zeroshot.fewshot(x, episodes)
+    mean = sum(right) / 70
+    assert found["fewshot_mean"] == pytest.approx(mean, abs=1e-6)
+    assert found["fewshot_ci95"] == pytest.approx(1.96 * (sum((r - mean) ** 2 for r in right) / 69 / 70) ** 0.5, abs=1e-6)
+    assert torch.equal(episodes, eval_zeroshot.draw_episodes(targets, ways=5, images=11, episodes=70, seed=1))
+    assert eval_zeroshot.draw_episodes(targets, ways=10, images=11) is None
+
+
+# --- equality with the field's tools ----------------------------------------------------------------------------------
+
+class AsClipBenchmark:
+    """Our model as clip-benchmark calls one."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def encode_image(self, images):
+        return self.model.encode_image(images)
+
+    def encode_text(self, tokens):
+        return self.model.encode_text(tokens)
+
+
+def test_recall_equals_clip_benchmark(shapes, trained):
+    model, tokenizer, transform = T.load_checkpoint(str(trained / "checkpoint.pt"))
+    rows = [(row["image"], [row["alt"], row["rewrite_a"]]) for row in read_jsonl(shapes / "captions.jsonl")] * 2
+    pictures = [transform(T.to_rgb(T.open_image(str(shapes / "images"), name))) for name, _ in rows]
+    batches = [(torch.stack(pictures[i:i + 8]), [texts for _, texts in rows[i:i + 8]]) for i in range(0, 32, 8)]
+    theirs = zeroshot_retrieval.evaluate(AsClipBenchmark(model), batches, tokenizer, "cpu", amp=False, recall_k_list=[5, 10])
+    images = T.encode_images(model, transform, [name for name, _ in rows], partial(T.open_image, str(shapes / "images")), 8, 0)
+    texts = T.encode_texts(model, tokenizer, [text for _, some in rows for text in some])
+    ours = recalls(images, texts, torch.arange(32).repeat_interleave(2))
+    for k in (5, 10):  # every picture and text is there twice, so recall@1 hangs on how ties are broken
+        assert ours[f"t2i_r{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-6)
+        assert ours[f"i2t_r{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-6)
+    x, y = features(60, 8), features(150, 8, seed=1)  # no ties: recall@1 too
+    owner = owners(60, 150)
+    positive = torch.zeros(150, 60, dtype=torch.bool)
+    positive[torch.arange(150), owner] = True
+    ours = recalls(x, y, owner)
+    for k in (1, 5, 10):
+        theirs = [(zeroshot_retrieval.recall_at_k(scores, pairs, k) > 0).float().mean().item()
+                  for scores, pairs in ((y @ x.T, positive), (x @ y.T, positive.T))]
+        assert [ours[f"t2i_r{k}"], ours[f"i2t_r{k}"]] == pytest.approx(theirs, abs=1e-6)
+
+
+def test_zeroshot_equals_clip_benchmark(shapes, trained):
+    model, tokenizer, _ = T.load_checkpoint(str(trained / "checkpoint.pt"))
+    names, templates = list(COLOURS), ["a {c} thing", "{c} square", "one {c} coloured cross"]
+    theirs = zeroshot_classification.zero_shot_classifier(AsClipBenchmark(model), tokenizer, names, templates, "cpu", amp=False)
+    ours = eval_zeroshot.classifier(model, tokenizer, [[name] for name in names], [t.replace("{c}", "{}") for t in templates])
+    torch.testing.assert_close(ours, theirs.T, atol=1e-6, rtol=1e-5)
+    x, weights, y = features(500, 8), features(20, 8, seed=1), torch.arange(500) % 20
+    scores, found = (x @ weights.T).numpy(), eval_zeroshot.accuracies(x, weights, y)
+    for k in (1, 5, 10):  # clip-benchmark's own function for this fails with today's numpy
+        assert found[f"top{k}"] == pytest.approx(top_k_accuracy_score(y, scores, k=k), abs=1e-6)
+    assert found["mean_per_class"] == pytest.approx(balanced_accuracy_score(y, scores.argmax(1)), abs=1e-6)
+
+
+def test_linear_probe_equals_scikit_learn():
+    x, y = features(400, 10).double(), torch.arange(400) % 5
+    x += 0.8 * F.normalize(torch.randn(5, 10, generator=torch.Generator().manual_seed(9)), dim=-1).double()[y]
+    for penalty in (1e-1, 1e-3):
+        theirs = LogisticRegression(C=1 / (penalty * 400), tol=1e-10, max_iter=10_000).fit(x.numpy(), y.numpy())
+        ours = eval_zeroshot.Probe(10, 5, dtype=torch.float64).fit(x, y, penalty, tolerance=1e-10, block=150)
+        torch.testing.assert_close(ours.weight.detach(), torch.from_numpy(theirs.coef_), atol=1e-6, rtol=1e-6)
+        probabilities = (x @ ours.weight.T + ours.bias).softmax(1).detach()
+        torch.testing.assert_close(probabilities, torch.from_numpy(theirs.predict_proba(x.numpy())), atol=1e-6, rtol=1e-6)
+    train, val, test = (slice(0, 240), slice(240, 320), slice(320, 400))
+    probe, best = eval_zeroshot.linear_probe((x[train], y[train]), (x[val], y[val]), 5)
+    accuracy = {p: (LogisticRegression(C=1 / (p * 240), tol=1e-8, max_iter=10_000).fit(x[train].numpy(), y[train].numpy())
+                    .score(x[val].numpy(), y[val].numpy())) for p in eval_zeroshot.PENALTIES}
+    assert best == max(eval_zeroshot.PENALTIES, key=accuracy.get)
+    both = LogisticRegression(C=1 / (best * 320), tol=1e-8, max_iter=10_000).fit(x[:320].numpy(), y[:320].numpy())
+    assert (probe.predict(x[test]).numpy() == both.predict(x[test].numpy())).mean() == 1
 
 
 def test_a_class_is_the_normalised_mean_of_its_normalised_prompts(trained):
@@ -88,6 +225,128 @@ def test_a_class_is_the_normalised_mean_of_its_normalised_prompts(trained):
             each = torch.cat([model.encode_text(tokenizer([prompt])) for prompt in prompts])
             mean = (each / each.norm(dim=-1, keepdim=True)).mean(0)
             torch.testing.assert_close(found, mean / mean.norm(), atol=1e-5, rtol=1e-5)
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+def picture(path, colour="red"):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (40, 40), colour).save(path)
+
+
+def fill_dtd(root):
+    for name in ("banded", "dotted"):
+        for i in range(3):
+            picture(root / f"dtd/dtd/images/{name}/{name}_{i}.jpg")
+    (root / "dtd/dtd/labels").mkdir()
+    for number, split in enumerate(("train", "val", "test")):
+        (root / f"dtd/dtd/labels/{split}1.txt").write_text("".join(f"{n}/{n}_{number}.jpg\n" for n in ("banded", "dotted")))
+
+
+def fill_food101(root):
+    (root / "food-101/meta").mkdir(parents=True)
+    for split, number in (("train", range(10)), ("test", range(10, 12))):
+        (root / f"food-101/meta/{split}.json").write_text(json.dumps(
+            {name: [f"{name}/{i}" for i in number] for name in ("apple_pie", "waffles")}))
+        for name in ("apple_pie", "waffles"):
+            for i in number:
+                picture(root / f"food-101/images/{name}/{i}.jpg")
+
+
+def fill_cifar10(root):
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    entry = {"data": torch.zeros(10, 3072, dtype=torch.uint8).numpy(), "labels": list(range(10))}
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        (folder / name).write_bytes(pickle.dumps(entry))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"kind {i}" for i in range(10)]}))
+
+
+def fill_gtsrb(root):
+    for sign in range(43):
+        picture(root / f"gtsrb/GTSRB/Training/{sign:05}/0.ppm")
+        picture(root / f"gtsrb/GTSRB/Final_Test/Images/{sign:05}.ppm")
+    (root / "gtsrb/GT-final_test.csv").write_text("Filename;ClassId\n" + "".join(f"{i:05}.ppm;{i}\n" for i in range(43)))
+
+
+def fill_country211(root):
+    for split in ("train", "valid", "test"):
+        for i in range(211):
+            picture(root / f"country211/{split}/C{i:03}/0.jpg")
+
+
+def fill_eurosat(root):
+    for name in ("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
+                 "Residential", "River", "SeaLake"):
+        for i in range(20):
+            picture(root / f"eurosat/2750/{name}/{name}_{i}.jpg")
+
+
+def fill_imagenet1k(root):
+    for wnid in ("n01440764", "n02123045"):  # two of the thousand: tench, tabby
+        picture(root / f"imagenet/val/{wnid}/0.JPEG")
+        for i in range(5):
+            picture(root / f"imagenet/train/{wnid}/{i}.JPEG")
+
+
+def fill_imagenetv2(root):
+    for number in range(1000):
+        picture(root / f"imagenetv2-matched-frequency-format-val/{number}/0.jpeg")
+
+
+SETS = {  # name: (how to make a small one, its test, train and validation images, classes, a published class name by key)
+    "dtd": (fill_dtd, (2, 2, 2), "0001", "dotted"), "food101": (fill_food101, (4, 16, 4), "0000", "apple_pie"),
+    "cifar10": (fill_cifar10, (10, 40, 10), "0003", "kind 3"),
+    "gtsrb": (fill_gtsrb, (43, 34, 9), "0000", "red and white circle 20 kph speed limit"),
+    "country211": (fill_country211, (211, 211, 211), "0001", "United Arab Emirates"),
+    "eurosat": (fill_eurosat, None, "AnnualCrop", "annual crop land"),
+    "imagenet1k": (fill_imagenet1k, (2, 8, 2), "n02123045", "tabby cat"),
+    "imagenetv2": (fill_imagenetv2, (1000, None, None), "281", "tabby cat"),
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_sets_by_name(name, tmp_path, monkeypatch):
+    fill, sizes, key, word = SETS[name]
+    fill(tmp_path)
+    for name_of_check in ("_check_integrity", "_load_meta"):  # they know the real files' md5
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, name_of_check, lambda self: setattr(
+            self, "classes", [f"kind {i}" for i in range(10)]) is None)
+    args = Namespace(data_root=str(tmp_path))
+    parts = {part: eval_zeroshot.read_part(name, part, args) for part in ("test", "train", "val")
+             if name != "imagenetv2" or part == "test"}
+    for part, size in zip(("test", "train", "val"), sizes or ()):
+        if size:
+            assert len(parts[part].names) == len(parts[part].labels) == size
+    for part in parts.values():
+        assert part.read(part.names[0]).size in ((40, 40), (32, 32))
+    if not sizes:  # no official split: disjoint, all there, about 6 : 2 : 2
+        names = [name for part in parts.values() for name in part.names]
+        assert len(set(names)) == len(names) == 200 and 100 < len(parts["train"].names) < 140
+    templates, words = eval_zeroshot.published(name, parts["test"])
+    assert words[key] == word and all("{}" in template for template in templates)
+
+
+def test_a_missing_set_says_how_to_fetch_it_and_fetches_nothing(tmp_path, capsys):
+    for name in [*eval_zeroshot.TORCHVISION, *eval_zeroshot.FOLDERS]:
+        with pytest.raises(SystemExit):
+            eval_zeroshot.read_part(name, "test", Namespace(data_root=str(tmp_path)))
+        said = capsys.readouterr().err
+        assert name in said and (str(tmp_path) in said) and said.count("\n") == 1
+        if name in eval_zeroshot.TORCHVISION:
+            assert "download=True" in said and eval_zeroshot.TORCHVISION[name][0] in said
+
+
+def test_suites_name_known_sets():
+    known = {*eval_zeroshot.TORCHVISION, *eval_zeroshot.FOLDERS}
+    assert {len(set(sets) & known) for sets in eval_zeroshot.SUITES.values()} == {15, 9}
+    for name, (kind, *_) in eval_zeroshot.TORCHVISION.items():
+        assert hasattr(torchvision.datasets, kind), name
+
+
+def test_the_split_of_sets_without_one_is_fixed():
+    assert [eval_zeroshot.part_of(f"Forest/Forest_{i}.jpg") for i in range(1, 9)] == \
+        ["train", "train", "test", "test", "train", "val", "train", "train"]
 
 
 # --- end to end -------------------------------------------------------------------------------------------------------
@@ -124,20 +383,161 @@ def test_retrieval_as_a_user(shapes, trained, tmp_path):
     assert [line for line in lines if not line.startswith(" ")] == ["blue square", "red cross"] and len(lines) == 12
 
 
+def test_every_protocol_is_the_same_for_any_number_of_ranks(shapes, trained, tmp_path):
+    for number in range(12):  # variants, so that there are episodes and something to learn from
+        for row in read_jsonl(shapes / "captions.jsonl"):
+            image = Image.open(shapes / "images" / row["image"]).rotate(3 * number, fillcolor="white")
+            path = tmp_path / ("train" if number < 8 else "test") / row["label"] / f"{number}-{row['image']}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    (tmp_path / "test/red/broken.png").write_bytes(b"no picture")
+    arguments = ["--checkpoint", trained / "checkpoint.pt", "--dataset", f"imagefolder:{tmp_path / 'test'}", "--train",
+                 f"imagefolder:{tmp_path / 'train'}", "--protocol", "zeroshot", "fewshot", "linear", "--ways", 3,
+                 "--batch-size", 7, "--workers", 1]
+    found = []
+    for ranks in (None, 2, 3):
+        done = run("eval_zeroshot.py", *arguments, "--json", tmp_path / f"{ranks}.json", ranks=ranks)
+        assert done.returncode == 0 and "broken.png" in done.stderr, done.stderr
+        found.append((tmp_path / f"{ranks}.json").read_text())
+    assert found[0] == found[1] == found[2]
+    (figures,) = json.loads(found[0]).values()
+    assert figures["linear_top1"] > 0.9 and figures["fewshot_mean"] > 0.6 and figures["unreadable"] == 1
+    assert figures["images"] == 65 and figures["linear_top1"] <= 64 / 65  # the unreadable one is in the denominator
+
+
+def test_retrieval_is_the_same_for_any_number_of_ranks(shapes, trained, tmp_path):
+    rows = [{**row, "alt": [row["alt"], row["rewrite_a"]], "domain": row["image"].split("-")[1]} for row
+            in read_jsonl(shapes / "captions.jsonl")] + [{"image": "gone.png", "alt": "nothing", "label": "red"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--checkpoint", trained / "checkpoint.pt", "--captions", tmp_path / "rows.jsonl", "--image-root",
+                 shapes / "images", "--batch-size", 3, "--workers", 1]
+    for way in ([], ["--image-to-image"], ["--score"]):
+        found = []
+        for ranks in (None, 2, 3):
+            out = tmp_path / f"{way}{ranks}"
+            done = run("eval_retrieval.py", *arguments, *way, *([out] if "--score" in way else ["--json", out]), ranks=ranks)
+            assert done.returncode == 0 and "gone.png" in done.stderr, done.stderr
+            found.append(out.read_text())
+        assert found[0] == found[1] == found[2]
+        figures = json.loads(found[0]) if "--score" not in way else {}
+        if way == ["--image-to-image"]:
+            assert figures["images"] == 17 and figures["map"] > 0.5 and "map_bar.png" in figures and figures["alone"] == 0
+
+
+def test_scores_are_cosines_and_serve_best_and_the_filter(shapes, trained, tmp_path):
+    rows = read_jsonl(shapes / "captions.jsonl")
+    wrongs = [next(other["alt"] for other in rows if other["label"] != row["label"]) for row in rows]
+    for row, wrong in zip(rows, wrongs):
+        row |= {"alt": [wrong, row["alt"], None, "\ud800 \u2028"], "user": {"kept": 1}}
+    rows += [{"image": "gone.png", "alt": "red square", "rewrite_a": "a red square"}, {"no": "image", "vec": [["a list in a list"]]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--checkpoint", trained / "checkpoint.pt", "--captions", tmp_path / "rows.jsonl", "--image-root",
+                 shapes / "images", "--workers", 0, "--score", tmp_path / "scored.jsonl"]
+    done = run("eval_retrieval.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    scored = read_jsonl(tmp_path / "scored.jsonl")
+    assert [{key: value for key, value in row.items() if key != "clip_score"} for row in scored] == rows
+    model, tokenizer, transform = T.load_checkpoint(str(trained / "checkpoint.pt"))
+    with torch.inference_mode():
+        image = model.encode_image(transform(T.to_rgb(T.open_image(str(shapes / "images"), rows[0]["image"])))[None])
+        for field, text, score in (("alt", rows[0]["alt"][1], scored[0]["clip_score"]["alt"][1]),
+                                   ("rewrite_a", rows[0]["rewrite_a"], scored[0]["clip_score"]["rewrite_a"])):
+            expected = F.cosine_similarity(image, model.encode_text(tokenizer([text])))
+            assert score == pytest.approx(expected.item(), abs=2e-5), field
+    assert scored[0]["clip_score"]["alt"][2] is None and isinstance(scored[0]["clip_score"]["alt"][3], float)
+    assert scored[-2]["clip_score"] == {"alt": None, "rewrite_a": None} and scored[-1]["clip_score"] == {"vec": [None]}
+    best = [row["clip_score"]["alt"][1] > row["clip_score"]["alt"][0] for row in scored[:16]]
+    assert sum(best) >= 14
+    assert_mistake(run("eval_retrieval.py", *arguments), "scored.jsonl exists")
+
+    done = run("train_clip.py", "--captions", tmp_path / "scored.jsonl", "--image-root", shapes / "images", "--text", "alt",
+               "--alt-choice", "best", "--model", "nano", "--image-size", 32, "--tokenizer", shapes / "tokenizer.json",
+               "--batch-size", 8, "--steps", 1, "--workers", 0, "--max-bad", 1, "--out", tmp_path / "run", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    least = sorted(row["clip_score"]["rewrite_a"] for row in scored[:16])[8]
+    for row in scored[:16]:  # one text a row
+        row["alt"], row["clip_score"]["alt"] = row["alt"][1], row["clip_score"]["alt"][1]
+    (tmp_path / "single.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
+    done = run("data/filter_captions.py", tmp_path / "single.jsonl", tmp_path / "best.jsonl", "--min-score", least)
+    assert done.returncode == 0, done.stderr
+    for row in read_jsonl(tmp_path / "best.jsonl")[:16]:
+        assert (row["rewrite_a"] is not None) == (row["clip_score"]["rewrite_a"] >= least)
+        assert row["rewrite_a"] or row["error"]["rewrite_a"] == "score"
+    assert read_jsonl(tmp_path / "best.jsonl")[16]["error"] == {"rewrite_a": "unscored"}
+    done = run("data/filter_captions.py", tmp_path / "single.jsonl", tmp_path / "gain.jsonl", "--min-gain", "0")
+    for row in read_jsonl(tmp_path / "gain.jsonl")[:16]:
+        assert (row["rewrite_a"] is not None) == (row["clip_score"]["rewrite_a"] >= row["clip_score"]["alt"])
+    assert_mistake(run("data/filter_captions.py", shapes / "captions.jsonl", tmp_path / "x.jsonl", "--min-gain", 0), "clip_score")
+
+
+def test_scoring_goes_on_where_it_was_killed(shapes, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval_retrieval.py"])
+    args = ["--checkpoint", str(trained / "checkpoint.pt"), "--captions", str(shapes / "captions.jsonl"), "--image-root",
+            str(shapes / "images"), "--workers", "0", "--score"]
+    monkeypatch.setattr(eval_retrieval.write_scores, "__defaults__", (4,))
+    eval_retrieval.main([*args, str(tmp_path / "whole.jsonl")])
+    whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl.partial"
+    stop, encode = iter(range(3)), T.encode_texts
+
+    def killed(*a):  # in the third chunk of four rows
+        if next(stop) == 2:
+            raise KeyboardInterrupt
+        return encode(*a)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_retrieval, "encode_texts", killed)
+        with pytest.raises(KeyboardInterrupt):
+            eval_retrieval.main([*args, str(tmp_path / "out.jsonl")])
+    assert out.read_bytes() == b"".join(whole.splitlines(True)[:8])
+    out.write_bytes(out.read_bytes() + whole.splitlines(True)[8] + b'{"torn')
+    eval_retrieval.main([*args, str(tmp_path / "out.jsonl")])
+    assert (tmp_path / "out.jsonl").read_bytes() == whole and not out.exists()
+    out.write_bytes(b"")
+    (tmp_path / "out.jsonl.partial.json").write_text("{}")
+    os.remove(tmp_path / "out.jsonl")
+    with pytest.raises(SystemExit):
+        eval_retrieval.main([*args, str(tmp_path / "out.jsonl")])
+
+
+def test_hits_of_images(shapes, trained, tmp_path):
+    done = run("eval_retrieval.py", "--checkpoint", trained / "checkpoint.pt", "--captions", shapes / "captions.jsonl",
+               "--image-root", shapes / "images", "--workers", 0, "--image-to-image", "--hits", tmp_path / "hits.jsonl")
+    assert done.returncode == 0, done.stderr
+    for row in read_jsonl(tmp_path / "hits.jsonl"):
+        assert len(row["hits"]) == 10 and row["image"] not in [hit["image"] for hit in row["hits"]]
+        assert [hit["correct"] for hit in row["hits"]] == [hit["image"].startswith(row["truth"]) for hit in row["hits"]]
+
+
 @pytest.mark.parametrize("module, arguments, words", [
     (eval_zeroshot, ["--dataset", "imagefolder:missing"], ["missing"]),
     (eval_zeroshot, ["--dataset", "jsonl:missing.jsonl", "--image-root", "."], ["missing.jsonl"]),
     (eval_zeroshot, ["--dataset", "jsonl:{rows}"], ["--image-root"]),
     (eval_zeroshot, ["--dataset", "ImageNoNet"], ["ImageNoNet", "imagefolder:"]),
     (eval_zeroshot, ["--dataset", "jsonl:{rows}", "--image-root", ".", "--label", "kind"], ["kind"]),
+    (eval_zeroshot, ["--dataset", "jsonl:{rows}", "--image-root", ".", "--protocol", "linear"], ["--train"]),
+    (eval_zeroshot, ["--dataset", "jsonl:{rows}", "--image-root", ".", "--templates", "nowhere.txt"], ["nowhere.txt"]),
+    (eval_zeroshot, ["--dataset", "imagefolder:{empty}"], ["empty"]),
+    (eval_zeroshot, ["--dataset", "cifar10", "--data-root", "{empty}"], ["cifar10", "download=True"]),
+    (eval_zeroshot, ["--dataset", "jsonl:{rows}", "--image-root", ".", "--classes", "{classes}"], ["no name", "green"]),
+    (eval_zeroshot, ["--dataset", "jsonl:{rows}", "--image-root", ".", "--checkpoint", "{notok}"], ["tokenizer"]),
+    (eval_retrieval, ["--captions", "{nolabel}", "--image-root", ".", "--image-to-image"], ["label"]),
+    (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--checkpoint", "{notok}"], ["tokenizer"]),
     (eval_zeroshot, ["--dataset", "jsonl:{rows}", "--image-root", ".", "--templates", "{rows}"], ["{}"]),
     (eval_retrieval, ["--captions", "missing.jsonl", "--image-root", "."], ["missing.jsonl"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", "missing"], ["missing"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--field", "vecap"], ["vecap"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--checkpoint", "missing.pt"], ["missing.pt"]),
 ], ids=lambda value: str(value)[:60])
-def test_mistakes(shapes, trained, module, arguments, words, capfd):
-    arguments = [a.replace("{rows}", str(shapes / "captions.jsonl")) for a in arguments]
+def test_mistakes(shapes, trained, module, arguments, words, capfd, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "classes.json").write_text('{"blue": "blue"}')
+    (tmp_path / "nolabel.jsonl").write_text('{"image": "a.png", "alt": "a"}\n')
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    torch.save({key: value for key, value in state.items() if key != "tokenizer"}, tmp_path / "notok.pt")
+    names = {"{rows}": shapes / "captions.jsonl", "{empty}": tmp_path / "empty", "{classes}": tmp_path / "classes.json",
+             "{nolabel}": tmp_path / "nolabel.jsonl", "{notok}": tmp_path / "notok.pt"}
+    for name, path in names.items():
+        arguments = [a.replace(name, str(path)) for a in arguments]
     with pytest.raises(SystemExit) as stop:
         module.main(["--checkpoint", str(trained / "checkpoint.pt"), *arguments])
     assert_mistake(subprocess.CompletedProcess([], stop.value.code, stderr=capfd.readouterr().err), *words)
