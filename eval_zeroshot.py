@@ -50,7 +50,7 @@ TORCHVISION = {
 # Where both are the same there is no official split: an image belongs to train, validation or test by its path, `part_of`
 FOLDERS = {
     "imagenet1k": ("imagenet/val", "imagenet/train", "image-net.org"),
-    "imagenetv2": ("imagenetv2-matched-frequency-format-val", "imagenet/train", "huggingface.co/datasets/vaishaal/ImageNetV2"),
+    "imagenetv2": ("imagenetv2-matched-frequency-format-val", None, "huggingface.co/datasets/vaishaal/ImageNetV2"),
     "caltech101": ("caltech101/101_ObjectCategories", "caltech101/101_ObjectCategories", "torchvision.datasets.Caltech101"),
     "sun397": ("SUN397", "SUN397", "torchvision.datasets.SUN397"),
     "eurosat": ("eurosat/2750", "eurosat/2750", "torchvision.datasets.EuroSAT"),
@@ -100,8 +100,8 @@ def read_jsonl(spec, path, args):
     rows = [(row.get("image"), texts_of(row.get(args.label))) for row in read_rows(path)]
     if not any(labels for _, labels in rows):
         die(f"--dataset {spec}: no row has the field {args.label!r}")
-    return Part([name for name, labels in rows if labels], partial(open_image, args.image_root),
-                [labels[0] for _, labels in rows if labels])
+    names, labels = zip(*((name, labels[0]) for name, labels in rows if labels))
+    return Part(names, partial(open_image, args.image_root), labels, {label: label for label in labels})
 
 
 def read_torchvision(spec, root, arguments):
@@ -132,9 +132,12 @@ def read_part(spec, part, args):
     divided = part == "test"  # the part is the whole of what is read
     if spec in TORCHVISION:
         train, val, test = TORCHVISION[spec][1:]
-        found, divided = read_torchvision(spec, args.data_root, {"train": train, "val": val or train, "test": test}[part]), divided or val
+        found = read_torchvision(spec, args.data_root, {"train": train, "val": val or train, "test": test}[part])
+        divided = divided or val
     elif spec in FOLDERS:
         test, train, source = FOLDERS[spec]
+        if part != "test" and not train:
+            die(f"--dataset {spec} has nothing to train on")
         found = read_folder(spec, os.path.join(args.data_root, test if part == "test" else train), source)
         if test == train:
             found, divided = found.of([part_of(name) == part for name in found.names]), True
@@ -155,35 +158,38 @@ def packaged(package, file):
     """Text of a file inside an installed package, which is not imported."""
     found = importlib.util.find_spec(package)
     if found is None:
-        die("--templates openai: the published class names and templates are in two packages: "
-            "pip install clip-benchmark open_clip_torch")
+        die("the published class names and templates come from two packages: pip install clip-benchmark open_clip_torch")
     with open(os.path.join(found.submodule_search_locations[0], file), encoding="utf-8") as f:
         return f.read()
 
 
-def published(spec, part):
-    """OpenAI's templates and class names, as clip-benchmark has them -> (templates, {key: name})"""
-    folder = "datasets/en_"
-    templates = json.loads(packaged("clip_benchmark", folder + "zeroshot_classification_templates.json"))
-    names = json.loads(packaged("clip_benchmark", folder + "classnames.json"))
+def published_names(spec, part):
+    """OpenAI's class names as clip-benchmark has them -> {key: name}; ImageNet's by synset, so any subset of it works."""
+    names = json.loads(packaged("clip_benchmark", "datasets/en_classnames.json"))
     synsets = packaged("timm", "data/_info/imagenet_synsets.txt").split()  # timm comes with open_clip
-    if spec == "imagenetv2" or set(part.labels) <= set(synsets):
-        name = "imagenet1k"
-        keys = [str(i) for i in range(1000)] if spec == "imagenetv2" else synsets
-    else:
-        name, keys = spec, sorted(set(part.labels))
-        if spec == "caltech101" and keys[0] != "BACKGROUND_Google":  # torchvision leaves it out
-            keys.insert(0, "BACKGROUND_Google")
-    templates = [template.replace("{c}", "{}") for template in templates.get(name, templates["imagenet1k"])]
-    if name not in names:
-        return templates, part.words  # the folders' or torchvision's own
-    if len(names[name]) != len(keys):
-        die(f"--dataset {spec}: {len(keys)} classes, published are {len(names[name])}")
-    return templates, dict(zip(keys, names[name]))
+    if spec == "imagenetv2":
+        return {str(i): name for i, name in enumerate(names["imagenet1k"])}
+    if set(part.labels) <= set(synsets):
+        return dict(zip(synsets, names["imagenet1k"]))
+    keys = sorted(set(part.labels))
+    if spec == "caltech101" and keys[0] != "BACKGROUND_Google":  # torchvision leaves it out
+        keys.insert(0, "BACKGROUND_Google")
+    if spec not in names:
+        return part.words  # published are the folders' or torchvision's own
+    if len(names[spec]) != len(keys):
+        die(f"--dataset {spec}: {len(keys)} classes, published are the names of {len(names[spec])}")
+    return dict(zip(keys, names[spec]))
 
 
-def read_templates(path):
-    """One template a line, with {} where the class name goes."""
+def read_templates(path, spec):
+    """With {} where the class name goes: a file's lines, or the published ones."""
+    if path == "openai7":  # LaCLIP's release, for models trained on CC3M, CC12M and RedCaps
+        packaged("open_clip", "__init__.py")
+        from open_clip import SIMPLE_IMAGENET_TEMPLATES
+        return [template("{}") for template in SIMPLE_IMAGENET_TEMPLATES]
+    if path == "openai":
+        sets = json.loads(packaged("clip_benchmark", "datasets/en_zeroshot_classification_templates.json"))
+        return [template.replace("{c}", "{}") for template in sets.get(spec, sets["imagenet1k"])]
     if not os.path.isfile(path):
         die(f"--templates {path}: no such file")
     with open(path, encoding="utf-8") as f:
@@ -194,19 +200,20 @@ def read_templates(path):
     return templates or die(f"--templates {path} is empty")
 
 
-def class_names(keys, words, path):
-    """The words for each class: from --classes, a JSON object of key -> name or names, else its own."""
-    if path:
+def class_names(spec, part, keys, args):
+    """The words for each class, one or several: --classes', or the published ones, or the set's own."""
+    words = part.words
+    if args.classes == "openai" or not args.classes and str(args.templates).startswith("openai"):
+        words = published_names(spec, part)
+    elif args.classes:
         try:
-            with open(path, encoding="utf-8") as f:
+            with open(args.classes, encoding="utf-8") as f:
                 words = json.load(f)
         except (OSError, ValueError) as e:
-            die(f"--classes {path}: {e}")
-    else:
-        words = {key: words.get(key, key).replace("_", " ").replace("/", " ") for key in keys}
+            die(f"--classes {args.classes}: {e}")
     if missing := [key for key in keys if not texts_of(words.get(key))]:
-        die(f"--classes {path} has no name for {len(missing)} classes, {missing[0]!r} the first")
-    return [texts_of(words[key]) for key in keys]
+        die(f"--dataset {spec}: no name for {len(missing)} classes, {missing[0]!r} the first: --classes FILE or openai")
+    return [[name.replace("_", " ").replace("/", " ") for name in texts_of(words[key])] for key in keys]
 
 
 # === protocols ========================================================================================================
@@ -318,14 +325,15 @@ def linear_probe(train, val, classes, penalties=PENALTIES):
 def evaluate(spec, args, model, tokenizer, transform):
     """-> the figures of one data set, fractions of 1"""
     def encode(part):
+        if unknown := set(part.labels) - set(keys):
+            die(f"--train {args.train}: its class {min(unknown)!r} is not among those of {spec}")
         features = encode_images(model, transform, part.names, part.read, args.batch_size, args.workers)
         return features, torch.tensor([number[label] for label in part.labels]), (features != 0).any(1)
 
     test = read_part(spec, "test", args)
     keys = sorted({*test.labels, *(test.words if spec in TORCHVISION else ())})
     number = {key: i for i, key in enumerate(keys)}
-    templates, words = published(spec, test) if args.templates == "openai" else (read_templates(args.templates), test.words)
-    names = class_names(keys, words, args.classes)
+    templates, names = read_templates(args.templates, spec), class_names(spec, test, keys, args)
     features, targets, readable = encode(test)
     figures = {"images": len(targets), "classes": len(keys), "unreadable": len(targets) - int(readable.sum()),
                "reported": "mean_per_class" if spec in MEAN_PER_CLASS else "top1"}
@@ -355,9 +363,10 @@ def main(argv=None):
     add("--protocol", nargs="+", choices=["zeroshot", "fewshot", "linear"], default=["zeroshot"])
     add("--image-root", help="the folder that the image paths of jsonl: start from")
     add("--label", default="label", metavar="FIELD", help="the class's field of jsonl: (default: label)")
-    add("--classes", help="JSON object, folder or label -> class name or names (default: themselves)")
-    add("--templates", default=TEMPLATES, help="a file, one template a line (default: data/prompts/templates.txt), or openai: "
-        "the published templates and class names, from clip-benchmark")
+    add("--templates", default=TEMPLATES, metavar="FILE|openai|openai7", help="a file, one template a line (default: "
+        "data/prompts/templates.txt); openai: the published ones, 80 for ImageNet; openai7: the seven short ones")
+    add("--classes", metavar="FILE|openai", help="JSON object, folder or label -> class name or names; openai: the published "
+        "names (default: with published templates these, else the set's own)")
     add("--train", metavar="imagefolder:DIR|jsonl:FILE", help="what linear learns from, if --dataset is no NAME")
     add("--ways", type=int, default=5, help="classes of an episode (default: %(default)s)")
     add("--shots", type=int, default=5, help="images a class to learn from (default: %(default)s)")

@@ -162,7 +162,7 @@ def escape(value) -> Html:
     return Html(html.escape(UNPRINTABLE.sub("\ufffd", str(value)), quote=True))
 
 
-def tag(name, *children, **attributes) -> Html:
+def tag(name, /, *children, **attributes) -> Html:
     """<name attribute="...">children</name>; `class_` stands for class, `aria_label` for aria-label."""
     start = name
     for key, value in attributes.items():

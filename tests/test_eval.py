@@ -295,7 +295,7 @@ def fill_imagenetv2(root):
 
 
 SETS = {  # name: (how to make a small one, its test, train and validation images, classes, a published class name by key)
-    "dtd": (fill_dtd, (2, 2, 2), "0001", "dotted"), "food101": (fill_food101, (4, 16, 4), "0000", "apple_pie"),
+    "dtd": (fill_dtd, (2, 2, 2), "0001", "dotted"), "food101": (fill_food101, (4, 16, 4), "0000", "apple pie"),
     "cifar10": (fill_cifar10, (10, 40, 10), "0003", "kind 3"),
     "gtsrb": (fill_gtsrb, (43, 34, 9), "0000", "red and white circle 20 kph speed limit"),
     "country211": (fill_country211, (211, 211, 211), "0001", "United Arab Emirates"),
@@ -323,8 +323,11 @@ def test_sets_by_name(name, tmp_path, monkeypatch):
     if not sizes:  # no official split: disjoint, all there, about 6 : 2 : 2
         names = [name for part in parts.values() for name in part.names]
         assert len(set(names)) == len(names) == 200 and 100 < len(parts["train"].names) < 140
-    templates, words = eval_zeroshot.published(name, parts["test"])
-    assert words[key] == word and all("{}" in template for template in templates)
+    keys, args = sorted(set(parts["test"].labels)), Namespace(classes=None, templates="openai")
+    assert eval_zeroshot.class_names(name, parts["test"], keys, args)[keys.index(key)] == [word]
+    for kind, number in (("openai", 80 if name.startswith("imagenet") else None), ("openai7", 7)):
+        templates = eval_zeroshot.read_templates(kind, name)
+        assert all("{}" in template for template in templates) and number in (None, len(templates))
 
 
 def test_a_missing_set_says_how_to_fetch_it_and_fetches_nothing(tmp_path, capsys):
@@ -335,6 +338,14 @@ def test_a_missing_set_says_how_to_fetch_it_and_fetches_nothing(tmp_path, capsys
         assert name in said and (str(tmp_path) in said) and said.count("\n") == 1
         if name in eval_zeroshot.TORCHVISION:
             assert "download=True" in said and eval_zeroshot.TORCHVISION[name][0] in said
+
+
+def test_a_set_without_names_of_its_own_says_so(tmp_path, capsys):
+    fill_gtsrb(tmp_path)
+    part = eval_zeroshot.read_part("gtsrb", "test", Namespace(data_root=str(tmp_path)))
+    with pytest.raises(SystemExit):
+        eval_zeroshot.class_names("gtsrb", part, sorted(set(part.labels)), Namespace(classes=None, templates="file"))
+    assert "--classes" in capsys.readouterr().err
 
 
 def test_suites_name_known_sets():

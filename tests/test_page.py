@@ -19,7 +19,7 @@ import page as page_py  # noqa: E402
 
 TAGS = set("""html head meta title style body header main nav aside section div span p h1 h2 h3 ul ol li dl dt dd a
     table thead tbody tr th td figure figcaption img code del bdi details summary svg desc path line circle
-    text""".split())
+    text article fieldset label input""".split())
 HOSTILE = [
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='alert(1)", "</style>",
     "</title>", "<!--", "--><svg onload=alert(1)>", "]]>", "javascript:alert(1)", "https://evil.example/x.png",
@@ -67,7 +67,7 @@ class Parser(html.parser.HTMLParser):
                 self.images.append(Image.open(io.BytesIO(png)))
             self.attributes.append(value)
         self.shape.append((name, [key for key, _ in attributes]))
-        if name not in ("img", "meta"):
+        if name not in ("img", "input", "meta"):
             self.open.append(name)
 
     def handle_endtag(self, name):
@@ -428,3 +428,52 @@ def test_counting_holds_few_names(tmp_path):
     fields, nulls, reasons = counters
     assert fields["alt"] == 1000 and reasons["alt", "often"] == 1000
     assert (fields.total(), nulls.total(), reasons.total()) == (3000, 1000, 2000)
+
+
+# --- hits -------------------------------------------------------------------------------------------------------------
+
+def render_hits(tmp_path, rows, *arguments) -> str:
+    (tmp_path / "root").mkdir(exist_ok=True)
+    (tmp_path / "hits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write_page(tmp_path, "hits", tmp_path / "hits.jsonl", *arguments)
+
+
+def test_hits_and_misses(tmp_path):
+    for name in "abc":
+        make_image(tmp_path / "root" / f"{name}.png")
+    found = [{"image": "a.png", "score": 0.31, "correct": True}, {"image": "b.png", "score": 0.2, "correct": False}]
+    rows = [{"query": "right at once", "truth": "a.png", "rank": 1, "hits": found},
+            {"query": "far behind", "truth": "c.png", "rank": 1234, "hits": [{**hit, "correct": False} for hit in found]},
+            {"query": "second", "truth": "a.png", "rank": 2, "hits": found[::-1]},
+            {"query": "never", "truth": "gone.png", "rank": None, "hits": []},
+            {"image": "c.png", "truth": "cats", "average_precision": 0.5, "hits": found},
+            {"query": "free", "hits": [{"image": "b.png", "score": 0.1}]}]
+    text = render_hits(tmp_path, rows)
+    page = Parser(text)
+    assert text.count('class="block query hit"') == 2 and text.count('class="block query miss"') == 3
+    assert text.count('class="block query other"') == 1 and text.count('class="wanted"') == 2
+    for words in ("right at place 1,234", "right at place 2", "could not be read", "label: cats", "average precision 0.500",
+                  "all: 6", "right at once: 2", "not: 3", "no picture: no such file", "6 of 6 queries, from the top"):
+        assert words in page.text, words
+    assert len(page.images) == 11 and text.count('type="radio"') == 3 and text.count('tabindex="0"') == 6
+    assert "3 of 6 queries, drawn with seed 0" in render_hits(tmp_path, rows, "--sample", 3)
+
+
+def test_hits_in_which_every_text_is_hostile(tmp_path):
+    def rows(text):
+        hit = {"image": text, "score": text, "correct": text}
+        return [{"query": text, "truth": text, "rank": text, "hits": [hit]}, {"image": text, "truth": text, "hits": [hit]},
+                {"query": [text], "truth": {text: text}, "rank": None, "hits": [{"image": [text]}]}, json.loads("{}")]
+
+    calm = Parser(render_hits(tmp_path, rows("calm")))
+    for text in (text[:50] for text in HOSTILE):
+        page = Parser(render_hits(tmp_path, rows(text)))
+        assert page.shape == calm.shape and page.images == [] and shown(text) in page.text, text
+
+
+def test_hits_that_are_none(tmp_path, capsys):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "hits.jsonl").write_text('{"query": "a", "hits": "none"}\n')
+    with pytest.raises(SystemExit):
+        write_page(tmp_path, "hits", tmp_path / "hits.jsonl")
+    assert "hits" in capsys.readouterr().err
