@@ -318,7 +318,7 @@ def load_pairs(path, sources):
             for entry in map(json.loads, f):
                 if entry["source"] in examples:
                     example = entry.get("captions") or (entry["input"], entry["output"])
-                    if len(example) < 2 or not all(isinstance(text, str) for text in example):
+                    if len(example) < 2 or not all(isinstance(text, str) and clean(text) for text in example):
                         raise ValueError(f"no two texts in {entry}")
                     examples[entry["source"]].append(example)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:

@@ -1285,7 +1285,8 @@ def test_changed_input(stage, change, begun, mistake):
 
 @pytest.mark.parametrize("pairs", [
     "{not json\n", "[1, 2]\n", "7\n", '{"source": "coco"}\n', '{"source": "coco", "input": "a"}\n', "",
-    '{"source": "coco", "input": 5, "output": 6}\n', '{"source": "coco", "captions": ["only one"]}\n'])
+    '{"source": "coco", "input": 5, "output": 6}\n', '{"source": "coco", "captions": ["only one"]}\n',
+    '{"source": "coco", "input": "a", "output": " "}\n'])
 def test_pairs_that_are_none(pairs, arguments, mistake, tmp_path):
     (tmp_path / "pairs.jsonl").write_text(pairs * 5)
     command = arguments("rewrite", "--sources", "coco", "--pairs", tmp_path / "pairs.jsonl")
