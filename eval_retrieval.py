@@ -139,10 +139,8 @@ def add_scores(rows, images, encode):
 def write_scores(args, encode_names, encode, rank, chunk=8192):
     """--captions with scores to --score, a line for a line. After a kill or a full disk the same command goes on behind the
     last complete chunk of OUT.partial, if OUT.partial.json says that it was begun with the same rows and weights."""
-    partial, about = args.score + ".partial", {}
-    for path in (args.captions, args.checkpoint):
-        about[path] = [os.path.getsize(path), os.path.getmtime(path)]
-    done = 0
+    partial, done = args.score + ".partial", 0
+    about = {path: [os.path.getsize(path), os.path.getmtime(path)] for path in (args.captions, args.checkpoint)}
     if os.path.exists(args.score):
         die(f"--score {args.score} exists")
     if os.path.exists(partial):
@@ -152,8 +150,9 @@ def write_scores(args, encode_names, encode, rank, chunk=8192):
             done = sum(line.endswith(b"\n") for line in rows) // chunk * chunk
     all_reduce(torch.zeros(1))  # all ranks have counted
     if rank == 0:
-        with open(partial + ".json", "w") as header, open(partial, "a+b") as rows:
+        with open(partial + ".json", "w") as header:
             json.dump(about, header)
+        with open(partial, "a+b") as rows:
             rows.seek(0)
             rows.truncate(sum(map(len, islice(rows, done))))
     rows = islice(read_rows(args.captions), done, None)
@@ -216,6 +215,8 @@ def image_retrieval(args, encode_names, rank):
     number = {key: i for i, key in enumerate(sorted(set(keys)))}
     images = encode_names(names)
     found = average_precisions(images, torch.tensor([number[key] for key in keys]))
+    if found.isnan().all():
+        die(f"--captions {args.captions}: no two images have the same label")
     groups = {"map": found}
     for domain in sorted({row["domain"] for row in rows if isinstance(row.get("domain"), str)}):
         groups[f"map_{domain}"] = found[[row.get("domain") == domain for row in rows]]
@@ -273,7 +274,10 @@ def main(argv=None):
     encode_names = partial(encode_images, model, transform, read=partial(open_image, args.image_root),
                            batch_size=args.batch_size, workers=args.workers)
     if args.score:
-        return write_scores(args, encode_names, encode, rank)
+        try:
+            return write_scores(args, encode_names, encode, rank)
+        except (OSError, ValueError) as e:  # a full disk; a header that a kill cut short
+            die(f"--score {args.score}: {e}; the same command goes on with {args.score}.partial")
     if args.query:
         return search(args, encode_names, encode, rank)
     figures = image_retrieval(args, encode_names, rank) if args.image_to_image else \

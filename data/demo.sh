@@ -3,6 +3,7 @@
 #
 # Makes .venv, fetches the demo's packages, runs the six stages in order and ends with a table and out/demo/report.html.
 # Every command is printed before it runs. A second run skips what is done; an interrupted one goes on.
+# With --llava it also trains a small LLaVA, captions and fuses a noisy version of the set and trains a VeCLIP: 40 minutes more.
 # DEMO_DEVICE=cuda uses a GPU; the default is one if torch finds it, else the CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -61,7 +62,8 @@ step train-clip $train --text alt --out $out/clip
 step train-laclip $train --text alt $rewrites --out $out/laclip
 
 # --- evaluate: seen and unseen drawings, seen and unseen wordings, groups and subgroups ------------------------------
-for model in clip laclip; do
+evaluate() { # evaluate MODEL: retrieval in the four cells
+  local model=$1 drawings wording
   for drawings in seen unseen; do
     for wording in alt wording; do
       step eval-$model-$drawings-$wording python eval_retrieval.py --checkpoint $out/$model/checkpoint.pt \
@@ -69,12 +71,33 @@ for model in clip laclip; do
         --json $out/eval/$model-$drawings-$wording.json --hits $out/eval/$model-$drawings-$wording.hits.jsonl
     done
   done
+}
+for model in clip laclip; do
+  evaluate $model
   for label in label subgroup; do
     step eval-$model-$label python eval_zeroshot.py --checkpoint $out/$model/checkpoint.pt \
       --dataset jsonl:$out/half_b.jsonl --image-root $out/images --label $label --templates data/demo/templates.txt \
       --device $device --workers 0 --json $out/eval/$model-$label.json
   done
 done
+
+# --- VeCLIP in earnest, on AltText as noisy as the web's: bash data/demo.sh --llava ------------------------------------
+if [ "${1:-}" = --llava ]; then
+  step noise python data/demo/prepare.py noise $out
+  step tiny-llava python data/make_tiny_llava.py $out/clip/checkpoint.pt $out/smollm2 $out/half_a.jsonl $out/tiny-llava \
+    --image-root $out/images --minutes 20 --device $device
+  for rows in half_b noisy; do
+    step caption-$rows python caption_llava.py --input $out/$rows.jsonl --output $out/${rows}_captioned.jsonl \
+      --image-root $out/images --model $out/tiny-llava --max-new-tokens 12 --workers 1 --device $device
+  done
+  step fuse-noisy python fuse_vicuna.py --input $out/noisy_captioned.jsonl --output $out/noisy_fused.jsonl \
+    --model $out/smollm2 --format pairs --max-new-tokens 24 --batch-size 256 --device $device
+  noisy=${train/filtered.jsonl/noisy_fused.jsonl}
+  step train-clip-noisy $noisy --text alt --out $out/clip-noisy
+  step train-veclip $noisy --text alt=0.5 vecap=0.5 --out $out/veclip
+  evaluate clip-noisy
+  evaluate veclip
+fi
 
 # --- the result ------------------------------------------------------------------------------------------------------
 python data/demo/collect.py $out

@@ -21,6 +21,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import shutil
 import sys
@@ -137,7 +138,7 @@ def make_pictures(out):
     for style in ("twemoji", "openmoji"):
         os.makedirs(os.path.join(out, "images", style), exist_ok=True)
 
-    sets = {"train": [], "seen": [], "unseen": [], "half_b": []}
+    sets = {"train": [], "seen": [], "unseen": [], "half_a": [], "half_b": []}
     available = set(twemoji.namelist())
     concepts = list(read_concepts(out))
     names = {concept["name"].lower() for concept in concepts}
@@ -160,6 +161,7 @@ def make_pictures(out):
         sets["train"].append(tw)
         if in_half_a(concept["name"]):
             sets["train"].append(om)
+            sets["half_a"].append(om)
             continue
         sets["half_b"].append(om)
         if wording:
@@ -168,6 +170,26 @@ def make_pictures(out):
     for name, rows in sets.items():
         write_jsonl(os.path.join(out, f"{name}.jsonl"), rows)
         print(f"{name}.jsonl: {len(rows)} rows")
+
+
+def make_noise(out):
+    """noisy.jsonl: train.jsonl with AltText as bad as the web's. By image: 30 % a file's name, 20 % another concept's name,
+    20 % the name inside boilerplate, 30 % the name. The name itself stays under `name`, which no stage reads."""
+    with open(os.path.join(out, "train.jsonl"), encoding="utf-8") as f:
+        rows = [json.loads(line) for line in f]
+    boilerplate = ("{} png free download", "buy {} sticker - 50% off", "{} | icon library | page 12", "click to enlarge: {}")
+    for row in rows:
+        row["name"] = row["alt"]
+    for row in rows:
+        draw = random.Random(row["image"])
+        kind = draw.random()
+        if kind < 0.3:
+            row["alt"] = draw.choice(("IMG_{:04}.png", "image ({})", "untitled-{}.png", "{:08x}.png")).format(draw.randrange(9999))
+        elif kind < 0.5:
+            row["alt"] = draw.choice(rows)["name"]
+        elif kind < 0.7:
+            row["alt"] = draw.choice(boilerplate).format(row["name"])
+    write_jsonl(os.path.join(out, "noisy.jsonl"), rows)
 
 
 def write_jsonl(path, rows):
@@ -253,10 +275,10 @@ def save_folder(path, model, processor):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = die
-    parser.add_argument("what", choices=["estimate", "pictures", "llm", "llava"])
+    parser.add_argument("what", choices=["estimate", "pictures", "noise", "llm", "llava"])
     parser.add_argument("out", help="the demo's folder; packages/ in it holds the wheels")
     args = parser.parse_args(argv)
-    {"estimate": estimate, "pictures": make_pictures, "llm": make_llm, "llava": make_llava}[args.what](args.out)
+    {"estimate": estimate, "pictures": make_pictures, "noise": make_noise, "llm": make_llm, "llava": make_llava}[args.what](args.out)
 
 
 if __name__ == "__main__":
