@@ -56,6 +56,8 @@ def build(checkpoint, llm, device):
     model.lm_head.load_state_dict(language.lm_head.state_dict())
     processor = LlavaProcessor(pictures, tokenizer, patch_size=tower.config.patch_size, num_additional_image_tokens=1,
                                vision_feature_select_strategy="full", chat_template=TEMPLATE)
+    if device == "cpu":  # for sixty tokens the plain formula is faster there than torch's kernel
+        model.set_attn_implementation("eager")
     return model.to(device), processor
 
 
@@ -96,7 +98,8 @@ def train(model, processor, root, rows, args):
         batch, queue = queue[:args.batch_size], queue[args.batch_size:]
         inputs, labels = prepare(processor, root, batch, rng, prompt, S)
         keep = labels.shape[1] - int((labels[0] != -100).nonzero()[0]) + 1  # the captions' positions and the one before
-        logits = model(**{k: v.to(model.device) for k, v in inputs.items()}, logits_to_keep=keep).logits
+        with torch.autocast(model.device.type, torch.bfloat16):
+            logits = model(**{k: v.to(model.device) for k, v in inputs.items()}, logits_to_keep=keep).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1 - keep:].flatten().to(model.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

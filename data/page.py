@@ -108,7 +108,7 @@ figcaption { text-align: center; white-space: nowrap; overflow: hidden; font-siz
 .hits .wanted { border: 2px dashed var(--edge) }
 .filter { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; padding: .6rem 0;
   border: 0; margin: 0; background: var(--back); border-bottom: 1px solid var(--line) }
-.filter label { padding: .35rem 0; cursor: pointer } .query > .picture { margin: .5rem 0 }
+.filter + .query { margin-top: 1.25rem } .filter label { padding: .35rem 0; cursor: pointer } .query > .picture { margin: .5rem 0 }
 main:has(#show-hits:checked) .miss, main:has(#show-misses:checked) .hit { display: none }
 
 .steps li { border-top: 1px solid var(--line); padding: .65rem 0 }
@@ -352,7 +352,7 @@ def hit_figure(root, hit, kind="") -> Html:
     """A picture that a query found, with its score; ✓ and a frame: correct."""
     score = f"{hit['score']:.3f}" if is_number(hit.get("score")) else hit.get("score", "")
     caption = tag("figcaption", "✓ " if hit.get("correct") else "", tag("bdi", score))
-    return tag("figure", picture(root, hit.get("image"), hit.get("alt")), caption,
+    return tag("figure", picture(root, hit.get("image"), hit.get("alt", hit.get("image"))), caption,
                class_=kind or ("correct" if hit.get("correct") else "other"))
 
 
@@ -553,7 +553,7 @@ def hit_block(root, number, row) -> Html:
         about += [f"average precision {precision:.3f}"]
     figures = [hit_figure(root, hit) for hit in hits]
     if kind == "miss" and "rank" in row and not any(hit.get("correct") for hit in hits):
-        figures.append(hit_figure(root, {"image": row["truth"], "score": "the right one"}, "wanted"))
+        figures.append(hit_figure(root, {"image": row["truth"], "score": "right"}, "wanted"))
     query = words("h3", row["query"]) if "query" in row else picture(root, row.get("image"), row.get("truth"))
     return tag("article", query, words("p", " · ".join(about), class_="soft"), tag("div", *figures, class_="hits"),
                class_=f"block query {kind}", tabindex=0)
