@@ -333,7 +333,8 @@ def evaluate(spec, args, model, tokenizer, transform):
     test = read_part(spec, "test", args)
     keys = sorted({*test.labels, *(test.words if spec in TORCHVISION else ())})
     number = {key: i for i, key in enumerate(keys)}
-    templates, names = read_templates(args.templates, spec), class_names(spec, test, keys, args)
+    if "zeroshot" in args.protocol:  # what is wrong with these is told before the images are read
+        templates, names = read_templates(args.templates, spec), class_names(spec, test, keys, args)
     features, targets, readable = encode(test)
     figures = {"images": len(targets), "classes": len(keys), "unreadable": len(targets) - int(readable.sum()),
                "reported": "mean_per_class" if spec in MEAN_PER_CLASS else "top1"}
@@ -381,6 +382,10 @@ def main(argv=None):
     if "linear" in args.protocol and not args.train and (own := [spec for spec in specs if ":" in spec]):
         die(f"--protocol linear on {own[0]} needs --train, a set of the same classes")
 
+    for spec in specs:  # a set that is missing is told now, not after hours
+        read_part(spec, "test", args)
+        if "linear" in args.protocol:
+            read_part(args.train if ":" in spec else spec, "train", args)
     device = pick_device(args.device)
     rank, _ = start_ranks(device)
     model, tokenizer, transform = load_checkpoint(args.checkpoint, device)

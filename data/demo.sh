@@ -85,7 +85,7 @@ done
 if [ "${1:-}" = --llava ]; then
   step noise python data/demo/prepare.py noise $out
   step tiny-llava python data/make_tiny_llava.py $out/clip/checkpoint.pt $out/smollm2 $out/half_a.jsonl $out/tiny-llava \
-    --image-root $out/images --minutes 20 --device $device
+    --image-root $out/images --steps 500 --device $device
   for rows in half_b noisy; do
     step caption-$rows python caption_llava.py --input $out/$rows.jsonl --output $out/${rows}_captioned.jsonl \
       --image-root $out/images --model $out/tiny-llava --max-new-tokens 12 --workers 1 --device $device

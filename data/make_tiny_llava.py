@@ -1,25 +1,24 @@
 """A small LLaVA, built the way LLaVA was (Liu et al. 2023, section 4.2): a CLIP image tower, a projector, a language model.
 
     python data/make_tiny_llava.py out/demo/clip/checkpoint.pt out/demo/smollm2 half_a.jsonl out/demo/tiny-llava \\
-        --image-root out/demo/images --minutes 20
+        --image-root out/demo/images --steps 500          # 20 minutes on 2 cores
 
 The image tower is a CLIP of train_clip.py, in its Hugging Face form, and stays frozen. A two-layer projector carries all
 its tokens into the language model's space. First the projector learns alone, then with the language model's upper
 --layers; the loss is on the caption (`alt`) alone. OUT is an ordinary LLaVA folder: caption_llava.py loads it like any
-other, and so does transformers. Time is the budget: the learning rates decay over --minutes, whatever the machine does
-in them, so two runs differ. On a GPU, and for more than a demonstration, take a released LLaVA.
+other, and so does transformers. For more than a demonstration, take a released LLaVA.
 """
 import argparse
-import json
 import math
 import os
 import random
 import shutil
 import sys
 import tempfile
-import time
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -76,20 +75,18 @@ def prepare(processor, root, rows, rng, prompt, S):
 
 
 def train(model, processor, root, rows, args):
-    """Stage 1 for a third of the time, the projector; stage 2, with the language model's upper layers."""
-    import numpy as np
+    """Stage 1, a third of the steps: the projector. Stage 2: with the language model's upper layers."""
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}
     prompt = processor.apply_chat_template([message], add_generation_prompt=True)
     rng, order, S = np.random.default_rng(args.seed), random.Random(args.seed), model.config.vision_config.image_size
     model.requires_grad_(False)
     projector = list(model.model.multi_modal_projector.requires_grad_(True).parameters())
-    upper = [p for layer in model.model.language_model.layers[len(model.model.language_model.layers) - args.layers:]
-             for p in layer.parameters()]
+    layers = model.model.language_model.layers
+    upper = [p for layer in layers[len(layers) - args.layers:] for p in layer.parameters()]
     optimizer = torch.optim.AdamW([{"params": projector, "peak": 1e-3}, {"params": upper, "peak": 2e-4}], weight_decay=0.05)
-    seconds, start, queue, step = args.minutes * 60, time.time(), [], 0
-    progress = tqdm(total=round(seconds), unit="s", desc="projector")
-    while (now := time.time() - start) < seconds:
-        if now > seconds / 3 and upper and not upper[0].requires_grad:
+    queue, progress = [], tqdm(range(args.steps), desc="projector", unit="step")
+    for step in progress:
+        if step == args.steps // 3 and upper:
             for p in upper:
                 p.requires_grad_(True)
             progress.set_description("and upper layers")
@@ -100,18 +97,15 @@ def train(model, processor, root, rows, args):
         keep = labels.shape[1] - int((labels[0] != -100).nonzero()[0]) + 1  # the captions' positions and the one before
         with torch.autocast(model.device.type, torch.bfloat16):
             logits = model(**{k: v.to(model.device) for k, v in inputs.items()}, logits_to_keep=keep).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1 - keep:].flatten().to(model.device))
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1 - keep:].flatten().to(model.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * min(1, (step + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * now / seconds)))
+            group["lr"] = group["peak"] * min(1, (step + 1) / 20) * (0.51 + 0.49 * math.cos(math.pi * step / args.steps))
         torch.nn.utils.clip_grad_norm_(projector + upper, 1.0)
         optimizer.step()
-        step += 1
-        progress.update(min(round(time.time() - start), progress.total) - progress.n)
-        progress.set_postfix(step=step, loss=f"{loss.item():.3f}")
-    progress.close()
-    print(f"{step} steps of {args.batch_size}, {step * args.batch_size / len(rows):.1f} epochs, last loss {loss.item():.3f}")
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+    print(f"{args.steps * args.batch_size / len(rows):.1f} epochs, last loss {loss.item():.3f}")
 
 
 def main(argv=None):
@@ -122,7 +116,7 @@ def main(argv=None):
     add("captions", help="JSONL with image and alt")
     add("output", help="the folder to make")
     add("--image-root", required=True)
-    add("--minutes", type=float, default=20, help="of training, a third of them for the projector alone (default: 20)")
+    add("--steps", type=int, default=500, help="a third of them for the projector alone (default: %(default)s)")
     add("--layers", type=int, default=6, help="of the language model's, from the top, that learn too (default: 6; 0: none)")
     add("--batch-size", type=int, default=32)
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 import caption_llava
 import fuse_vicuna
 import rewrite_llama
-from conftest import ROOT, assert_mistake, run
+from conftest import ROOT, assert_mistake, read_jsonl, run
 
 STAGES = {"rewrite": "rewrite_llama.py", "caption": "caption_llava.py", "fuse": "fuse_vicuna.py"}
 REFUSAL, ALONE, BOTH = "I\u2019m sorry, no.", "one red wall", "two blue boats"  # what the trained model says
@@ -1453,3 +1453,20 @@ def test_a_users_own_error_is_kept(arguments, start, tmp_path):
     finish_well(start("rewrite", *arguments("rewrite", "--input", rows, "--sources", "chatgpt")))
     row = parse((tmp_path / "out.jsonl").read_bytes())[0]
     assert row["error"] == {"row": "mine", "rewrite_chatgpt": "empty input"}
+
+
+# --- the small LLaVA --------------------------------------------------------------------------------------------------
+
+def test_a_tiny_llava_learns_and_is_a_folder_like_any_other(folder, shapes, trained, tmp_path):
+    """data/make_tiny_llava.py: its model learns 16 captions by heart, through its processor and caption_llava.py."""
+    done = run("data/make_tiny_llava.py", trained / "checkpoint.pt", folder / "llama", shapes / "captions.jsonl", tmp_path / "llava",
+               "--image-root", shapes / "images", "--steps", 60, "--layers", 1, "--batch-size", 16, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"loss=([\d.]+)", done.stderr)]
+    assert losses[-1] < 0.7 * losses[0], losses[::20]
+    done = run("caption_llava.py", "--input", shapes / "captions.jsonl", "--output", tmp_path / "out.jsonl", "--image-root",
+               shapes / "images", "--model", tmp_path / "llava", "--max-new-tokens", 8, "--workers", 1, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert all(row["vec"] or row["error"]["vec"] for row in read_jsonl(tmp_path / "out.jsonl"))
+    assert_mistake(run("data/make_tiny_llava.py", trained / "checkpoint.pt", folder / "llama", shapes / "captions.jsonl",
+                       tmp_path / "llava", "--image-root", shapes / "images"), "exists")
