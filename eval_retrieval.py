@@ -15,14 +15,15 @@ import argparse
 import json
 import math
 import os
+import sys
 from functools import partial
 from itertools import islice
 
 import torch
 from tqdm import tqdm
 
-from train_clip import (all_reduce, blocks, die, encode_images, encode_texts, load_checkpoint, open_image, pick_device,
-                        read_rows, start_ranks, texts_of)
+from train_clip import (all_reduce, at_least, blocks, die, encode_images, encode_texts, label_of, load_checkpoint, open_image,
+                        pick_device, read_rows, start_ranks, texts_of)
 
 KS = (1, 5, 10)
 NEVER = 2 ** 62  # the rank of what is not found
@@ -31,16 +32,19 @@ SHOWN = 10  # images a query in --hits
 
 
 def read_captions(path, field):
-    """-> (image paths [N], texts [T], the image that each text belongs to [T])"""
-    names, texts, owner = [], [], []
+    """-> (image paths [N], texts [T], the image that each text belongs to [T]); rows of the same image are one."""
+    number, texts, owner, without = {}, [], [], 0
     for row in read_rows(path):
-        if found := texts_of(row.get(field)):
-            owner += [len(names)] * len(found)
+        found = texts_of(row.get(field))
+        without += not found
+        if found:
+            owner += [number.setdefault(str(row.get("image")), len(number))] * len(found)
             texts += found
-            names.append(row.get("image"))
     if not texts:
         die(f"--captions {path}: no row has a text in {field!r}")
-    return names, texts, torch.tensor(owner)
+    if without:
+        print(f"{without} rows have no text in {field}, left out", file=sys.stderr)
+    return list(number), texts, torch.tensor(owner)
 
 
 # === figures ==========================================================================================================
@@ -110,7 +114,8 @@ def best_images(queries, images, k=SHOWN, leave_out=False):
         found = similarity(queries[start:start + size], images)
         if leave_out:
             found[torch.arange(len(found)), torch.arange(start, start + len(found))] = -torch.inf
-        yield from zip(*(x.tolist() for x in found.topk(max(k, 0))))
+        found = found.sort(descending=True, stable=True)  # of equal ones the earlier first, as in the ranks
+        yield from zip(found.values[:, :max(k, 0)].tolist(), found.indices[:, :max(k, 0)].tolist())
 
 
 # === CLIP scores ======================================================================================================
@@ -136,35 +141,50 @@ def add_scores(rows, images, encode):
                              for field in caption_fields(row)}
 
 
+def parsed(line):
+    """The row of a line; None if it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
 def write_scores(args, encode_names, encode, rank, chunk=8192):
-    """--captions with scores to --score, a line for a line. After a kill or a full disk the same command goes on behind the
-    last complete chunk of OUT.partial, if OUT.partial.json says that it was begun with the same rows and weights."""
-    partial, done = args.score + ".partial", 0
+    """--captions with scores to --score, a line for a line; one that is no row goes through as it is. After a kill or a full
+    disk the same command goes on behind the last complete chunk of OUT.partial; OUT.partial.json says of what it is."""
+    partial = args.score + ".partial"
     about = {path: [os.path.getsize(path), os.path.getmtime(path)] for path in (args.captions, args.checkpoint)}
-    if os.path.exists(args.score):
-        die(f"--score {args.score} exists")
-    if os.path.exists(partial):
-        with open(partial, "rb") as rows, open(partial + ".json") as header:
-            if json.load(header) != about:
-                die(f"{partial} was begun with other rows or weights: remove it, or choose another name")
-            done = sum(line.endswith(b"\n") for line in rows) // chunk * chunk
-    all_reduce(torch.zeros(1))  # all ranks have counted
-    if rank == 0:
-        with open(partial + ".json", "w") as header:
+    about["image_root"], done = args.image_root, 0
+    if rank == 0:  # the others' disks may be others
+        if os.path.exists(args.score):
+            die(f"--score {args.score} exists")
+        if os.path.exists(partial + ".json"):
+            with open(partial + ".json") as header:
+                if json.load(header) != about:
+                    die(f"{partial} was begun with other rows or weights: remove it, or choose another name")
+        with open(partial + ".json.tmp", "w") as header:
             json.dump(about, header)
+        os.replace(partial + ".json.tmp", partial + ".json")
         with open(partial, "a+b") as rows:
             rows.seek(0)
+            done = sum(line.endswith(b"\n") for line in rows) // chunk * chunk
+            rows.seek(0)
             rows.truncate(sum(map(len, islice(rows, done))))
-    rows = islice(read_rows(args.captions), done, None)
-    progress = tqdm(desc="rows", unit="row", unit_scale=True, initial=done, disable=rank > 0)
-    while some := list(islice(rows, chunk)):
-        add_scores(some, encode_names([row.get("image") for row in some]), encode)
-        if rank == 0:
-            with open(partial, "a") as f:
-                f.writelines(json.dumps(row) + "\n" for row in some)
-                f.flush()
-                os.fsync(f.fileno())
-        progress.update(len(some))
+    done = int(all_reduce(torch.tensor(done)))
+    with open(args.captions, "rb") as f:
+        lines, progress = islice(f, done, None), tqdm(desc="rows", unit="row", initial=done, disable=rank > 0)
+        while some := list(islice(lines, chunk)):
+            rows = [parsed(line) for line in some]
+            found = [row for row in rows if row is not None]
+            add_scores(found, encode_names([row.get("image") for row in found]), encode)
+            if rank == 0:
+                with open(partial, "ab") as out:
+                    out.writelines(line.rstrip(b"\n") + b"\n" if row is None else json.dumps(row).encode() + b"\n"
+                                   for line, row in zip(some, rows))
+                    out.flush()
+                    os.fsync(out.fileno())
+            progress.update(len(some))
     progress.close()
     if rank == 0:
         os.replace(partial, args.score)
@@ -175,7 +195,7 @@ def write_scores(args, encode_names, encode, rank, chunk=8192):
 
 def search(args, encode_names, encode, rank):
     """Prints the five best images of --captions for every --query."""
-    names = [row.get("image") for row in read_rows(args.captions)]
+    names = list(dict.fromkeys(str(row.get("image")) for row in read_rows(args.captions)))
     images, queries = encode_names(names), encode(args.query)
     if rank > 0:
         return
@@ -208,10 +228,10 @@ def text_retrieval(args, encode_names, encode, rank):
 
 def image_retrieval(args, encode_names, rank):
     """-> {"map": ..., and of every domain}"""
-    rows = [row for row in read_rows(args.captions) if texts_of(row.get("label"))]
+    rows = [row for row in read_rows(args.captions) if label_of(row.get("label"))]
     if not rows:
         die(f"--captions {args.captions}: no row has a label")
-    names, keys = [row.get("image") for row in rows], [texts_of(row["label"])[0] for row in rows]
+    names, keys = [row.get("image") for row in rows], [label_of(row["label"]) for row in rows]
     number = {key: i for i, key in enumerate(sorted(set(keys)))}
     images = encode_names(names)
     found = average_precisions(images, torch.tensor([number[key] for key in keys]))
@@ -220,7 +240,7 @@ def image_retrieval(args, encode_names, rank):
     groups = {"map": found}
     for domain in sorted({row["domain"] for row in rows if isinstance(row.get("domain"), str)}):
         groups[f"map_{domain}"] = found[[row.get("domain") == domain for row in rows]]
-    figures = {name: values.nanmean().item() for name, values in groups.items()}
+    figures = {name: values.nanmean().item() for name, values in groups.items() if not values.isnan().all()}
     if rank > 0:
         return
     print(f"{len(names)} images of {len(number)} labels, {int(found.isnan().sum())} the only one of its label, no query")
@@ -256,12 +276,17 @@ def main(argv=None):
     what("--query", nargs="+", metavar="TEXT", help="print the best images for these texts")
     what("--score", metavar="OUT.jsonl", help="write the rows with clip_score, for --alt-choice best and filter_captions.py")
     add("--hits", metavar="OUT.jsonl", help="write every query with its best images, for `data/page.py hits`")
-    add("--batch-size", type=int, default=64)
-    add("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    add("--batch-size", type=at_least(1), default=64)
+    add("--workers", type=at_least(0), default=2, help="processes that read images (default: %(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--seed", type=int, default=0, help="nothing is drawn; kept for symmetry with the other scripts")
+    add("--seed", type=int, default=0, help="nothing is drawn")
     add("--json", help="write the figures there too, as fractions of 1")
     args = parser.parse_args(argv)
+    for path in filter(None, (args.json, args.hits, args.score)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            die(f"{path}: no such folder")
+    if args.score and (args.hits or args.json) or args.query and args.json:
+        die("--score writes neither --hits nor --json, --query no --json")
     if not os.path.isdir(args.image_root):
         die(f"--image-root {args.image_root}: no such folder")
     if not os.path.isfile(args.captions):
@@ -276,7 +301,7 @@ def main(argv=None):
     if args.score:
         try:
             return write_scores(args, encode_names, encode, rank)
-        except (OSError, ValueError) as e:  # a full disk; a header that a kill cut short
+        except OSError as e:  # a full disk
             die(f"--score {args.score}: {e}; the same command goes on with {args.score}.partial")
     if args.query:
         return search(args, encode_names, encode, rank)

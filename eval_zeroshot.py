@@ -20,13 +20,15 @@ import importlib.util
 import json
 import os
 import re
+import sys
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from train_clip import (die, encode_images, encode_texts, load_checkpoint, open_image, pick_device, read_rows, start_ranks,
-                        texts_of)
+from train_clip import (at_least, die, encode_images, encode_texts, label_of, load_checkpoint, open_image, pick_device,
+                        read_rows, start_ranks, texts_of)
 
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompts", "templates.txt")
 # clip-benchmark's names. What torchvision reads: its class, and its arguments for train, validation (None: every fifth
@@ -85,22 +87,30 @@ def part_of(name):
 
 
 def read_folder(spec, path, source=""):
-    """The images in `path`; the class of one is the folder that holds it, relative to `path`."""
+    """The images in `path`, links followed; the class of one is the folder that holds it, relative to `path`."""
     if not os.path.isdir(path):
         die(f"--dataset {spec}: no folder {path}" + (f"; it comes from {source}" if source else ""))
-    names = sorted(os.path.relpath(os.path.join(folder, file), path) for folder, _, files in os.walk(path) if folder != path
-                   for file in files if not file.startswith("."))
+    kinds = tuple(Image.registered_extensions())
+    names = sorted(os.path.relpath(os.path.join(folder, file), path) for folder, _, files in os.walk(path, followlinks=True)
+                   if folder != path for file in files if file.lower().endswith(kinds) and not file.startswith("."))
     labels = [os.path.dirname(name) for name in names]
-    return Part(names, partial(open_image, path), labels, {label: re.sub("^[a-z]/", "", label) for label in labels})
+    words = {label: re.sub("^[a-z]/", "", label).replace("_", " ").replace("/", " ") for label in labels}  # a/abbey: SUN397
+    return Part(names, partial(open_file, path), labels, words)
+
+
+def open_file(root, name):
+    return Image.open(os.path.join(root, name))  # named by the disk, not by a row: it may be a link to anywhere
 
 
 def read_jsonl(spec, path, args):
     if not args.image_root or not os.path.isdir(args.image_root):
         die(f"--dataset {spec} needs --image-root, the folder that its image paths start from; got {args.image_root}")
-    rows = [(row.get("image"), texts_of(row.get(args.label))) for row in read_rows(path)]
-    if not any(labels for _, labels in rows):
+    rows = [(row.get("image"), label_of(row.get(args.label))) for row in read_rows(path)]
+    if not any(label for _, label in rows):
         die(f"--dataset {spec}: no row has the field {args.label!r}")
-    names, labels = zip(*((name, labels[0]) for name, labels in rows if labels))
+    names, labels = zip(*((name, label) for name, label in rows if label))
+    if len(names) < len(rows):
+        print(f"{spec}: {len(rows) - len(names)} of {len(rows)} rows have no {args.label}, left out", file=sys.stderr)
     return Part(names, partial(open_image, args.image_root), labels, {label: label for label in labels})
 
 
@@ -110,14 +120,22 @@ def read_torchvision(spec, root, arguments):
     kind = TORCHVISION[spec][0]
     try:
         dataset = getattr(torchvision.datasets, kind)(root, **arguments)
-    except (RuntimeError, OSError, ImportError) as e:  # ImportError: some need scipy, PCAM h5py
+        if kind == "PCAM":  # its labels, without opening 32,768 images
+            with dataset.h5py.File(dataset._base_folder / dataset._FILES[dataset._split]["targets"][0]) as f:
+                labels = f["y"][:].ravel()
+    except ImportError as e:
+        die(f"--dataset {spec}: {e}: pip install scipy")
+    except (RuntimeError, OSError) as e:
         arguments = "".join(f", {key}={value!r}" for key, value in arguments.items())
-        die(f"--dataset {spec}: {e}. To fetch it: "
-            f"python -c \"import torchvision; torchvision.datasets.{kind}({root!r}{arguments}, download=True)\"")
-    labels = next((getattr(dataset, name) for name in ("_labels", "targets", "labels") if hasattr(dataset, name)), None)
-    if labels is None:  # Cars and GTSRB; PCAM, whose images have to be opened for it
-        labels = [sample[1] for sample in getattr(dataset, "_samples", dataset)]
-    words = {f"{i:04}": name for i, name in enumerate(getattr(dataset, "classes", []))}
+        fetch = f"python -c \"import torchvision; torchvision.datasets.{kind}({root!r}{arguments}, download=True)\""
+        if kind == "StanfordCars":
+            fetch = "torchvision's own link to it is dead, its documentation of StanfordCars says where to put which files"
+        die(f"--dataset {spec}: not in --data-root {root}: {e} To fetch it: {fetch}")
+    if kind in ("StanfordCars", "GTSRB"):
+        labels = [label for _, label in dataset._samples]
+    elif kind != "PCAM":
+        labels = next(getattr(dataset, name) for name in ("_labels", "targets", "labels") if hasattr(dataset, name))
+    words = {f"{i:04}": name.replace("_", " ") for i, name in enumerate(getattr(dataset, "classes", []))}
     return Part(range(len(dataset)), partial(image_of, dataset), [f"{int(label):04}" for label in labels], words)
 
 
@@ -184,16 +202,19 @@ def published_names(spec, part):
 def read_templates(path, spec):
     """With {} where the class name goes: a file's lines, or the published ones."""
     if path == "openai7":  # LaCLIP's release, for models trained on CC3M, CC12M and RedCaps
-        packaged("open_clip", "__init__.py")
-        from open_clip import SIMPLE_IMAGENET_TEMPLATES
+        try:
+            from open_clip import SIMPLE_IMAGENET_TEMPLATES
+        except ImportError:
+            die("--templates openai7: pip install open_clip_torch")
         return [template("{}") for template in SIMPLE_IMAGENET_TEMPLATES]
     if path == "openai":
         sets = json.loads(packaged("clip_benchmark", "datasets/en_zeroshot_classification_templates.json"))
         return [template.replace("{c}", "{}") for template in sets.get(spec, sets["imagenet1k"])]
-    if not os.path.isfile(path):
-        die(f"--templates {path}: no such file")
-    with open(path, encoding="utf-8") as f:
-        templates = [line.rstrip("\n") for line in f if line.strip()]
+    try:
+        with open(path, encoding="utf-8") as f:
+            templates = [line.rstrip("\n") for line in f if line.strip()]
+    except (OSError, ValueError) as e:
+        die(f"--templates {path}: {e}")
     for template in templates:
         if "{}" not in template:
             die(f"--templates {path}: no {{}} in {template!r}")
@@ -203,7 +224,7 @@ def read_templates(path, spec):
 def class_names(spec, part, keys, args):
     """The words for each class, one or several: --classes', or the published ones, or the set's own."""
     words = part.words
-    if args.classes == "openai" or not args.classes and str(args.templates).startswith("openai"):
+    if args.classes == "openai" or not args.classes and args.templates in ("openai", "openai7"):
         words = published_names(spec, part)
     elif args.classes:
         try:
@@ -211,9 +232,10 @@ def class_names(spec, part, keys, args):
                 words = json.load(f)
         except (OSError, ValueError) as e:
             die(f"--classes {args.classes}: {e}")
-    if missing := [key for key in keys if not texts_of(words.get(key))]:
+    missing = [key for key in keys if not isinstance(words, dict) or not texts_of(words.get(key))]
+    if missing:
         die(f"--dataset {spec}: no name for {len(missing)} classes, {missing[0]!r} the first: --classes FILE or openai")
-    return [[name.replace("_", " ").replace("/", " ") for name in texts_of(words[key])] for key in keys]
+    return [texts_of(words[key]) for key in keys]
 
 
 # === protocols ========================================================================================================
@@ -236,11 +258,15 @@ def accuracies(features, weights, targets, block=4096):
         ranks.append(((scores > own) | (scores == own) & earlier).sum(1))
     rank = torch.cat(ranks)
     rank[(features == 0).all(1)] = 2 ** 62
-    right = torch.zeros(len(weights)).index_add_(0, targets, (rank == 0).float())
-    count = torch.bincount(targets, minlength=len(weights))
     figures = {f"top{k}": (rank < k).double().mean().item() for k in (1, 5, 10)}
-    return {**figures, "mean_per_class": (right / count)[count > 0].mean().item(), "chance": 1 / len(weights),
-            "largest_class": count.max().item() / len(targets)}
+    return {**figures, "mean_per_class": mean_per_class(rank == 0, targets), "chance": 1 / len(weights),
+            "largest_class": targets.bincount().max().item() / len(targets)}
+
+
+def mean_per_class(right, targets):
+    """right, targets [N] -> the mean of the classes' accuracies"""
+    count = targets.bincount()
+    return (torch.zeros(len(count)).double().index_add_(0, targets, right.double()) / count)[count > 0].mean().item()
 
 
 def draw_episodes(targets, ways=5, images=11, episodes=600, seed=0, block=50):
@@ -342,7 +368,10 @@ def evaluate(spec, args, model, tokenizer, transform):
         figures |= accuracies(features, classifier(model, tokenizer, names, templates), targets)
     if "fewshot" in args.protocol:
         episodes = draw_episodes(targets, args.ways, args.shots + QUERIES, args.episodes, args.seed)
-        figures |= fewshot(features, episodes, args.shots) if episodes is not None else {}
+        if episodes is not None:
+            figures |= fewshot(features, episodes, args.shots)
+        else:
+            print(f"{spec}: fewer than {args.ways} classes of {args.shots + QUERIES} images, no episodes", file=sys.stderr)
     if "linear" in args.protocol:
         device, learned = model.logit_scale.device, []
         for part in ("train", "val"):
@@ -350,7 +379,8 @@ def evaluate(spec, args, model, tokenizer, transform):
             learned.append((x[mask].to(device), y[mask].to(device)))
         probe, figures["penalty"] = linear_probe(*learned, len(keys))
         guess = probe.predict(features.to(device)).cpu()
-        figures["linear_top1"] = ((guess == targets) & readable).double().mean().item()
+        right = (guess == targets) & readable
+        figures |= {"linear_top1": right.double().mean().item(), "linear_mean_per_class": mean_per_class(right, targets)}
     return figures
 
 
@@ -369,15 +399,17 @@ def main(argv=None):
     add("--classes", metavar="FILE|openai", help="JSON object, folder or label -> class name or names; openai: the published "
         "names (default: with published templates these, else the set's own)")
     add("--train", metavar="imagefolder:DIR|jsonl:FILE", help="what linear learns from, if --dataset is no NAME")
-    add("--ways", type=int, default=5, help="classes of an episode (default: %(default)s)")
-    add("--shots", type=int, default=5, help="images a class to learn from (default: %(default)s)")
-    add("--episodes", type=int, default=600, help="default: %(default)s")
-    add("--batch-size", type=int, default=64)
-    add("--workers", type=int, default=2, help="processes that read images (default: %(default)s)")
+    add("--ways", type=at_least(2), default=5, help="classes of an episode (default: %(default)s)")
+    add("--shots", type=at_least(1), default=5, help="images a class to learn from (default: %(default)s)")
+    add("--episodes", type=at_least(2), default=600, help="default: %(default)s")
+    add("--batch-size", type=at_least(1), default=64)
+    add("--workers", type=at_least(0), default=2, help="processes that read images (default: %(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--seed", type=int, default=0, help="of the episodes")
     add("--json", help="write the figures there too, as fractions of 1")
     args = parser.parse_args(argv)
+    if not os.path.isdir(os.path.dirname(args.json or "") or "."):
+        die(f"--json {args.json}: no such folder")
     specs = [name for spec in args.dataset for name in SUITES.get(spec, [spec])]
     if "linear" in args.protocol and not args.train and (own := [spec for spec in specs if ":" in spec]):
         die(f"--protocol linear on {own[0]} needs --train, a set of the same classes")
@@ -400,17 +432,20 @@ def main(argv=None):
 
 
 def print_table(results):
-    """Per cent; a star marks what is reported of a set, and the last line is its mean over the sets."""
+    """Per cent; a star marks what is reported of a set, and the last line is the mean of these, ImageNet's left out."""
     columns = [c for c in ("top1", "top5", "top10", "mean_per_class", "chance", "largest_class", "fewshot_mean", "fewshot_ci95",
-                           "linear_top1") if any(c in figures for figures in results.values())]
-    width = max(len("reported *, mean"), *map(len, results))
-    print(f"{'%':{width}}" + "".join(f"{column:>15}" for column in columns) + f"{'images':>9}{'classes':>9}")
+                           "linear_top1", "linear_mean_per_class") if any(c in figures for figures in results.values())]
+    width = max(len("mean of *"), *map(len, results))
+    print(f"{'%':{width}}" + "".join(f"{column[:15]:>16}" for column in columns) + f"{'images':>9}{'classes':>9}")
     for spec, figures in results.items():
-        cells = [f"{100 * figures[c]:.2f}{'*' if c == figures['reported'] else ' '}" if c in figures else "- " for c in columns]
-        print(f"{spec:{width}}" + "".join(f"{cell:>15}" for cell in cells) + f"{figures['images']:9d}{figures['classes']:9d}")
-    found = [figures[figures["reported"]] for figures in results.values() if "top1" in figures]
-    if len(found) > 1:
-        print(f"{'reported *, mean':{width}}{100 * sum(found) / len(found):14.2f}")
+        starred = {figures["reported"], "linear_" + figures["reported"], "fewshot_mean"}
+        cells = [f"{100 * figures[c]:.2f}{'*' if c in starred else ' '}" if c in figures else "- " for c in columns]
+        print(f"{spec:{width}}" + "".join(f"{cell:>16}" for cell in cells) + f"{figures['images']:9d}{figures['classes']:9d}")
+    sets = [figures for spec, figures in results.items() if not spec.startswith("imagenet")]
+    for name, prefix in (("zero-shot", ""), ("few-shot", "fewshot"), ("linear", "linear_")):
+        found = [figures.get("fewshot_mean" if prefix == "fewshot" else prefix + figures["reported"]) for figures in sets]
+        if len(sets) > 1 and None not in found:
+            print(f"mean of * over {len(sets)} sets, {name}: {100 * sum(found) / len(found):.2f}")
 
 
 if __name__ == "__main__":

@@ -764,6 +764,20 @@ def read_rows(path):
             yield row
 
 
+def label_of(value):
+    """The class's key: a text, the first of a list, or a number as a text; None if there is none."""
+    value = value[0] if isinstance(value, list) and value else value
+    return str(value) if isinstance(value, int) else value if isinstance(value, str) and value.strip() else None
+
+
+def at_least(least):
+    def number(text):
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more")
+        return value
+    return number
+
+
 def blocks(n, size):
     """This rank's [start, end) of range(n): blocks of `size` go to the ranks in turn, so that what is computed together,
     and so every bit of the result, is the same for any number of ranks."""

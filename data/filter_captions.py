@@ -45,9 +45,9 @@ def content_words(words):
 
 
 def broken_rule(original, rewrite, before, after, args):
-    """The name of the first rule that a rewrite breaks, or None. before, after: the clip_score of either, None if it has
-    none."""
-    old, new = words_of(original), words_of(rewrite)
+    """The name of the first rule that a rewrite breaks, or None. original: None if it has none; before, after: the clip_score
+    of either, None if it has none."""
+    old, new = words_of(original or ""), words_of(rewrite)
     if old == new:
         return "identical"
     if len(new) < args.min_words:
@@ -60,17 +60,16 @@ def broken_rule(original, rewrite, before, after, args):
     kept = content_words(old)
     if kept and not kept & content_words(new):
         return "unrelated"
-    for least in (args.min_score, args.min_gain if args.min_gain is None or before is None else before + args.min_gain):
-        if least is not None and after is None:
-            return "unscored"
-        if least is not None and after < least:
-            return "score"
+    if (args.min_score is not None or args.min_gain is not None) and after is None or args.min_gain is not None and before is None:
+        return "unscored"
+    if args.min_score is not None and after < args.min_score or args.min_gain is not None and after < before + args.min_gain:
+        return "score"
     return None
 
 
 def as_list(value, n):
-    """n entries: a list of that length as it is, anything else n times."""
-    return value if isinstance(value, list) and len(value) == n else [value] * n
+    """n entries: a list of that length as it is, one value n times; a list of another length has no entries that fit."""
+    return [None if isinstance(value, list) else value] * n if not isinstance(value, list) or len(value) != n else value
 
 
 def filter_row(row, field, fields, rule):
@@ -82,8 +81,8 @@ def filter_row(row, field, fields, rule):
         value = row.get(name)
         texts = value if isinstance(value, list) else [value]
         entries = zip(*(as_list(v, len(texts)) for v in (row.get(field), texts, scores.get(field), scores.get(name))))
-        reasons = [rule(a, b, *(score if isinstance(score, (int, float)) else None for score in both))
-                   if isinstance(a, str) and isinstance(b, str) else None for a, b, *both in entries]
+        reasons = [rule(a if isinstance(a, str) else None, b, *(x if isinstance(x, (int, float)) else None for x in scored))
+                   if isinstance(b, str) else None for a, b, *scored in entries]
         counts.update((name, reason or "kept") for reason, text in zip(reasons, texts) if text is not None)
         if any(reasons):
             texts = [None if reason else text for reason, text in zip(reasons, texts)]
@@ -116,6 +115,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not os.path.isfile(args.input):
         die(f"{args.input}: no such file")
+    if not os.path.isdir(os.path.dirname(args.output) or "."):
+        die(f"{args.output}: no such folder")
 
     counts, rows, touched = Counter(), 0, 0
     with open(args.input, "rb") as f, open(args.output + ".tmp", "wb") as out:

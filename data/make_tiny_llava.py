@@ -66,7 +66,7 @@ def prepare(processor, root, rows, rng, prompt, S):
     tokenizer = processor.tokenizer
     images = [augment_strong(open_image(root, row["image"]), S, rng) for row in rows]
     prompts = processor(images=images, text=[prompt] * len(rows), return_tensors="pt")
-    captions = [tokenizer(" " + texts_of(row["alt"])[0], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    captions = [tokenizer(" " + texts_of(row["alt"])[0], add_special_tokens=False).input_ids[:40] + [tokenizer.eos_token_id]
                 for row in rows]
     ids = [torch.cat([p, torch.tensor(c)]) for p, c in zip(prompts.input_ids, captions)]
     labels = [torch.cat([torch.full_like(p, -100), torch.tensor(c)]) for p, c in zip(prompts.input_ids, captions)]
@@ -82,7 +82,7 @@ def train(model, processor, root, rows, args):
     model.requires_grad_(False)
     projector = list(model.model.multi_modal_projector.requires_grad_(True).parameters())
     layers = model.model.language_model.layers
-    upper = [p for layer in layers[len(layers) - args.layers:] for p in layer.parameters()]
+    upper = [p for layer in layers[max(0, len(layers) - args.layers):] for p in layer.parameters()]
     optimizer = torch.optim.AdamW([{"params": projector, "peak": 1e-3}, {"params": upper, "peak": 2e-4}], weight_decay=0.05)
     queue, progress = [], tqdm(range(args.steps), desc="projector", unit="step")
     for step in progress:
@@ -124,9 +124,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if os.path.exists(args.output):
         die(f"{args.output} exists")
+    if min(args.steps, args.batch_size) < 1:
+        die("--steps and --batch-size are 1 or more")
     rows = [row for row in read_rows(args.captions) if texts_of(row.get("alt"))]
     if not rows:
         die(f"{args.captions}: no row has a text in alt")
+    for row in rows:
+        try:
+            to_rgb(open_image(args.image_root, row.get("image")))
+        except Exception as e:  # Pillow's decoders raise nearly everything
+            die(f"{row.get('image')} cannot be read: {e}")
     torch.manual_seed(args.seed)
     model, processor = build(args.checkpoint, args.llm, pick_device(args.device))
     train(model, processor, args.image_root, rows, args)

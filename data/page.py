@@ -535,7 +535,7 @@ def rows(path, root, limit, sample, seed) -> str:
 
 def kind_of(row) -> str:
     """hit: the first picture is right; miss: it is not; other: nobody knows what is."""
-    if "truth" not in row:
+    if "truth" not in row or row.get("average_precision", 0) is None:  # null: the only picture of its label
         return "other"
     return "hit" if any(hit.get("correct") for hit in get(row, "hits", list, dict)[:1]) else "miss"
 
