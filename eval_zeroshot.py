@@ -71,7 +71,7 @@ MEAN_PER_CLASS = {"fgvc_aircraft", "pets", "caltech101", "flowers"}  # what is r
 # === data sets ========================================================================================================
 
 class Part:
-    """Images and labels: names[i], read(names[i]) -> PIL image, labels[i] the key of its class. `words`: key -> name."""
+    """Images and labels: names[i], read(names[i]) -> PIL image, labels[i] the key of its class. `words`: key -> name or names."""
 
     def __init__(self, names, read, labels, words=()):
         self.names, self.read, self.labels, self.words = names, read, labels, dict(words)
@@ -94,7 +94,7 @@ def read_folder(spec, path, source=""):
     names = sorted(os.path.relpath(os.path.join(folder, file), path) for folder, _, files in os.walk(path, followlinks=True)
                    if folder != path for file in files if file.lower().endswith(kinds) and not file.startswith("."))
     labels = [os.path.dirname(name) for name in names]
-    words = {label: re.sub("^[a-z]/", "", label).replace("_", " ").replace("/", " ") for label in labels}  # a/abbey: SUN397
+    words = {label: re.sub("^[a-z]/", "", label).replace("_", " ").replace("/", " ") for label in labels}  # a/abbey
     return Part(names, partial(open_file, path), labels, words)
 
 
@@ -105,13 +105,14 @@ def open_file(root, name):
 def read_jsonl(spec, path, args):
     if not args.image_root or not os.path.isdir(args.image_root):
         die(f"--dataset {spec} needs --image-root, the folder that its image paths start from; got {args.image_root}")
-    rows = [(row.get("image"), label_of(row.get(args.label))) for row in read_rows(path)]
-    if not any(label for _, label in rows):
+    rows = [(row.get("image"), row.get(args.label)) for row in read_rows(path)]
+    found = [(name, label_of(label), texts_of(label)) for name, label in rows if label_of(label)]
+    if not found:
         die(f"--dataset {spec}: no row has the field {args.label!r}")
-    names, labels = zip(*((name, label) for name, label in rows if label))
-    if len(names) < len(rows):
-        print(f"{spec}: {len(rows) - len(names)} of {len(rows)} rows have no {args.label}, left out", file=sys.stderr)
-    return Part(names, partial(open_image, args.image_root), labels, {label: label for label in labels})
+    if len(found) < len(rows):
+        print(f"{spec}: {len(rows) - len(found)} of {len(rows)} rows have no {args.label}, left out", file=sys.stderr)
+    names, labels, synonyms = zip(*found)
+    return Part(names, partial(open_image, args.image_root), labels, {y: words or y for y, words in zip(labels, synonyms)})
 
 
 def read_torchvision(spec, root, arguments):

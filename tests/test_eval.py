@@ -348,6 +348,15 @@ def test_a_set_without_names_of_its_own_says_so(tmp_path, capsys):
     assert "--classes" in capsys.readouterr().err
 
 
+def test_labels_of_rows(tmp_path, capsys):
+    rows = [{"image": "a", "label": ["cat", "tomcat"]}, {"image": "b", "label": 7}, {"image": "c", "label": None}, {"image": "d"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part = eval_zeroshot.read_part(f"jsonl:{tmp_path / 'rows.jsonl'}", "test", Namespace(image_root=str(tmp_path), label="label"))
+    assert list(part.labels) == ["cat", "7"] and "2 of 4 rows have no label" in capsys.readouterr().err
+    names = eval_zeroshot.class_names("jsonl", part, ["7", "cat"], Namespace(classes=None, templates="file"))
+    assert names == [["7"], ["cat", "tomcat"]]
+
+
 def test_suites_name_known_sets():
     known = {*eval_zeroshot.TORCHVISION, *eval_zeroshot.FOLDERS}
     assert {len(set(sets) & known) for sets in eval_zeroshot.SUITES.values()} == {15, 9}
