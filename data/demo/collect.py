@@ -14,6 +14,7 @@ from filter_captions import content_words, words_of  # noqa: E402
 
 MODELS = {"clip": "CLIP", "laclip": "LaCLIP"}
 STEPS = ["install", "fetch", "pictures", "llm", "llava", "rewrite", "filter", "caption", "fuse", "fuse-wordings", "tokenizer"]
+LLAVA = ["noise", "tiny-llava", "caption-half_b", "caption-noisy", "fuse-noisy", "train-clip-noisy", "train-veclip"]  # --llava
 CELLS = [(drawings, wording) for drawings in ("seen", "unseen") for wording in ("alt", "wording")]
 NAMES = {"seen": "seen", "unseen": "unseen", "alt": "trained on", "wording": "never trained on"}
 
@@ -134,8 +135,9 @@ def sample_fields(out, file, fields, title, note, number=6):
 
 def read_steps(out):
     steps = []
-    names = STEPS + [f"train-{model}" for model in MODELS] + sorted(
-        name for name in os.listdir(os.path.join(out, "steps")) if name.startswith("eval-"))
+    there = os.listdir(os.path.join(out, "steps"))
+    names = STEPS + [f"train-{model}" for model in MODELS] + [name for name in LLAVA if name in there]
+    names += sorted(name for name in there if name.startswith("eval-"))
     for name in names:
         with open(os.path.join(out, "steps", name), encoding="utf-8") as f:
             seconds, command = f.read().rstrip("\n").split("\n", 1)
