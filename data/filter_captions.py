@@ -136,7 +136,8 @@ def main(argv=None):
     if not counts:
         os.remove(args.output + ".tmp")
         die(f"{args.input} has no rewrite in {' '.join(args.fields or ['rewrite_*'])}")
-    rules = ["kept", "identical", "short", "long", "repeats", "unrelated", "score", "unscored"]
+    by_score = args.min_score is not None or args.min_gain is not None
+    rules = ["kept", "identical", "short", "long", "repeats", "unrelated"] + by_score * ["score", "unscored"]
     if any(rule == "unscored" for _, rule in counts) and not any(rule in ("kept", "score") for _, rule in counts):
         os.remove(args.output + ".tmp")
         die(f"{args.input} has no clip_score: eval_retrieval.py --score writes it")
