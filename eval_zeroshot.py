@@ -15,228 +15,22 @@ An image that cannot be read is named and counts as wrong. Beside the accuracy s
 answering the largest class would score. Any number of ranks gives the same figures.
 """
 import argparse
-import hashlib
-import importlib.util
 import json
 import os
-import re
 import sys
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from train_clip import (at_least, die, encode_images, encode_texts, label_of, load_checkpoint, open_image, pick_device,
-                        read_rows, start_ranks, texts_of)
+from train_clip import at_least, die, encode_images, encode_texts, load_checkpoint, pick_device, start_ranks
 
-TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompts", "templates.txt")
-# clip-benchmark's names. What torchvision reads: its class, and its arguments for train, validation (None: every fifth
-# of train) and test
-TORCHVISION = {
-    "food101": ("Food101", {"split": "train"}, None, {"split": "test"}),
-    "cifar10": ("CIFAR10", {"train": True}, None, {"train": False}),
-    "cifar100": ("CIFAR100", {"train": True}, None, {"train": False}),
-    "cars": ("StanfordCars", {"split": "train"}, None, {"split": "test"}),
-    "fgvc_aircraft": ("FGVCAircraft", {"split": "train"}, {"split": "val"}, {"split": "test"}),
-    "dtd": ("DTD", {"split": "train"}, {"split": "val"}, {"split": "test"}),
-    "pets": ("OxfordIIITPet", {"split": "trainval"}, None, {"split": "test"}),
-    "flowers": ("Flowers102", {"split": "train"}, {"split": "val"}, {"split": "test"}),
-    "stl10": ("STL10", {"split": "train"}, None, {"split": "test"}),
-    "gtsrb": ("GTSRB", {"split": "train"}, None, {"split": "test"}),
-    "country211": ("Country211", {"split": "train"}, {"split": "valid"}, {"split": "test"}),
-    "svhn": ("SVHN", {"split": "train"}, None, {"split": "test"}),
-    "pcam": ("PCAM", {"split": "train"}, {"split": "val"}, {"split": "test"}),  # VTAB's Camelyon
-}
-# Folders of one folder a class under --data-root: of the test images, of the training images, and where they come from.
-# Where both are the same there is no official split: an image belongs to train, validation or test by its path, `part_of`
-FOLDERS = {
-    "imagenet1k": ("imagenet/val", "imagenet/train", "image-net.org"),
-    "imagenetv2": ("imagenetv2-matched-frequency-format-val", None, "huggingface.co/datasets/vaishaal/ImageNetV2"),
-    "caltech101": ("caltech101/101_ObjectCategories", "caltech101/101_ObjectCategories", "torchvision.datasets.Caltech101"),
-    "sun397": ("SUN397", "SUN397", "torchvision.datasets.SUN397"),
-    "eurosat": ("eurosat/2750", "eurosat/2750", "torchvision.datasets.EuroSAT"),
-    "resisc45": ("NWPU-RESISC45", "NWPU-RESISC45", "NWPU-RESISC45.rar"),
-}
-SUITES = {
-    "laclip15": ["food101", "cifar10", "cifar100", "sun397", "cars", "fgvc_aircraft", "dtd", "pets", "caltech101", "flowers",
-                 "stl10", "eurosat", "resisc45", "gtsrb", "country211"],
-    "vtab9": ["caltech101", "cifar100", "svhn", "dtd", "pets", "flowers", "eurosat", "resisc45", "pcam"],  # VeCLIP's
-}
+DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+sys.path.insert(0, DATA)
+from classification_sets import FOLDERS, SUITES, TORCHVISION, class_names, read_set, read_templates  # noqa: E402
+
 QUERIES = 6  # images a class that an episode classifies; assumed
 PENALTIES = [10.0 ** -i for i in range(1, 8)]  # of the linear probe, from the strongest on; assumed
 MEAN_PER_CLASS = {"fgvc_aircraft", "pets", "caltech101", "flowers"}  # what is reported of these; of the others top-1
-
-
-# === data sets ========================================================================================================
-
-class Part:
-    """Images and labels: names[i], read(names[i]) -> PIL image, labels[i] the key of its class. `words`: key -> name or names."""
-
-    def __init__(self, names, read, labels, words=()):
-        self.names, self.read, self.labels, self.words = names, read, labels, dict(words)
-
-    def of(self, keep):
-        return Part([n for n, k in zip(self.names, keep) if k], self.read, [y for y, k in zip(self.labels, keep) if k], self.words)
-
-
-def part_of(name):
-    """train, val or test, 6 : 2 : 2, by the image's path inside the set: the same on every machine."""
-    tenth = int.from_bytes(hashlib.sha256(name.replace(os.sep, "/").encode()).digest()) % 10
-    return "train" if tenth < 6 else "val" if tenth < 8 else "test"
-
-
-def read_folder(spec, path, source=""):
-    """The images in `path`, links followed; the class of one is the folder that holds it, relative to `path`."""
-    if not os.path.isdir(path):
-        die(f"--dataset {spec}: no folder {path}" + (f"; it comes from {source}" if source else ""))
-    kinds = tuple(Image.registered_extensions())
-    names = sorted(os.path.relpath(os.path.join(folder, file), path) for folder, _, files in os.walk(path, followlinks=True)
-                   if folder != path for file in files if file.lower().endswith(kinds) and not file.startswith("."))
-    labels = [os.path.dirname(name) for name in names]
-    words = {label: re.sub("^[a-z]/", "", label).replace("_", " ").replace("/", " ") for label in labels}  # a/abbey
-    return Part(names, partial(open_file, path), labels, words)
-
-
-def open_file(root, name):
-    return Image.open(os.path.join(root, name))  # named by the disk, not by a row: it may be a link to anywhere
-
-
-def read_jsonl(spec, path, args):
-    if not args.image_root or not os.path.isdir(args.image_root):
-        die(f"--dataset {spec} needs --image-root, the folder that its image paths start from; got {args.image_root}")
-    rows = [(row.get("image"), row.get(args.label)) for row in read_rows(path)]
-    found = [(name, label_of(label), texts_of(label)) for name, label in rows if label_of(label)]
-    if not found:
-        die(f"--dataset {spec}: no row has the field {args.label!r}")
-    if len(found) < len(rows):
-        print(f"{spec}: {len(rows) - len(found)} of {len(rows)} rows have no {args.label}, left out", file=sys.stderr)
-    names, labels, synonyms = zip(*found)
-    return Part(names, partial(open_image, args.image_root), labels, {y: words or y for y, words in zip(labels, synonyms)})
-
-
-def read_torchvision(spec, root, arguments):
-    """torchvision's data set, which is never downloaded here; a class's key is its number there."""
-    import torchvision
-    kind = TORCHVISION[spec][0]
-    try:
-        dataset = getattr(torchvision.datasets, kind)(root, **arguments)
-        if kind == "PCAM":  # its labels, without opening 32,768 images
-            with dataset.h5py.File(dataset._base_folder / dataset._FILES[dataset._split]["targets"][0]) as f:
-                labels = f["y"][:].ravel()
-    except ImportError as e:
-        die(f"--dataset {spec}: {e}: pip install scipy")
-    except (RuntimeError, OSError) as e:
-        arguments = "".join(f", {key}={value!r}" for key, value in arguments.items())
-        fetch = f"python -c \"import torchvision; torchvision.datasets.{kind}({root!r}{arguments}, download=True)\""
-        if kind == "StanfordCars":
-            fetch = "torchvision's own link to it is dead, its documentation of StanfordCars says where to put which files"
-        die(f"--dataset {spec}: not in --data-root {root}: {e} To fetch it: {fetch}")
-    if kind in ("StanfordCars", "GTSRB"):
-        labels = [label for _, label in dataset._samples]
-    elif kind != "PCAM":
-        labels = next(getattr(dataset, name) for name in ("_labels", "targets", "labels") if hasattr(dataset, name))
-    words = {f"{i:04}": name.replace("_", " ") for i, name in enumerate(getattr(dataset, "classes", []))}
-    return Part(range(len(dataset)), partial(image_of, dataset), [f"{int(label):04}" for label in labels], words)
-
-
-def image_of(dataset, i):
-    return dataset[i][0]
-
-
-def read_part(spec, part, args):
-    """The "train", "val" or "test" part of NAME. Of imagefolder:DIR and jsonl:FILE all is the test part, or, of --train's,
-    every fifth image the validation part; so it is where a set has no official validation part."""
-    kind, _, path = spec.partition(":")
-    divided = part == "test"  # the part is the whole of what is read
-    if spec in TORCHVISION:
-        train, val, test = TORCHVISION[spec][1:]
-        found = read_torchvision(spec, args.data_root, {"train": train, "val": val or train, "test": test}[part])
-        divided = divided or val
-    elif spec in FOLDERS:
-        test, train, source = FOLDERS[spec]
-        if part != "test" and not train:
-            die(f"--dataset {spec} has nothing to train on")
-        found = read_folder(spec, os.path.join(args.data_root, test if part == "test" else train), source)
-        if test == train:
-            found, divided = found.of([part_of(name) == part for name in found.names]), True
-    elif kind == "imagefolder":
-        found = read_folder(spec, path)
-    elif kind == "jsonl":
-        found = read_jsonl(spec, path, args)
-    else:
-        die(f"--dataset {spec}: expected imagefolder:DIR, jsonl:FILE or {', '.join([*SUITES, *FOLDERS, *TORCHVISION])}")
-    if not divided:
-        found = found.of([(i % 5 == 0) == (part == "val") for i in range(len(found.names))])
-    return found if found.names else die(f"--dataset {spec}: it is empty")
-
-
-# === class names and templates ========================================================================================
-
-def packaged(package, file):
-    """Text of a file inside an installed package, which is not imported."""
-    found = importlib.util.find_spec(package)
-    if found is None:
-        die("the published class names and templates come from two packages: pip install clip-benchmark open_clip_torch")
-    with open(os.path.join(found.submodule_search_locations[0], file), encoding="utf-8") as f:
-        return f.read()
-
-
-def published_names(spec, part):
-    """OpenAI's class names as clip-benchmark has them -> {key: name}; ImageNet's by synset, so any subset of it works."""
-    names = json.loads(packaged("clip_benchmark", "datasets/en_classnames.json"))
-    synsets = packaged("timm", "data/_info/imagenet_synsets.txt").split()  # timm comes with open_clip
-    if spec == "imagenetv2":
-        return {str(i): name for i, name in enumerate(names["imagenet1k"])}
-    if set(part.labels) <= set(synsets):
-        return dict(zip(synsets, names["imagenet1k"]))
-    keys = sorted(set(part.labels))
-    if spec == "caltech101" and keys[0] != "BACKGROUND_Google":  # torchvision leaves it out
-        keys.insert(0, "BACKGROUND_Google")
-    if spec not in names:
-        return part.words  # published are the folders' or torchvision's own
-    if len(names[spec]) != len(keys):
-        die(f"--dataset {spec}: {len(keys)} classes, published are the names of {len(names[spec])}")
-    return dict(zip(keys, names[spec]))
-
-
-def read_templates(path, spec):
-    """With {} where the class name goes: a file's lines, or the published ones."""
-    if path == "openai7":  # LaCLIP's release, for models trained on CC3M, CC12M and RedCaps
-        try:
-            from open_clip import SIMPLE_IMAGENET_TEMPLATES
-        except ImportError:
-            die("--templates openai7: pip install open_clip_torch")
-        return [template("{}") for template in SIMPLE_IMAGENET_TEMPLATES]
-    if path == "openai":
-        sets = json.loads(packaged("clip_benchmark", "datasets/en_zeroshot_classification_templates.json"))
-        return [template.replace("{c}", "{}") for template in sets.get(spec, sets["imagenet1k"])]
-    try:
-        with open(path, encoding="utf-8") as f:
-            templates = [line.rstrip("\n") for line in f if line.strip()]
-    except (OSError, ValueError) as e:
-        die(f"--templates {path}: {e}")
-    for template in templates:
-        if "{}" not in template:
-            die(f"--templates {path}: no {{}} in {template!r}")
-    return templates or die(f"--templates {path} is empty")
-
-
-def class_names(spec, part, keys, args):
-    """The words for each class, one or several: --classes', or the published ones, or the set's own."""
-    words = part.words
-    if args.classes == "openai" or not args.classes and args.templates in ("openai", "openai7"):
-        words = published_names(spec, part)
-    elif args.classes:
-        try:
-            with open(args.classes, encoding="utf-8") as f:
-                words = json.load(f)
-        except (OSError, ValueError) as e:
-            die(f"--classes {args.classes}: {e}")
-    missing = [key for key in keys if not isinstance(words, dict) or not texts_of(words.get(key))]
-    if missing:
-        die(f"--dataset {spec}: no name for {len(missing)} classes, {missing[0]!r} the first: --classes FILE or openai")
-    return [texts_of(words[key]) for key in keys]
 
 
 # === protocols ========================================================================================================
@@ -349,15 +143,15 @@ def linear_probe(train, val, classes, penalties=PENALTIES):
 
 # === the command ======================================================================================================
 
-def evaluate(spec, args, model, tokenizer, transform):
-    """-> the figures of one data set, fractions of 1"""
+def evaluate(spec, parts, args, model, tokenizer, transform):
+    """-> the figures of one data set, `parts` of read_set, fractions of 1"""
     def encode(part):
         if unknown := set(part.labels) - set(keys):
-            die(f"--train {args.train}: its class {min(unknown)!r} is not among those of {spec}")
+            die(f"--dataset {spec} has no class {min(unknown)!r}, which its training images have")
         features = encode_images(model, transform, part.names, part.read, args.batch_size, args.workers)
         return features, torch.tensor([number[label] for label in part.labels]), (features != 0).any(1)
 
-    test = read_part(spec, "test", args)
+    test = parts["test"]
     keys = sorted({*test.labels, *(test.words if spec in TORCHVISION else ())})
     number = {key: i for i, key in enumerate(keys)}
     if "zeroshot" in args.protocol:  # what is wrong with these is told before the images are read
@@ -376,7 +170,7 @@ def evaluate(spec, args, model, tokenizer, transform):
     if "linear" in args.protocol:
         device, learned = model.logit_scale.device, []
         for part in ("train", "val"):
-            x, y, mask = encode(read_part(args.train if ":" in spec else spec, part, args))
+            x, y, mask = encode(parts[part])
             learned.append((x[mask].to(device), y[mask].to(device)))
         probe, figures["penalty"] = linear_probe(*learned, len(keys))
         guess = probe.predict(features.to(device)).cpu()
@@ -395,7 +189,7 @@ def main(argv=None):
     add("--protocol", nargs="+", choices=["zeroshot", "fewshot", "linear"], default=["zeroshot"])
     add("--image-root", help="the folder that the image paths of jsonl: start from")
     add("--label", default="label", metavar="FIELD", help="the class's field of jsonl: (default: label)")
-    add("--templates", default=TEMPLATES, metavar="FILE|openai|openai7", help="a file, one template a line (default: "
+    add("--templates", default=os.path.join(DATA, "prompts", "templates.txt"), metavar="FILE|openai|openai7", help="a file, one template a line (default: "
         "data/prompts/templates.txt); openai: the published ones, 80 for ImageNet; openai7: the seven short ones")
     add("--classes", metavar="FILE|openai", help="JSON object, folder or label -> class name or names; openai: the published "
         "names (default: with published templates these, else the set's own)")
@@ -415,16 +209,13 @@ def main(argv=None):
     if "linear" in args.protocol and not args.train and (own := [spec for spec in specs if ":" in spec]):
         die(f"--protocol linear on {own[0]} needs --train, a set of the same classes")
 
-    for spec in specs:  # a set that is missing is told now, not after hours
-        read_part(spec, "test", args)
-        if "linear" in args.protocol:
-            read_part(args.train if ":" in spec else spec, "train", args)
+    sets = {spec: read_set(spec, args, learn="linear" in args.protocol) for spec in specs}  # one that is missing is told now
     device = pick_device(args.device)
     rank, _ = start_ranks(device)
     model, tokenizer, transform = load_checkpoint(args.checkpoint, device)
     results = {}
-    for spec in specs:
-        results[spec] = evaluate(spec, args, model, tokenizer, transform)
+    for spec in list(sets):
+        results[spec] = evaluate(spec, sets.pop(spec), args, model, tokenizer, transform)
         if rank == 0 and args.json:  # after every set: the next one may take an hour
             with open(args.json, "w") as f:
                 json.dump(results, f, indent=1)

@@ -22,6 +22,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 import eval_retrieval
 import eval_zeroshot
 import train_clip as T
+import classification_sets  # eval_zeroshot.py puts data/ on the path
 from conftest import COLOURS, ROOT, assert_mistake, read_jsonl, run
 
 
@@ -312,9 +313,7 @@ def test_sets_by_name(name, tmp_path, monkeypatch):
     for name_of_check in ("_check_integrity", "_load_meta"):  # they know the real files' md5
         monkeypatch.setattr(torchvision.datasets.CIFAR10, name_of_check, lambda self: setattr(
             self, "classes", [f"kind {i}" for i in range(10)]) is None)
-    args = Namespace(data_root=str(tmp_path))
-    parts = {part: eval_zeroshot.read_part(name, part, args) for part in ("test", "train", "val")
-             if name != "imagenetv2" or part == "test"}
+    parts = classification_sets.read_set(name, Namespace(data_root=str(tmp_path)), learn=name != "imagenetv2")
     for part, size in zip(("test", "train", "val"), sizes or ()):
         if size:
             assert len(parts[part].names) == len(parts[part].labels) == size
@@ -324,48 +323,48 @@ def test_sets_by_name(name, tmp_path, monkeypatch):
         names = [name for part in parts.values() for name in part.names]
         assert len(set(names)) == len(names) == 200 and 100 < len(parts["train"].names) < 140
     keys, args = sorted(set(parts["test"].labels)), Namespace(classes=None, templates="openai")
-    assert eval_zeroshot.class_names(name, parts["test"], keys, args)[keys.index(key)] == [word]
+    assert classification_sets.class_names(name, parts["test"], keys, args)[keys.index(key)] == [word]
     for kind, number in (("openai", 80 if name.startswith("imagenet") else None), ("openai7", 7)):
-        templates = eval_zeroshot.read_templates(kind, name)
+        templates = classification_sets.read_templates(kind, name)
         assert all("{}" in template for template in templates) and number in (None, len(templates))
 
 
 def test_a_missing_set_says_how_to_fetch_it_and_fetches_nothing(tmp_path, capsys):
-    for name in [*eval_zeroshot.TORCHVISION, *eval_zeroshot.FOLDERS]:
+    for name in [*classification_sets.TORCHVISION, *classification_sets.FOLDERS]:
         with pytest.raises(SystemExit):
-            eval_zeroshot.read_part(name, "test", Namespace(data_root=str(tmp_path)))
+            classification_sets.read_set(name, Namespace(data_root=str(tmp_path)))
         said = capsys.readouterr().err
         assert name in said and (str(tmp_path) in said) and said.count("\n") == 1
-        if name in eval_zeroshot.TORCHVISION:
-            assert eval_zeroshot.TORCHVISION[name][0] in said and (name == "cars") != ("download=True" in said.split("fetch it:")[1])
+        if name in classification_sets.TORCHVISION:
+            assert classification_sets.TORCHVISION[name][0] in said and (name == "cars") != ("download=True" in said.split("fetch it:")[1])
 
 
 def test_a_set_without_names_of_its_own_says_so(tmp_path, capsys):
     fill_gtsrb(tmp_path)
-    part = eval_zeroshot.read_part("gtsrb", "test", Namespace(data_root=str(tmp_path)))
+    part = classification_sets.read_set("gtsrb", Namespace(data_root=str(tmp_path)))["test"]
     with pytest.raises(SystemExit):
-        eval_zeroshot.class_names("gtsrb", part, sorted(set(part.labels)), Namespace(classes=None, templates="file"))
+        classification_sets.class_names("gtsrb", part, sorted(set(part.labels)), Namespace(classes=None, templates="file"))
     assert "--classes" in capsys.readouterr().err
 
 
 def test_labels_of_rows(tmp_path, capsys):
     rows = [{"image": "a", "label": ["cat", "tomcat"]}, {"image": "b", "label": 7}, {"image": "c", "label": None}, {"image": "d"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part = eval_zeroshot.read_part(f"jsonl:{tmp_path / 'rows.jsonl'}", "test", Namespace(image_root=str(tmp_path), label="label"))
+    part = classification_sets.read_set(f"jsonl:{tmp_path / 'rows.jsonl'}", Namespace(image_root=str(tmp_path), label="label"))["test"]
     assert list(part.labels) == ["cat", "7"] and "2 of 4 rows have no label" in capsys.readouterr().err
-    names = eval_zeroshot.class_names("jsonl", part, ["7", "cat"], Namespace(classes=None, templates="file"))
+    names = classification_sets.class_names("jsonl", part, ["7", "cat"], Namespace(classes=None, templates="file"))
     assert names == [["7"], ["cat", "tomcat"]]
 
 
 def test_suites_name_known_sets():
-    known = {*eval_zeroshot.TORCHVISION, *eval_zeroshot.FOLDERS}
-    assert {len(set(sets) & known) for sets in eval_zeroshot.SUITES.values()} == {15, 9}
-    for name, (kind, *_) in eval_zeroshot.TORCHVISION.items():
+    known = {*classification_sets.TORCHVISION, *classification_sets.FOLDERS}
+    assert {len(set(sets) & known) for sets in classification_sets.SUITES.values()} == {15, 9}
+    for name, (kind, *_) in classification_sets.TORCHVISION.items():
         assert hasattr(torchvision.datasets, kind), name
 
 
 def test_the_split_of_sets_without_one_is_fixed():
-    assert [eval_zeroshot.part_of(f"Forest/Forest_{i}.jpg") for i in range(1, 9)] == \
+    assert [classification_sets.part_of(f"Forest/Forest_{i}.jpg") for i in range(1, 9)] == \
         ["train", "train", "test", "test", "train", "val", "train", "train"]
 
 
@@ -536,7 +535,7 @@ def test_a_folder_of_links_and_other_files(tmp_path):
     (tmp_path / "set/dog/Thumbs.db").write_bytes(b"x")
     (tmp_path / "set/notes").mkdir()
     (tmp_path / "set/notes/readme.txt").write_text("x")
-    part = eval_zeroshot.read_part(f"imagefolder:{tmp_path / 'set'}", "test", None)
+    part = classification_sets.read_set(f"imagefolder:{tmp_path / 'set'}", None)["test"]
     assert part.names == ["cat/1.png", "dog/2.PNG"] and part.labels == ["cat", "dog"]
     assert part.read("dog/2.PNG").size == (40, 40)
 

@@ -67,7 +67,8 @@ def zeroshot(args, folder):
     ours = Namespace(templates=folder / "templates.txt", classes=None, protocol=["zeroshot"], batch_size=64, workers=args.workers)
 
     def we():
-        found = eval_zeroshot.evaluate(f"imagefolder:{folder / 'images'}", ours, model, tokenizer, transform)
+        spec = f"imagefolder:{folder / 'images'}"
+        found = eval_zeroshot.evaluate(spec, eval_zeroshot.read_set(spec, ours), ours, model, tokenizer, transform)
         return [found["top1"], found["top5"]]
 
     def they():

@@ -1,0 +1,247 @@
+"""The papers' classification sets by name, their class names and templates: what eval_zeroshot.py --dataset reads.
+
+    python data/classification_sets.py --data-root datasets      # which sets are there, and where the others come from
+
+Nothing is downloaded. A set without an official split is divided 6 : 2 : 2 by a hash of the image's path.
+"""
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+from functools import partial
+
+from PIL import Image
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from train_clip import die, label_of, open_image, read_rows, texts_of  # noqa: E402
+
+# clip-benchmark's names. What torchvision reads: its class, and its arguments for train, validation (None: every fifth
+# of train) and test
+TORCHVISION = {
+    "food101": ("Food101", {"split": "train"}, None, {"split": "test"}),
+    "cifar10": ("CIFAR10", {"train": True}, None, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, None, {"train": False}),
+    "cars": ("StanfordCars", {"split": "train"}, None, {"split": "test"}),
+    "fgvc_aircraft": ("FGVCAircraft", {"split": "train"}, {"split": "val"}, {"split": "test"}),
+    "dtd": ("DTD", {"split": "train"}, {"split": "val"}, {"split": "test"}),
+    "pets": ("OxfordIIITPet", {"split": "trainval"}, None, {"split": "test"}),
+    "flowers": ("Flowers102", {"split": "train"}, {"split": "val"}, {"split": "test"}),
+    "stl10": ("STL10", {"split": "train"}, None, {"split": "test"}),
+    "gtsrb": ("GTSRB", {"split": "train"}, None, {"split": "test"}),
+    "country211": ("Country211", {"split": "train"}, {"split": "valid"}, {"split": "test"}),
+    "svhn": ("SVHN", {"split": "train"}, None, {"split": "test"}),
+    "pcam": ("PCAM", {"split": "train"}, {"split": "val"}, {"split": "test"}),  # VTAB's Camelyon
+}
+# Folders of one folder a class under --data-root: of the test images, of the training images, and where they come from.
+# Where both are the same there is no official split: an image belongs to train, validation or test by its path, `part_of`
+FOLDERS = {
+    "imagenet1k": ("imagenet/val", "imagenet/train", "image-net.org"),
+    "imagenetv2": ("imagenetv2-matched-frequency-format-val", None, "huggingface.co/datasets/vaishaal/ImageNetV2"),
+    "caltech101": ("caltech101/101_ObjectCategories", "caltech101/101_ObjectCategories", "torchvision.datasets.Caltech101"),
+    "sun397": ("SUN397", "SUN397", "torchvision.datasets.SUN397"),
+    "eurosat": ("eurosat/2750", "eurosat/2750", "torchvision.datasets.EuroSAT"),
+    "resisc45": ("NWPU-RESISC45", "NWPU-RESISC45", "NWPU-RESISC45.rar"),
+}
+SUITES = {
+    "laclip15": ["food101", "cifar10", "cifar100", "sun397", "cars", "fgvc_aircraft", "dtd", "pets", "caltech101", "flowers",
+                 "stl10", "eurosat", "resisc45", "gtsrb", "country211"],
+    "vtab9": ["caltech101", "cifar100", "svhn", "dtd", "pets", "flowers", "eurosat", "resisc45", "pcam"],  # VeCLIP's
+}
+
+
+# === images and labels ================================================================================================
+
+class Part:
+    """Images and labels: names[i], read(names[i]) -> PIL image, labels[i] the key of its class. `words`: key -> name or names."""
+
+    def __init__(self, names, read, labels, words=()):
+        self.names, self.read, self.labels, self.words = names, read, labels, dict(words)
+
+    def of(self, keep):
+        return Part([n for n, k in zip(self.names, keep) if k], self.read, [y for y, k in zip(self.labels, keep) if k], self.words)
+
+
+def part_of(name):
+    """train, val or test, 6 : 2 : 2, by the image's path inside the set: the same on every machine."""
+    tenth = int.from_bytes(hashlib.sha256(name.replace(os.sep, "/").encode()).digest()) % 10
+    return "train" if tenth < 6 else "val" if tenth < 8 else "test"
+
+
+def read_folder(spec, path, source=""):
+    """The images in `path`, links followed; the class of one is the folder that holds it, relative to `path`."""
+    if not os.path.isdir(path):
+        die(f"--dataset {spec}: no folder {path}" + (f"; it comes from {source}" if source else ""))
+    kinds = tuple(Image.registered_extensions())
+    names = sorted(os.path.relpath(os.path.join(folder, file), path) for folder, _, files in os.walk(path, followlinks=True)
+                   if folder != path for file in files if file.lower().endswith(kinds) and not file.startswith("."))
+    labels = [os.path.dirname(name) for name in names]
+    words = {label: re.sub("^[a-z]/", "", label).replace("_", " ").replace("/", " ") for label in labels}  # a/abbey
+    return Part(names, partial(open_file, path), labels, words)
+
+
+def open_file(root, name):
+    return Image.open(os.path.join(root, name))  # named by the disk, not by a row: it may be a link to anywhere
+
+
+def read_jsonl(spec, path, args):
+    if not args.image_root or not os.path.isdir(args.image_root):
+        die(f"--dataset {spec} needs --image-root, the folder that its image paths start from; got {args.image_root}")
+    rows = [(row.get("image"), row.get(args.label)) for row in read_rows(path)]
+    found = [(name, label_of(label), texts_of(label)) for name, label in rows if label_of(label)]
+    if not found:
+        die(f"--dataset {spec}: no row has the field {args.label!r}")
+    if len(found) < len(rows):
+        print(f"{spec}: {len(rows) - len(found)} of {len(rows)} rows have no {args.label}, left out", file=sys.stderr)
+    names, labels, synonyms = zip(*found)
+    return Part(names, partial(open_image, args.image_root), labels, {y: words or y for y, words in zip(labels, synonyms)})
+
+
+def read_torchvision(spec, root, arguments):
+    """torchvision's data set, which is never downloaded here; a class's key is its number there."""
+    import torchvision
+    kind = TORCHVISION[spec][0]
+    try:
+        dataset = getattr(torchvision.datasets, kind)(root, **arguments)
+        if kind == "PCAM":  # its labels, without opening 32,768 images
+            with dataset.h5py.File(dataset._base_folder / dataset._FILES[dataset._split]["targets"][0]) as f:
+                labels = f["y"][:].ravel()
+    except ImportError as e:
+        die(f"--dataset {spec}: {e}: pip install scipy")
+    except (RuntimeError, OSError) as e:
+        arguments = "".join(f", {key}={value!r}" for key, value in arguments.items())
+        fetch = f"python -c \"import torchvision; torchvision.datasets.{kind}({root!r}{arguments}, download=True)\""
+        if kind == "StanfordCars":
+            fetch = "torchvision's own link to it is dead, its documentation of StanfordCars says where to put which files"
+        die(f"--dataset {spec}: not in --data-root {root}: {e} To fetch it: {fetch}")
+    if kind in ("StanfordCars", "GTSRB"):
+        labels = [label for _, label in dataset._samples]
+    elif kind != "PCAM":
+        labels = next(getattr(dataset, name) for name in ("_labels", "targets", "labels") if hasattr(dataset, name))
+    words = {f"{i:04}": name.replace("_", " ") for i, name in enumerate(getattr(dataset, "classes", []))}
+    return Part(range(len(dataset)), partial(image_of, dataset), [f"{int(label):04}" for label in labels], words)
+
+
+def image_of(dataset, i):
+    return dataset[i][0]
+
+
+def read_own(spec, args):
+    kind, _, path = spec.partition(":")
+    if kind not in ("imagefolder", "jsonl"):
+        die(f"--dataset {spec}: expected imagefolder:DIR, jsonl:FILE or {', '.join([*SUITES, *FOLDERS, *TORCHVISION])}")
+    return read_folder(spec, path) if kind == "imagefolder" else read_jsonl(spec, path, args)
+
+
+def read_set(spec, args, learn=False):
+    """NAME, imagefolder:DIR or jsonl:FILE -> {"test": Part}, and to learn from also "train" and "val": --train's for the
+    latter two kinds. Without an official validation part that is every fifth image to learn from."""
+    if spec in TORCHVISION:
+        splits = dict(zip(("train", "val", "test"), TORCHVISION[spec][1:]))
+        parts = {part: read_torchvision(spec, args.data_root, arguments) for part, arguments in splits.items()
+                 if part == "test" or learn and arguments}
+    elif spec in FOLDERS:
+        test, train, source = FOLDERS[spec]
+        read = lambda folder: read_folder(spec, os.path.join(args.data_root, folder), source)
+        parts = {"test": read(test)}
+        if test == train:
+            every = parts["test"]
+            parts = {part: every.of([part_of(name) == part for name in every.names]) for part in ("train", "val", "test")}
+        elif learn:
+            parts["train"] = read(train) if train else die(f"--dataset {spec} has nothing to train on")
+    else:
+        parts = {"test": read_own(spec, args)} | ({"train": read_own(args.train, args)} if learn else {})
+    if learn and "val" not in parts:
+        fifth = [i % 5 == 0 for i in range(len(parts["train"].names))]
+        parts |= {"val": parts["train"].of(fifth), "train": parts["train"].of([not held for held in fifth])}
+    for part in ["test"] + ["train", "val"] * learn:
+        if not parts[part].names:
+            die(f"--dataset {spec}: its {part} part is empty")
+    return parts
+
+
+# === class names and templates ========================================================================================
+
+def packaged(package, file):
+    """Text of a file inside an installed package, which is not imported."""
+    found = importlib.util.find_spec(package)
+    if found is None:
+        die("the published class names and templates come from two packages: pip install clip-benchmark open_clip_torch")
+    with open(os.path.join(found.submodule_search_locations[0], file), encoding="utf-8") as f:
+        return f.read()
+
+
+def published_names(spec, part):
+    """OpenAI's class names as clip-benchmark has them -> {key: name}; ImageNet's by synset, so any subset of it works."""
+    names = json.loads(packaged("clip_benchmark", "datasets/en_classnames.json"))
+    synsets = packaged("timm", "data/_info/imagenet_synsets.txt").split()  # timm comes with open_clip
+    if spec == "imagenetv2":
+        return {str(i): name for i, name in enumerate(names["imagenet1k"])}
+    if set(part.labels) <= set(synsets):
+        return dict(zip(synsets, names["imagenet1k"]))
+    keys = sorted(set(part.labels))
+    if spec == "caltech101" and keys[0] != "BACKGROUND_Google":  # torchvision leaves it out
+        keys.insert(0, "BACKGROUND_Google")
+    if spec not in names:
+        return part.words  # published are the folders' or torchvision's own
+    if len(names[spec]) != len(keys):
+        die(f"--dataset {spec}: {len(keys)} classes, published are the names of {len(names[spec])}")
+    return dict(zip(keys, names[spec]))
+
+
+def read_templates(path, spec):
+    """With {} where the class name goes: a file's lines, or the published ones."""
+    if path == "openai7":  # LaCLIP's release, for models trained on CC3M, CC12M and RedCaps
+        try:
+            from open_clip import SIMPLE_IMAGENET_TEMPLATES
+        except ImportError:
+            die("--templates openai7: pip install open_clip_torch")
+        return [template("{}") for template in SIMPLE_IMAGENET_TEMPLATES]
+    if path == "openai":
+        sets = json.loads(packaged("clip_benchmark", "datasets/en_zeroshot_classification_templates.json"))
+        return [template.replace("{c}", "{}") for template in sets.get(spec, sets["imagenet1k"])]
+    try:
+        with open(path, encoding="utf-8") as f:
+            templates = [line.rstrip("\n") for line in f if line.strip()]
+    except (OSError, ValueError) as e:
+        die(f"--templates {path}: {e}")
+    for template in templates:
+        if "{}" not in template:
+            die(f"--templates {path}: no {{}} in {template!r}")
+    return templates or die(f"--templates {path} is empty")
+
+
+def class_names(spec, part, keys, args):
+    """The words for each class, one or several: --classes', or the published ones, or the set's own."""
+    words = part.words
+    if args.classes == "openai" or not args.classes and args.templates in ("openai", "openai7"):
+        words = published_names(spec, part)
+    elif args.classes:
+        try:
+            with open(args.classes, encoding="utf-8") as f:
+                words = json.load(f)
+        except (OSError, ValueError) as e:
+            die(f"--classes {args.classes}: {e}")
+    missing = [key for key in keys if not isinstance(words, dict) or not texts_of(words.get(key))]
+    if missing:
+        die(f"--dataset {spec}: no name for {len(missing)} classes, {missing[0]!r} the first: --classes FILE or openai")
+    return [texts_of(words[key]) for key in keys]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = die
+    parser.add_argument("--data-root", default="datasets", help="where the sets lie (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for spec in sorted([*FOLDERS, *TORCHVISION]):
+        try:
+            test = read_set(spec, args)["test"]
+            print(f"{spec:16}{len(test.names):8} test images of {len(set(test.labels))} classes")
+        except SystemExit:  # which has said why
+            print(f"{spec:16}       -")
+
+
+if __name__ == "__main__":
+    main()
