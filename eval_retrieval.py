@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from train_clip import (all_reduce, at_least, blocks, die, encode_images, encode_texts, label_of, load_checkpoint, open_image,
-                        pick_device, read_rows, start_ranks, texts_of)
+                        parse_row, pick_device, read_rows, start_ranks, texts_of)
 
 KS = (1, 5, 10)
 NEVER = 2 ** 62  # the rank of what is not found
@@ -114,8 +114,9 @@ def best_images(queries, images, k=SHOWN, leave_out=False):
         found = similarity(queries[start:start + size], images)
         if leave_out:
             found[torch.arange(len(found)), torch.arange(start, start + len(found))] = -torch.inf
-        found = found.sort(descending=True, stable=True)  # of equal ones the earlier first, as in the ranks
-        yield from zip(found.values[:, :max(k, 0)].tolist(), found.indices[:, :max(k, 0)].tolist())
+        indices = found.topk(max(k, 0)).indices.sort(1).values  # of equal ones the earlier first, as in the ranks
+        scores, order = found.gather(1, indices).sort(descending=True, stable=True)
+        yield from zip(scores.tolist(), indices.gather(1, order).tolist())
 
 
 # === CLIP scores ======================================================================================================
@@ -139,15 +140,6 @@ def add_scores(rows, images, encode):
     for row in rows:
         row["clip_score"] = {field: [next(scores) for _ in row[field]] if isinstance(row[field], list) else next(scores)
                              for field in caption_fields(row)}
-
-
-def parsed(line):
-    """The row of a line; None if it is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def write_scores(args, encode_names, encode, rank, chunk=8192):
@@ -175,7 +167,7 @@ def write_scores(args, encode_names, encode, rank, chunk=8192):
     with open(args.captions, "rb") as f:
         lines, progress = islice(f, done, None), tqdm(desc="rows", unit="row", initial=done, disable=rank > 0)
         while some := list(islice(lines, chunk)):
-            rows = [parsed(line) for line in some]
+            rows = [parse_row(line) for line in some]
             found = [row for row in rows if row is not None]
             add_scores(found, encode_names([row.get("image") for row in found]), encode)
             if rank == 0:

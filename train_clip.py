@@ -749,19 +749,23 @@ def load_checkpoint(path, device="cpu"):
 
 # === features, for the evaluations ====================================================================================
 
+def parse_row(line):
+    """A line's object, or None if it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
 def read_rows(path):
     """All rows of a JSONL file, in order; an evaluation set with a broken line is a user's mistake."""
     if not os.path.isfile(path):
         die(f"{path}: no such file")
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                die(f"{path}, line {number}: not a JSON object")
-            yield row
+            row = parse_row(line)
+            yield row if row is not None else die(f"{path}, line {number}: not a JSON object")
 
 
 def label_of(value):
@@ -797,6 +801,14 @@ class Pictures(torch.utils.data.Dataset):
             return f"{type(e).__name__}: {e}"
 
 
+def collate_pictures(pictures):
+    """-> [n, 3, S, S] of those that could be read, as one tensor (each costs a file handle between processes); which these
+    are; {which: why not} of the others"""
+    readable = [i for i, picture in enumerate(pictures) if not isinstance(picture, str)]
+    stacked = torch.stack([pictures[i] for i in readable]) if readable else None
+    return stacked, readable, {i: picture for i, picture in enumerate(pictures) if isinstance(picture, str)}
+
+
 @torch.inference_mode()
 def encode_images(model, transform, names, read, batch_size=64, workers=2):
     """names -> features [N, d] of unit length, on the CPU of every rank; read(name) gives a PIL image.
@@ -805,17 +817,14 @@ def encode_images(model, transform, names, read, batch_size=64, workers=2):
     device, features = model.logit_scale.device, torch.zeros(len(names), model.config.embed_dim)
     batches = [list(range(*block)) for block in blocks(len(names), batch_size)]
     loader = torch.utils.data.DataLoader(Pictures(names, read, transform), batch_sampler=batches, num_workers=workers,
-                                         collate_fn=list, worker_init_fn=one_thread)
+                                         collate_fn=collate_pictures, worker_init_fn=one_thread)
     progress = tqdm(loader, desc="images", unit="batch", leave=False, disable=rank() > 0, delay=1)
-    for indices, batch in zip(batches, progress):
-        for i, picture in zip(indices, batch):
-            if isinstance(picture, str):
-                print(f"unreadable, it counts as wrong: {names[i]}: {picture}", file=sys.stderr)
-        readable = [(i, picture) for i, picture in zip(indices, batch) if not isinstance(picture, str)]
+    for indices, (pictures, readable, reasons) in zip(batches, progress):
+        for i, reason in reasons.items():
+            print(f"unreadable: {names[indices[i]]}: {reason}", file=sys.stderr)
         if readable:
-            indices, pictures = zip(*readable)
-            encoded = model.encode_image(torch.stack(pictures).to(device))
-            features[list(indices)] = F.normalize(encoded.float(), dim=-1).cpu()
+            encoded = model.encode_image(pictures.to(device))
+            features[[indices[i] for i in readable]] = F.normalize(encoded.float(), dim=-1).cpu()
     return all_reduce(features)  # every row is zero on all ranks but one
 
 

@@ -309,7 +309,7 @@ def write_jsonl(rows, output, overwrite):
     try:
         with open(temporary, "wb") as f:
             for row in map(finish, tqdm(rows, unit=" rows", unit_scale=True, disable=None)):
-                # A lone surrogate (half a character) has no UTF-8; the handler's \udXXX is its JSON escape.
+                # A lone surrogate (half a character) has no UTF-8; the handler's escape is JSON's, too.
                 f.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
                 count += 1
                 failed += "error" in row

@@ -80,17 +80,18 @@ def test_both_towers_equal_transformers(activation):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_on_the_cpu_equals_torchs(causal, dtype, tolerance):
-    """fp32 goes to torch's kernel, bf16 by the formula."""
+@pytest.mark.parametrize("L", [9, 130])
+def test_attention_on_the_cpu_equals_torchs(L, causal, dtype, tolerance):
+    """fp32 goes to torch's kernel, bf16 by the formula if there are fewer than 128 tokens."""
     torch.manual_seed(0)
     ours, theirs = T.Attention(48, 4), torch.nn.MultiheadAttention(48, 4, batch_first=True)
     torch.nn.init.normal_(ours.in_proj_weight, std=0.2)
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(3, 9, 48)
-    mask = torch.full((9, 9), -math.inf).triu(1) if causal else None
+    x = torch.randn(3, L, 48)
+    mask = torch.full((L, L), -math.inf).triu(1) if causal else None
     expected = theirs(x, x, x, attn_mask=mask, need_weights=False)[0]
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        got = ours(x.flatten(0, 1), [(3, 9)], causal).view(3, 9, 48)
+        got = ours(x.flatten(0, 1), [(3, L)], causal).view(3, L, 48)
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
 
