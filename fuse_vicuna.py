@@ -218,14 +218,15 @@ def report(args, done, unit, outcomes, notes):
 
 
 @torch.inference_mode()
-def decode(model, inputs, stops, max_new_tokens, choose):
+def decode(model, inputs, stops, max_new_tokens, choose, cache=None):
     """Continue B prompts. -> for each the new ids, and whether the last one is a stop token. Rows leave the batch as they end.
 
-    inputs: input_ids, attention_mask, position_ids [B, T], padded on the left, and what else the first step needs (pictures);
-    stops: bool [V]; choose(logits [rows, V], alive [rows], step) -> ids [rows], `alive` being their numbers in 0..B-1."""
+    inputs: input_ids, position_ids [B, T], padded on the left, and what else the first step needs (pictures); cache: keys
+    and values of P tokens before them, or None; attention_mask [B, P + T]; stops: bool [V];
+    choose(logits [rows, V], alive [rows], step) -> ids [rows], `alive` being their numbers in 0..B-1."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config.get_text_config())
+    cache = DynamicCache(config=model.config.get_text_config()) if cache is None else cache
     mask, position = inputs["attention_mask"], inputs["position_ids"]
     alive = torch.arange(len(mask), device=mask.device)
     new, ended = [[] for _ in alive], [False] * len(alive)
@@ -355,25 +356,31 @@ def cut(tokenizer, text, limit):
 def load_model(name, device, dtype):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")  # a decoder continues at the right end
+        tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
     except Exception as e:  # transformers raises nearly everything for a folder that is none
         die(f"--model {name} is no language model that transformers can load: {type(e).__name__}: {e}")
-    if tokenizer.pad_token is None:  # LLaMA has none; what is padded is masked
-        tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
 
 
+@torch.inference_mode()
 def answer(model, tokenizer, prompts, stops, batch_size, max_new_tokens):
-    """Greedy answers, one line each. Prompts of one length share a batch."""
+    """Greedy answers, one line each. Prompts of one length share a batch, and what they all begin with is computed once."""
     answers = [None] * len(prompts)
-    order = sorted((i for i, prompt in enumerate(prompts) if prompt), key=lambda i: len(prompts[i]))
+    ids = {i: tokenizer(prompt, split_special_tokens=True).input_ids for i, prompt in enumerate(prompts) if prompt}
+    order = sorted(ids, key=lambda i: len(ids[i]))
     for at in range(0, len(order), batch_size):
         batch = order[at:at + batch_size]
-        inputs = tokenizer([prompts[i] for i in batch], return_tensors="pt", padding=True, split_special_tokens=True)
-        inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        new, _ = decode(model, inputs, stops, max_new_tokens, greedy)
+        rows = [ids[i] for i in batch]  # the longest last
+        T, P = len(rows[-1]), min(len(os.path.commonprefix(rows)), len(rows[0]) - 1)  # one token of its own for each at least
+        cache = None
+        if P:
+            cache = model(torch.tensor([rows[0][:P]], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(len(batch))
+        own = torch.tensor([[0] * (T - len(row)) + row[P:] for row in rows], device=model.device)  # [B, T - P], padded on the left
+        mask = torch.tensor([[1] * P + [0] * (T - len(row)) + [1] * (len(row) - P) for row in rows], device=model.device)
+        inputs = {"input_ids": own, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, P:]}
+        new, _ = decode(model, inputs, stops, max_new_tokens, greedy, cache)
         for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True)):
             answers[i] = one_line(text.strip().split("\n")[0]).strip('"')
     return answers

@@ -216,14 +216,15 @@ def report(args, done, unit, outcomes, notes):
 
 
 @torch.inference_mode()
-def decode(model, inputs, stops, max_new_tokens, choose):
+def decode(model, inputs, stops, max_new_tokens, choose, cache=None):
     """Continue B prompts. -> for each the new ids, and whether the last one is a stop token. Rows leave the batch as they end.
 
-    inputs: input_ids, attention_mask, position_ids [B, T], padded on the left, and what else the first step needs (pictures);
-    stops: bool [V]; choose(logits [rows, V], alive [rows], step) -> ids [rows], `alive` being their numbers in 0..B-1."""
+    inputs: input_ids, position_ids [B, T], padded on the left, and what else the first step needs (pictures); cache: keys
+    and values of P tokens before them, or None; attention_mask [B, P + T]; stops: bool [V];
+    choose(logits [rows, V], alive [rows], step) -> ids [rows], `alive` being their numbers in 0..B-1."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config.get_text_config())
+    cache = DynamicCache(config=model.config.get_text_config()) if cache is None else cache
     mask, position = inputs["attention_mask"], inputs["position_ids"]
     alive = torch.arange(len(mask), device=mask.device)
     new, ended = [[] for _ in alive], [False] * len(alive)
