@@ -81,10 +81,14 @@ for model in clip laclip; do
   done
 done
 
-# --- VeCLIP in earnest, on AltText as noisy as the web's: bash data/demo.sh --llava ------------------------------------
+# --- VeCLIP in earnest: bash data/demo.sh --llava -----------------------------------------------------------------------
+# Twemoji has AltText as noisy as the web's. The captioner sees through a CLIP trained on just that, learns to speak from
+# OpenMoji's half A and captions Twemoji, so no picture's own name comes back as its caption.
 if [ "${1:-}" = --llava ]; then
   step noise python data/demo/prepare.py noise $out
-  step tiny-llava python data/make_tiny_llava.py $out/clip/checkpoint.pt $out/smollm2 $out/half_a.jsonl $out/tiny-llava \
+  noisy=${train/filtered.jsonl/noisy.jsonl}
+  step train-clip-noisy $noisy --text alt --out $out/clip-noisy
+  step tiny-llava python data/make_tiny_llava.py $out/clip-noisy/checkpoint.pt $out/smollm2 $out/half_a.jsonl $out/tiny-llava \
     --image-root $out/images --steps 500 --device $device
   for rows in half_b noisy; do
     step caption-$rows python caption_llava.py --input $out/$rows.jsonl --output $out/${rows}_captioned.jsonl \
@@ -92,9 +96,7 @@ if [ "${1:-}" = --llava ]; then
   done
   step fuse-noisy python fuse_vicuna.py --input $out/noisy_captioned.jsonl --output $out/noisy_fused.jsonl \
     --model $out/smollm2 --format pairs --max-new-tokens 24 --batch-size 256 --device $device
-  noisy=${train/filtered.jsonl/noisy_fused.jsonl}
-  step train-clip-noisy $noisy --text alt --out $out/clip-noisy
-  step train-veclip $noisy --text alt=0.5 vecap=0.5 --out $out/veclip
+  step train-veclip ${noisy/noisy.jsonl/noisy_fused.jsonl} --text alt=0.5 vecap=0.5 --out $out/veclip
   evaluate clip-noisy
   evaluate veclip
 fi
