@@ -89,7 +89,7 @@ if [ "${1:-}" = --llava ]; then
   noisy=${train/filtered.jsonl/noisy.jsonl}
   step train-clip-noisy $noisy --text alt --out $out/clip-noisy
   step tiny-llava python data/make_tiny_llava.py $out/clip-noisy/checkpoint.pt $out/smollm2 $out/half_a.jsonl $out/tiny-llava \
-    --image-root $out/images --steps 500 --device $device
+    --image-root $out/images --device $device
   for rows in half_b noisy; do
     step caption-$rows python caption_llava.py --input $out/$rows.jsonl --output $out/${rows}_captioned.jsonl \
       --image-root $out/images --model $out/tiny-llava --max-new-tokens 12 --workers 1 --device $device

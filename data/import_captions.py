@@ -1,6 +1,6 @@
 """Bring a known image-text data set to this project's JSONL: one line a row, one row an image.
 
-    python data/import_captions.py laclip cc3m_original.csv cc3m.jsonl --rewrites chatgpt=cc3m_chatgpt.txt
+    python data/import_captions.py laclip cc3m_original.csv cc3m.laclip.jsonl --rewrites chatgpt=cc3m_chatgpt.txt
     python data/import_captions.py tsv cc12m.tsv cc12m.jsonl
     python data/import_captions.py img2dataset /data/cc12m cc12m.jsonl --image-root /data
     python data/import_captions.py coco dataset_coco.json coco_test.jsonl --split test
@@ -8,8 +8,9 @@
     python data/import_captions.py folder photos photos.jsonl
 
 Each reader below yields rows and names where its format is documented. Nothing is dropped silently: a row
-that lacks something says so in `error` and is counted in the summary. All but COCO's JSON is streamed, so
-memory does not grow with the rows. Texts are carried as they are; data/filter_captions.py cleans.
+that lacks something says so in `error`, or with --drop-errors is left out, and the summary counts it. All but
+COCO's JSON is streamed, so memory does not grow with the rows. Texts are carried as they are;
+data/filter_captions.py cleans.
 """
 import argparse, codecs, contextlib, csv, itertools, json, os, re, signal, sys, tarfile
 from collections import Counter, defaultdict
@@ -297,8 +298,8 @@ def finish(row):
     return row | {"error": errors} if errors else row
 
 
-def write_jsonl(rows, output, overwrite):
-    """Write under a temporary name, sync, rename. -> number of rows, Counter of errors by reason"""
+def write_jsonl(rows, output, overwrite, drop_errors):
+    """Write under a temporary name, sync, rename. -> the summary: {what: how many rows}"""
     if not output.endswith(".jsonl"):  # also saves the last shard when OUT was forgotten after a list of them
         die(f"{output}: the output comes last and its name ends in .jsonl")
     if os.path.exists(output) and not overwrite:
@@ -309,13 +310,15 @@ def write_jsonl(rows, output, overwrite):
     try:
         with open(temporary, "wb") as f:
             for row in map(finish, tqdm(rows, unit=" rows", unit_scale=True, disable=None)):
+                reasons.update(f"  {field}: {reason}" for field, reason in row.get("error", {}).items())
+                failed += "error" in row
+                if drop_errors and "error" in row:
+                    continue
                 # A lone surrogate (half a character) has no UTF-8; the handler's escape is JSON's, too.
                 f.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
                 count += 1
-                failed += "error" in row
-                reasons.update(f"  {field}: {reason}" for field, reason in row.get("error", {}).items())
             if not count:
-                die("no rows in the input; nothing written")
+                die(f"all {failed} rows have an error; nothing written" if failed else "no rows in the input; nothing written")
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, output)
@@ -323,7 +326,7 @@ def write_jsonl(rows, output, overwrite):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    return {"rows": count, "rows with error": failed, **dict(reasons.most_common())}
+    return {"rows": count, "rows left out" if drop_errors else "rows with error": failed, **dict(reasons.most_common())}
 
 
 def main(argv=None):
@@ -338,6 +341,8 @@ def main(argv=None):
         sub.add_argument("input", metavar=metavar, **kwargs)
         sub.add_argument("output", metavar="OUT.jsonl")
         sub.add_argument("--overwrite", action="store_true", help="replace OUT if it exists (default: stop)")
+        sub.add_argument("--drop-errors", action="store_true",
+                         help="leave out rows that lack something, and count them (default: they stay, with the reason)")
         return sub
 
     sub = command(laclip, "LaCLIP's release: a CSV of captions, and a .txt of rewrites a source", "CSV")
@@ -365,7 +370,7 @@ def main(argv=None):
 
     args = parser.parse_args(argv)
     try:
-        summary = write_jsonl(args.read(args), args.output, args.overwrite)
+        summary = write_jsonl(args.read(args), args.output, args.overwrite, args.drop_errors)
     except OSError as e:
         die(f"{e.filename}: {e.strerror}" if e.filename else e)
     for name, count in {**summary, "invalid UTF-8 replaced": invalid_utf8["replaced"]}.items():

@@ -1,7 +1,7 @@
 """A small LLaVA, built the way LLaVA was (Liu et al. 2023, section 4.2): a CLIP image tower, a projector, a language model.
 
-    python data/make_tiny_llava.py out/demo/clip/checkpoint.pt out/demo/smollm2 half_a.jsonl out/demo/tiny-llava \\
-        --image-root out/demo/images --steps 500          # 20 minutes on 2 cores
+    python data/make_tiny_llava.py out/demo/clip-noisy/checkpoint.pt out/demo/smollm2 out/demo/half_a.jsonl \\
+        out/demo/tiny-llava --image-root out/demo/images      # 25 minutes on 2 cores
 
 The image tower is a CLIP of train_clip.py, in its Hugging Face form, and stays frozen. A two-layer projector carries all
 its tokens into the language model's space. First the projector learns alone, then with the language model's upper
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from caption_llava import PROMPT  # noqa: E402
-from train_clip import augment_strong, die, load_checkpoint, open_image, pick_device, read_rows, texts_of, to_rgb  # noqa: E402
+from train_clip import augment_crop, die, load_checkpoint, open_image, pick_device, read_rows, texts_of, to_rgb  # noqa: E402
 
 # The instruction, the picture's tokens, and the caption follow one another; a newline ends the caption for the reader
 TEMPLATE = ("{% for m in messages %}{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] }}{% endfor %}"
@@ -46,8 +46,8 @@ def build(checkpoint, llm, device):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     language.resize_token_embeddings(len(tokenizer))
     tokens = (tower.config.image_size // tower.config.patch_size) ** 2 + 1
-    config = LlavaConfig(vision_config=tower.config, text_config=language.config, vision_feature_layer=-1,
-                         vision_feature_select_strategy="full", image_seq_length=tokens,
+    config = LlavaConfig(vision_config=tower.config, text_config=language.config, vision_feature_layer=-2,  # as LLaVA: the last but one
+                         vision_feature_select_strategy="full", image_seq_length=tokens,  # its class token too: the tower is small
                          image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
@@ -61,10 +61,10 @@ def build(checkpoint, llm, device):
 
 
 def prepare(processor, root, rows, rng, prompt, S):
-    """Pictures, augmented as train_clip.py's --augment strong does, and captions -> the model's inputs, right-padded, with
-    labels on the caption and the end token alone (-100 elsewhere)"""
+    """Pictures, a little cropped, and captions -> the model's inputs, right-padded, with labels on the caption and the end
+    token alone (-100 elsewhere)"""
     tokenizer = processor.tokenizer
-    images = [augment_strong(open_image(root, row["image"]), S, rng) for row in rows]
+    images = [augment_crop(open_image(root, row["image"]), S, rng, scale=(0.8, 1.0)) for row in rows]
     prompts = processor(images=images, text=[prompt] * len(rows), return_tensors="pt")
     captions = [tokenizer(" " + texts_of(row["alt"])[0], add_special_tokens=False).input_ids[:40] + [tokenizer.eos_token_id]
                 for row in rows]
@@ -75,7 +75,7 @@ def prepare(processor, root, rows, rng, prompt, S):
 
 
 def train(model, processor, root, rows, args):
-    """Stage 1, a third of the steps: the projector. Stage 2: with the language model's upper layers."""
+    """Stage 1, a sixth of the steps: the projector. Stage 2: with the language model's upper layers."""
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}
     prompt = processor.apply_chat_template([message], add_generation_prompt=True)
     rng, order, S = np.random.default_rng(args.seed), random.Random(args.seed), model.config.vision_config.image_size
@@ -86,7 +86,7 @@ def train(model, processor, root, rows, args):
     optimizer = torch.optim.AdamW([{"params": projector, "peak": 1e-3}, {"params": upper, "peak": 2e-4}], weight_decay=0.05)
     queue, progress = [], tqdm(range(args.steps), desc="projector", unit="step")
     for step in progress:
-        if step == args.steps // 3 and upper:
+        if step == args.steps // 6 and upper:
             for p in upper:
                 p.requires_grad_(True)
             progress.set_description("and upper layers")
@@ -116,7 +116,7 @@ def main(argv=None):
     add("captions", help="JSONL with image and alt")
     add("output", help="the folder to make")
     add("--image-root", required=True)
-    add("--steps", type=int, default=500, help="a third of them for the projector alone (default: %(default)s)")
+    add("--steps", type=int, default=600, help="a sixth of them for the projector alone (default: %(default)s)")
     add("--layers", type=int, default=6, help="of the language model's, from the top, that learn too (default: 6; 0: none)")
     add("--batch-size", type=int, default=32)
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])

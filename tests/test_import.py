@@ -29,7 +29,8 @@ def rows_of(*args, out):
     assert lines.pop() == b""
     rows = [json.loads(line.decode("utf-8")) for line in lines]
     assert summary["rows"] == len(rows)
-    assert summary["rows with error"] == sum("error" in row for row in rows)
+    errors = sum("error" in row for row in rows)
+    assert errors == (0 if "--drop-errors" in args else summary["rows with error"])
     return rows, summary
 
 
@@ -186,7 +187,12 @@ def test_tsv_images(tmp_path, out):
     assert rows == [{"url": "http://x/0", "alt": "zero", "error": {"image": "missing file"}},
                     {"line": "broken", "error": {"line": "not one URL and one caption"}},
                     {"image": "00000002.jpg", "url": "http://x/2", "alt": "two"}]
-    assert summary["image: missing file"] == 1
+    assert summary["image: missing file"] == 1 and summary["rows with error"] == 2
+    rows, summary = rows_of("tsv", tmp_path / "a.tsv", out, "--images", tmp_path, "--image-pattern", "{index:08d}.jpg",
+                            "--overwrite", "--drop-errors", out=out)
+    assert [row["image"] for row in rows] == ["00000002.jpg"]
+    assert (summary["rows"], summary["rows left out"], summary["image: missing file"]) == (1, 2, 1)
+    fails("tsv", tmp_path / "a.tsv", out, "--images", tmp_path, "--overwrite", "--drop-errors", out=out, says=["all 3 rows"])
     (tmp_path / "000000000.jpg").write_bytes(picture("red"))
     rows, _ = rows_of("tsv", tmp_path / "a.tsv", out, "--images", tmp_path, "--overwrite", out=out)
     assert rows[0] == {"image": "000000000.jpg", "url": "http://x/0", "alt": "zero"}
