@@ -2,7 +2,7 @@
 
 The model sees the picture and one fixed prompt; no caption field is read, so a VeC is independent of the AltText.
 
-    python caption_llava.py --input vecap.jsonl --output vecap.vec.jsonl --image-root DIR --model llava-hf/llava-1.5-7b-hf
+    python caption_llava.py --input cc3m.jsonl --output cc3m.vec.jsonl --image-root DIR --model llava-hf/llava-1.5-7b-hf
     torchrun --nproc_per_node 8 caption_llava.py ...the same arguments...    # ranks share the file, not the work
     python caption_llava.py --input a.jsonl --output b.jsonl --image-root DIR --model FOLDER --limit 8   # a first look
 

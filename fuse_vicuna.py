@@ -1,6 +1,6 @@
 """Fuse AltText and VeC into one caption with Vicuna: VeCLIP's VeCap (arXiv 2310.07699, section 3.3).
 
-    python fuse_vicuna.py --input vecap.vec.jsonl --output vecap.fused.jsonl --model lmsys/vicuna-13b-v1.1
+    python fuse_vicuna.py --input cc3m.vec.jsonl --output cc3m.fused.jsonl --model lmsys/vicuna-13b-v1.1
     torchrun --nproc_per_node 8 fuse_vicuna.py ...the same arguments...      # ranks share the file, not the work
     python fuse_vicuna.py --input a.jsonl --output b.jsonl --model FOLDER --format pairs --limit 8     # a small model
 

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 SOURCES = ["chatgpt", "bard", "coco", "human"]  # M = 4 rewrites a caption (paper, section 3.1)
-TASK = "Rewrite each image caption in other words, keeping its meaning."  # the paper's sentence is not known: ours
+TASK = "Rewrite each image caption in other words, keeping its meaning."  # ours; the release's: "write image captions differently,"
 MAX_INPUT_TOKENS = 256  # a longer text is no caption: it is left null; assumed
 PAIRS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompts", "meta_pairs.jsonl")
 

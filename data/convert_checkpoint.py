@@ -5,7 +5,7 @@
     python data/convert_checkpoint.py hf clip-vit-large-patch14-336 clip.pt        # a folder of transformers' CLIPModel
     python data/convert_checkpoint.py veclip vecapdfn_clip_h14_336 clip.pt         # VeCLIP's release, unzipped
     python data/convert_checkpoint.py laclip cc12m_laclip.pt clip.pt               # LaCLIP's CC3M, CC12M, RedCaps; SLIP
-    python data/convert_checkpoint.py to-hf runs/laclip/checkpoint.pt FOLDER
+    python data/convert_checkpoint.py to-hf runs/veclip/checkpoint.pt FOLDER
 
 Ours into open_clip needs no tool, the names are the same:
 
