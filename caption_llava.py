@@ -11,6 +11,8 @@ Row out: the same and "vec": "a red bicycle leaning on a wall"; null for a pictu
 "error". The same command goes on after any interruption, and its result is the same to the byte.
 """
 import argparse
+import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -18,11 +20,13 @@ import json
 import multiprocessing
 import os
 import re
+import stat
 import sys
 import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -84,11 +88,17 @@ def put_texts(row, field, like, results):
     """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
     go to row["error"][field]."""
     texts, reasons = ([result[i] for result in results] for i in (0, 1))
-    row[field] = texts if isinstance(like, list) else texts[0]
-    if any(reasons):
-        earlier = row.get("error") or {}
-        earlier = earlier if isinstance(earlier, dict) else {"row": earlier}  # the user's own: kept
-        row["error"] = {**earlier, field: reasons if isinstance(like, list) else reasons[0]}
+    error = row.pop("error", None) or {}
+    error = error if isinstance(error, dict) else {"row": error}  # the user's own: kept
+    error.pop(field, None)
+    if row.get(field) is not None:  # further down than make_header looked
+        error[field] = "was there before, kept"
+    else:
+        row[field] = texts if isinstance(like, list) else texts[0]
+        if any(reasons):
+            error[field] = reasons if isinstance(like, list) else reasons[0]
+    if error:
+        row["error"] = error
 
 
 def make_header(args, reads, makes, settings):
@@ -123,8 +133,11 @@ def is_finished(args, header):
         if os.path.exists(args.output):
             die(f"{args.output} exists and is not this stage's work; move it away or choose another --output")
         return False
-    with open(path) as f:
-        begun = json.load(f)
+    try:
+        with open(path) as f:
+            begun = json.load(f)
+    except ValueError as e:
+        die(f"{path} is damaged ({e}): delete {args.output}.parts to start over")
     for key in header:
         if begun.get(key) != header[key]:
             die(f"{args.output} was begun with {key} = {begun.get(key)!r}, now it is {header[key]!r}: choose another "
@@ -148,28 +161,41 @@ def cut_back(out, f, blocks, end):
 
 def write_synced(out, data):
     try:
-        out.write(data)  # all at once: of many small writes a full disk would leave some to be tried again on closing
-        out.flush()
+        while data:  # past Python's buffer, which on a full disk would try again on closing
+            data = data[os.write(out.fileno(), data):]
         os.fsync(out.fileno())
     except OSError as e:
         die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
 
-def run_blocks(args, header, process):
+def put_header(args, header):
+    """Write header.json unless it is there: whole, by the first of all ranks and launches, and never replaced."""
+    parts = args.output + ".parts"
+    if os.path.exists(args.output) or os.path.exists(parts + "/header.json"):
+        return
+    try:
+        os.makedirs(parts, exist_ok=True)
+        with open(f"{parts}/header.{os.uname().nodename}.{os.getpid()}", "wb") as f:
+            write_synced(f, json.dumps(header, indent=1).encode())
+        with contextlib.suppress(FileExistsError):
+            os.link(f.name, parts + "/header.json")
+        os.remove(f.name)
+    except OSError as e:
+        die(f"{parts}: {e.strerror}")
+
+
+def run_blocks(args, header, process, notes):
     """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress).
-    -> (rows of this launch, seconds)"""
+    -> (rows of this launch, seconds); lines that are no row are counted in notes"""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     end, per_shard = header["end"], header["blocks_per_shard"]
     n_blocks = -(-end // BLOCK)
     shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
     names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
+    put_header(args, header)
     if is_finished(args, header):  # begun or even finished by another launch while the model was loading
         return 0, 0
     rows, started = 0, time.time()
-    os.makedirs(args.output + ".parts", exist_ok=True)
-    with open(f"{args.output}.parts/header.json.{rank}", "w") as f:
-        json.dump(header, f, indent=1)
-    os.replace(f.name, f"{args.output}.parts/header.json")  # every rank writes the same
     progress = tqdm(total=sum(map(len, shards[rank::world])), unit="block", disable=rank > 0)
     with open(args.input, "rb") as f:
         for name, blocks in zip(names[rank::world], shards[rank::world]):
@@ -177,13 +203,14 @@ def run_blocks(args, header, process):
                 progress.update(len(blocks))
                 continue
             with open(name + ".partial", "ab+") as out:
-                lock(out) or die(f"another process is writing {name}.partial")
+                lock(out) or die(f"another process is writing {name}.partial, or died on another node less than two minutes ago")
                 done = cut_back(out, f, blocks, end)
                 progress.update(done)
                 for block in blocks[done:]:
                     lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
                     process(block, [(offset, row) for offset, row, good in lines if good], progress)
                     rows += len(lines)
+                    notes.update("no JSON object, kept as text" for *_, good in lines if not good)
                     write_synced(out, b"".join(dump_row(row) for _, row, _ in lines))
                     progress.update()
             os.replace(name + ".partial", name)
@@ -263,13 +290,21 @@ def end_tokens(model, tokenizer, newline):
     return stops.to(model.device)
 
 
+def mark_special(tokenizer):
+    """Make every added token a special one, so that none is ever read from data or shown: some checkpoints forget a few."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [t for t in tokenizer.get_added_vocab() if t.strip()]})
+
+
 def lock(f):
-    """Take a file for this process; the kernel gives it back when the process dies, so no lock is ever stale."""
+    """Take a file for this process. It is free again when the process dies; on NFS, of a node that dies, once the server
+    misses it."""
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
         return False
+    except OSError as e:
+        die(f"{f.name}: {e.strerror}: --output must be on a file system with locks (Lustre: mount with flock)")
 
 
 def at_least(least, kind=int):
@@ -294,7 +329,8 @@ def pick_device(name):
 def pick_dtype(name, device):
     """auto: bf16 where the hardware computes in it, else fp32. Another dtype gives other texts, so OUT records it."""
     if name == "auto":
-        native = torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else device != "mps"
+        native = (torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else
+                  device != "mps" and torch.cuda.is_bf16_supported(including_emulation=False))
         return "bf16" if native else "fp32"
     return name
 
@@ -306,22 +342,29 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # --- pictures, in worker processes ------------------------------------------------------------------------------------
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # of Pillow's; EPS would run Ghostscript
+MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}  # one picture's fault
+
+
 def open_image(root, name):
     """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`."""
     member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name) if isinstance(name, str) else None
     path = os.path.realpath(os.path.join(root, member[1] if member else name))
     if not path.startswith(os.path.join(os.path.realpath(root), "")):
         raise ValueError("outside --image-root")
-    size = int(member[3]) if member else os.path.getsize(path)
-    if size > 1 << 28 or not os.path.isfile(path):
-        raise ValueError(f"{size} bytes are no picture" if os.path.isfile(path) else "no file")
+    status = os.stat(path)
+    size = int(member[3]) if member else status.st_size
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("no file")
+    if size > 1 << 28:
+        raise ValueError(f"{size} bytes are no picture")
     with open(path, "rb") as f:
         f.seek(int(member[2]) if member else 0)
         data = io.BytesIO(f.read(size))
     try:
-        image = Image.open(data)
+        image = Image.open(data, formats=FORMATS)
     except UnidentifiedImageError:  # its own message has a memory address in it, another one in every run
-        raise ValueError("no picture that Pillow can read") from None
+        raise ValueError(f"no picture in one of {', '.join(FORMATS)}") from None
     if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
         raise ValueError(f"{image.width} x {image.height} pixels are no picture")
     return image
@@ -356,13 +399,16 @@ def process_images(images, prompt):
 
 def prepare_batch(names, root, prompt):
     """-> inputs of the pictures that can be read, and {number of a name: why it cannot}. Pillow and the processors raise
-    nearly everything; a worker must outlive any file."""
+    nearly everything; a worker must outlive any file. A disk that fails is no picture's fault: a later launch reads them."""
     images, reasons = {}, {}
     for i, name in enumerate(names):
         try:
             images[i] = to_rgb(open_image(root, name))
         except Exception as e:
-            reasons[i] = f"{type(e).__name__}: {e}" if name else "no image"
+            number = getattr(e, "errno", None)  # Pillow's own OSErrors have none
+            if number and number not in MISSING:
+                raise
+            reasons[i] = f"{type(e).__name__}: {os.strerror(number) if number else e}" if name else "no image"
     try:
         return process_images([*images.values()], prompt), reasons
     except Exception:  # each on its own: which one is it?
@@ -377,12 +423,16 @@ def prepare_batch(names, root, prompt):
 def ahead(pool, function, calls, depth):
     """function(*call) for every call, in order, with `depth` of them under way in the pool."""
     waiting = deque()
-    for call in calls:
-        waiting.append(pool.submit(function, *call))
-        if len(waiting) > depth:
+    try:
+        for call in calls:
+            waiting.append(pool.submit(function, *call))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    except (BrokenProcessPool, OSError) as e:
+        die(f"pictures cannot be read: {e}. Nothing is lost: the same command goes on from here (if a worker was killed for "
+            "want of memory, with fewer --workers)")
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -394,11 +444,13 @@ def load_processor(name, prompt):
         processor = AutoProcessor.from_pretrained(name)
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
         text = processor.apply_chat_template([message], add_generation_prompt=True)
+        processor(images=[Image.new("RGB", (64, 64))], text=[text], return_tensors="np")  # it works: if one fails, it is the picture
     except Exception as e:  # transformers raises nearly everything for a folder that is none
-        die(f"--model {name} has no processor with a chat template: {type(e).__name__}: {e}")
+        die(f"--model {name} has no working processor with a chat template: {type(e).__name__}: {e}")
     processor.tokenizer.padding_side = "left"  # a decoder-only model continues at the right end
     if processor.tokenizer.pad_token is None:  # what is padded is masked
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    mark_special(processor.tokenizer)
     return processor, text
 
 
@@ -410,12 +462,13 @@ def load_model(name, device, dtype):
         die(f"--model {name} is no image captioner that transformers can load: {type(e).__name__}: {e}")
 
 
-def caption(model, processor, inputs, stops, max_new_tokens):
+def caption(model, processor, inputs, stops, max_new_tokens, notes):
     """Greedy captions of one prepared batch, one line each."""
     inputs = {key: torch.from_numpy(value).to(model.device) for key, value in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    new, _ = decode(model, inputs, stops, max_new_tokens, greedy)
+    new, ended = decode(model, inputs, stops, max_new_tokens, greedy)
+    notes.update(["cut off at --max-new-tokens"] * ended.count(False))
     return [one_line(text) for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
@@ -435,7 +488,7 @@ def main(argv=None):
     parser.add_argument("--workers", type=at_least(0), default=4, help="processes that read pictures (default: %(default)s)")
     parser.add_argument("--limit", type=at_least(0), help="only the first N lines of the input (default: all)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                        help="auto: bf16 where the hardware computes in it, else fp32")
+                        help="auto: bf16 where the hardware computes in it, else fp32 (fp16 for GPUs before Ampere)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--seed", type=at_least(0), default=0, help="kept in the header; greedy captions draw nothing")
     args = parser.parse_args(argv)
@@ -453,7 +506,7 @@ def main(argv=None):
     global processor
     processor, prompt = load_processor(args.model, args.prompt)
     pool = ProcessPoolExecutor(max(1, args.workers), multiprocessing.get_context("fork"), begin_worker)
-    list(pool.map(abs, range(args.workers)))  # forked now, before the model and CUDA are there
+    list(pool.map(abs, range(max(1, args.workers))))  # forked now, before the model and CUDA are there
     model = load_model(args.model, device, DTYPES[dtype])
     stops = end_tokens(model, processor.tokenizer, newline=False)
 
@@ -462,7 +515,7 @@ def main(argv=None):
         batches = [[row for _, row in rows[at:at + args.batch_size]] for at in range(0, len(rows), args.batch_size)]
         calls = [([row.get("image") for row in batch], args.image_root, prompt) for batch in batches]
         for batch, (inputs, reasons) in zip(batches, ahead(pool, prepare_batch, calls, args.workers)):
-            texts = iter(caption(model, processor, inputs, stops, args.max_new_tokens) if inputs else [])
+            texts = iter(caption(model, processor, inputs, stops, args.max_new_tokens, notes) if inputs else [])
             for i, row in enumerate(batch):
                 text = None if i in reasons else next(texts)
                 reason = reasons.get(i) or (None if text else "empty")
@@ -470,7 +523,7 @@ def main(argv=None):
                 outcomes[reason.split(":")[0] if reason else "captioned"] += 1
             progress.set_postfix(images=outcomes.total())
 
-    done = run_blocks(args, header, process)
+    done = run_blocks(args, header, process, notes)
     pool.shutdown()
     report(args, done, "images", outcomes, notes)
 

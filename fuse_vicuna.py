@@ -10,6 +10,7 @@ AltText over --max-alt-tokens is cut and the VeC never, and where one of the two
 The same command goes on after any interruption, and its result is the same to the byte.
 """
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -86,11 +87,17 @@ def put_texts(row, field, like, results):
     """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
     go to row["error"][field]."""
     texts, reasons = ([result[i] for result in results] for i in (0, 1))
-    row[field] = texts if isinstance(like, list) else texts[0]
-    if any(reasons):
-        earlier = row.get("error") or {}
-        earlier = earlier if isinstance(earlier, dict) else {"row": earlier}  # the user's own: kept
-        row["error"] = {**earlier, field: reasons if isinstance(like, list) else reasons[0]}
+    error = row.pop("error", None) or {}
+    error = error if isinstance(error, dict) else {"row": error}  # the user's own: kept
+    error.pop(field, None)
+    if row.get(field) is not None:  # further down than make_header looked
+        error[field] = "was there before, kept"
+    else:
+        row[field] = texts if isinstance(like, list) else texts[0]
+        if any(reasons):
+            error[field] = reasons if isinstance(like, list) else reasons[0]
+    if error:
+        row["error"] = error
 
 
 def make_header(args, reads, makes, settings):
@@ -125,8 +132,11 @@ def is_finished(args, header):
         if os.path.exists(args.output):
             die(f"{args.output} exists and is not this stage's work; move it away or choose another --output")
         return False
-    with open(path) as f:
-        begun = json.load(f)
+    try:
+        with open(path) as f:
+            begun = json.load(f)
+    except ValueError as e:
+        die(f"{path} is damaged ({e}): delete {args.output}.parts to start over")
     for key in header:
         if begun.get(key) != header[key]:
             die(f"{args.output} was begun with {key} = {begun.get(key)!r}, now it is {header[key]!r}: choose another "
@@ -150,28 +160,41 @@ def cut_back(out, f, blocks, end):
 
 def write_synced(out, data):
     try:
-        out.write(data)  # all at once: of many small writes a full disk would leave some to be tried again on closing
-        out.flush()
+        while data:  # past Python's buffer, which on a full disk would try again on closing
+            data = data[os.write(out.fileno(), data):]
         os.fsync(out.fileno())
     except OSError as e:
         die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
 
-def run_blocks(args, header, process):
+def put_header(args, header):
+    """Write header.json unless it is there: whole, by the first of all ranks and launches, and never replaced."""
+    parts = args.output + ".parts"
+    if os.path.exists(args.output) or os.path.exists(parts + "/header.json"):
+        return
+    try:
+        os.makedirs(parts, exist_ok=True)
+        with open(f"{parts}/header.{os.uname().nodename}.{os.getpid()}", "wb") as f:
+            write_synced(f, json.dumps(header, indent=1).encode())
+        with contextlib.suppress(FileExistsError):
+            os.link(f.name, parts + "/header.json")
+        os.remove(f.name)
+    except OSError as e:
+        die(f"{parts}: {e.strerror}")
+
+
+def run_blocks(args, header, process, notes):
     """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress).
-    -> (rows of this launch, seconds)"""
+    -> (rows of this launch, seconds); lines that are no row are counted in notes"""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     end, per_shard = header["end"], header["blocks_per_shard"]
     n_blocks = -(-end // BLOCK)
     shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
     names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
+    put_header(args, header)
     if is_finished(args, header):  # begun or even finished by another launch while the model was loading
         return 0, 0
     rows, started = 0, time.time()
-    os.makedirs(args.output + ".parts", exist_ok=True)
-    with open(f"{args.output}.parts/header.json.{rank}", "w") as f:
-        json.dump(header, f, indent=1)
-    os.replace(f.name, f"{args.output}.parts/header.json")  # every rank writes the same
     progress = tqdm(total=sum(map(len, shards[rank::world])), unit="block", disable=rank > 0)
     with open(args.input, "rb") as f:
         for name, blocks in zip(names[rank::world], shards[rank::world]):
@@ -179,13 +202,14 @@ def run_blocks(args, header, process):
                 progress.update(len(blocks))
                 continue
             with open(name + ".partial", "ab+") as out:
-                lock(out) or die(f"another process is writing {name}.partial")
+                lock(out) or die(f"another process is writing {name}.partial, or died on another node less than two minutes ago")
                 done = cut_back(out, f, blocks, end)
                 progress.update(done)
                 for block in blocks[done:]:
                     lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
                     process(block, [(offset, row) for offset, row, good in lines if good], progress)
                     rows += len(lines)
+                    notes.update("no JSON object, kept as text" for *_, good in lines if not good)
                     write_synced(out, b"".join(dump_row(row) for _, row, _ in lines))
                     progress.update()
             os.replace(name + ".partial", name)
@@ -265,13 +289,21 @@ def end_tokens(model, tokenizer, newline):
     return stops.to(model.device)
 
 
+def mark_special(tokenizer):
+    """Make every added token a special one, so that none is ever read from data or shown: some checkpoints forget a few."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [t for t in tokenizer.get_added_vocab() if t.strip()]})
+
+
 def lock(f):
-    """Take a file for this process; the kernel gives it back when the process dies, so no lock is ever stale."""
+    """Take a file for this process. It is free again when the process dies; on NFS, of a node that dies, once the server
+    misses it."""
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
         return False
+    except OSError as e:
+        die(f"{f.name}: {e.strerror}: --output must be on a file system with locks (Lustre: mount with flock)")
 
 
 def at_least(least, kind=int):
@@ -296,7 +328,8 @@ def pick_device(name):
 def pick_dtype(name, device):
     """auto: bf16 where the hardware computes in it, else fp32. Another dtype gives other texts, so OUT records it."""
     if name == "auto":
-        native = torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else device != "mps"
+        native = (torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else
+                  device != "mps" and torch.cuda.is_bf16_supported(including_emulation=False))
         return "bf16" if native else "fp32"
     return name
 
@@ -360,19 +393,29 @@ def load_model(name, device, dtype):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
     except Exception as e:  # transformers raises nearly everything for a folder that is none
         die(f"--model {name} is no language model that transformers can load: {type(e).__name__}: {e}")
+    mark_special(tokenizer)
     return model.eval(), tokenizer
 
 
+def unquote(text):
+    """The text without the quotation marks around it, if there are no others."""
+    return re.sub(r'^["\u201c]([^"\u201c\u201d]*)["\u201d]$', r"\1", text).strip()
+
+
 @torch.inference_mode()
-def answer(model, tokenizer, prompts, stops, batch_size, max_new_tokens):
+def answer(model, tokenizer, prompts, stops, batch_size, max_new_tokens, notes):
     """Greedy answers, one line each. Prompts of one length share a batch, and what they all begin with is computed once."""
+    from transformers import DynamicCache
+
     answers = [None] * len(prompts)
+    sliding = any(DynamicCache(config=model.config.get_text_config()).is_sliding)  # its window would count the padding
     ids = {i: tokenizer(prompt, split_special_tokens=True).input_ids for i, prompt in enumerate(prompts) if prompt}
     order = sorted(ids, key=lambda i: len(ids[i]))
     for at in range(0, len(order), batch_size):
         batch = order[at:at + batch_size]
         rows = [ids[i] for i in batch]  # the longest last
         T, P = len(rows[-1]), min(len(os.path.commonprefix(rows)), len(rows[0]) - 1)  # one token of its own for each at least
+        P = 0 if sliding else P
         cache = None
         if P:
             cache = model(torch.tensor([rows[0][:P]], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
@@ -380,9 +423,10 @@ def answer(model, tokenizer, prompts, stops, batch_size, max_new_tokens):
         own = torch.tensor([[0] * (T - len(row)) + row[P:] for row in rows], device=model.device)  # [B, T - P], padded on the left
         mask = torch.tensor([[1] * P + [0] * (T - len(row)) + [1] * (len(row) - P) for row in rows], device=model.device)
         inputs = {"input_ids": own, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, P:]}
-        new, _ = decode(model, inputs, stops, max_new_tokens, greedy, cache)
+        new, ended = decode(model, inputs, stops, max_new_tokens, greedy, cache)
+        notes.update(["cut off at --max-new-tokens"] * ended.count(False))
         for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True)):
-            answers[i] = one_line(text.strip().split("\n")[0]).strip('"')
+            answers[i] = unquote(one_line(text.strip().split("\n")[0]))
     return answers
 
 
@@ -407,7 +451,7 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=at_least(1), default=32, help="rows at a time (default: %(default)s)")
     parser.add_argument("--limit", type=at_least(0), help="only the first N lines of the input (default: all)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                        help="auto: bf16 where the hardware computes in it, else fp32")
+                        help="auto: bf16 where the hardware computes in it, else fp32 (fp16 for GPUs before Ampere)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the pairs' draw; the answers are greedy")
     args = parser.parse_args(argv)
@@ -432,7 +476,7 @@ def main(argv=None):
         drawn = [pairs[i] for i in np.random.default_rng([args.seed, block]).choice(len(pairs), SHOTS, replace=False)]
         prompts = [None if not alt and not vec or cut(tokenizer, vec, MAX_VEC_TOKENS)[1] else
                    chat_prompt(alt, vec) if args.format == "chat" else pairs_prompt(drawn, alt, vec) for alt, vec in given]
-        return answer(model, tokenizer, prompts, stops, args.batch_size, args.max_new_tokens)
+        return answer(model, tokenizer, prompts, stops, args.batch_size, args.max_new_tokens, notes)
 
     def judge(alt, vec, text):
         """(fused caption or None, reason or None); what it was made of is counted."""
@@ -464,7 +508,7 @@ def main(argv=None):
             put_texts(row, "vecap", value, [next(results) for _ in alts])
         progress.set_postfix(texts=outcomes.total())
 
-    done = run_blocks(args, header, process)
+    done = run_blocks(args, header, process, notes)
     report(args, done, "texts", outcomes, notes)
 
 

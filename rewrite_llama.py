@@ -12,6 +12,7 @@ Row out: the same and "rewrite_chatgpt": "...", ...; null where no usable answer
 The same command goes on after any interruption, and its result is the same to the byte.
 """
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -84,11 +85,17 @@ def put_texts(row, field, like, results):
     """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
     go to row["error"][field]."""
     texts, reasons = ([result[i] for result in results] for i in (0, 1))
-    row[field] = texts if isinstance(like, list) else texts[0]
-    if any(reasons):
-        earlier = row.get("error") or {}
-        earlier = earlier if isinstance(earlier, dict) else {"row": earlier}  # the user's own: kept
-        row["error"] = {**earlier, field: reasons if isinstance(like, list) else reasons[0]}
+    error = row.pop("error", None) or {}
+    error = error if isinstance(error, dict) else {"row": error}  # the user's own: kept
+    error.pop(field, None)
+    if row.get(field) is not None:  # further down than make_header looked
+        error[field] = "was there before, kept"
+    else:
+        row[field] = texts if isinstance(like, list) else texts[0]
+        if any(reasons):
+            error[field] = reasons if isinstance(like, list) else reasons[0]
+    if error:
+        row["error"] = error
 
 
 def make_header(args, reads, makes, settings):
@@ -123,8 +130,11 @@ def is_finished(args, header):
         if os.path.exists(args.output):
             die(f"{args.output} exists and is not this stage's work; move it away or choose another --output")
         return False
-    with open(path) as f:
-        begun = json.load(f)
+    try:
+        with open(path) as f:
+            begun = json.load(f)
+    except ValueError as e:
+        die(f"{path} is damaged ({e}): delete {args.output}.parts to start over")
     for key in header:
         if begun.get(key) != header[key]:
             die(f"{args.output} was begun with {key} = {begun.get(key)!r}, now it is {header[key]!r}: choose another "
@@ -148,28 +158,41 @@ def cut_back(out, f, blocks, end):
 
 def write_synced(out, data):
     try:
-        out.write(data)  # all at once: of many small writes a full disk would leave some to be tried again on closing
-        out.flush()
+        while data:  # past Python's buffer, which on a full disk would try again on closing
+            data = data[os.write(out.fileno(), data):]
         os.fsync(out.fileno())
     except OSError as e:
         die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
 
-def run_blocks(args, header, process):
+def put_header(args, header):
+    """Write header.json unless it is there: whole, by the first of all ranks and launches, and never replaced."""
+    parts = args.output + ".parts"
+    if os.path.exists(args.output) or os.path.exists(parts + "/header.json"):
+        return
+    try:
+        os.makedirs(parts, exist_ok=True)
+        with open(f"{parts}/header.{os.uname().nodename}.{os.getpid()}", "wb") as f:
+            write_synced(f, json.dumps(header, indent=1).encode())
+        with contextlib.suppress(FileExistsError):
+            os.link(f.name, parts + "/header.json")
+        os.remove(f.name)
+    except OSError as e:
+        die(f"{parts}: {e.strerror}")
+
+
+def run_blocks(args, header, process, notes):
     """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress).
-    -> (rows of this launch, seconds)"""
+    -> (rows of this launch, seconds); lines that are no row are counted in notes"""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     end, per_shard = header["end"], header["blocks_per_shard"]
     n_blocks = -(-end // BLOCK)
     shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
     names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
+    put_header(args, header)
     if is_finished(args, header):  # begun or even finished by another launch while the model was loading
         return 0, 0
     rows, started = 0, time.time()
-    os.makedirs(args.output + ".parts", exist_ok=True)
-    with open(f"{args.output}.parts/header.json.{rank}", "w") as f:
-        json.dump(header, f, indent=1)
-    os.replace(f.name, f"{args.output}.parts/header.json")  # every rank writes the same
     progress = tqdm(total=sum(map(len, shards[rank::world])), unit="block", disable=rank > 0)
     with open(args.input, "rb") as f:
         for name, blocks in zip(names[rank::world], shards[rank::world]):
@@ -177,13 +200,14 @@ def run_blocks(args, header, process):
                 progress.update(len(blocks))
                 continue
             with open(name + ".partial", "ab+") as out:
-                lock(out) or die(f"another process is writing {name}.partial")
+                lock(out) or die(f"another process is writing {name}.partial, or died on another node less than two minutes ago")
                 done = cut_back(out, f, blocks, end)
                 progress.update(done)
                 for block in blocks[done:]:
                     lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
                     process(block, [(offset, row) for offset, row, good in lines if good], progress)
                     rows += len(lines)
+                    notes.update("no JSON object, kept as text" for *_, good in lines if not good)
                     write_synced(out, b"".join(dump_row(row) for _, row, _ in lines))
                     progress.update()
             os.replace(name + ".partial", name)
@@ -263,13 +287,21 @@ def end_tokens(model, tokenizer, newline):
     return stops.to(model.device)
 
 
+def mark_special(tokenizer):
+    """Make every added token a special one, so that none is ever read from data or shown: some checkpoints forget a few."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [t for t in tokenizer.get_added_vocab() if t.strip()]})
+
+
 def lock(f):
-    """Take a file for this process; the kernel gives it back when the process dies, so no lock is ever stale."""
+    """Take a file for this process. It is free again when the process dies; on NFS, of a node that dies, once the server
+    misses it."""
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
         return False
+    except OSError as e:
+        die(f"{f.name}: {e.strerror}: --output must be on a file system with locks (Lustre: mount with flock)")
 
 
 def at_least(least, kind=int):
@@ -294,7 +326,8 @@ def pick_device(name):
 def pick_dtype(name, device):
     """auto: bf16 where the hardware computes in it, else fp32. Another dtype gives other texts, so OUT records it."""
     if name == "auto":
-        native = torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else device != "mps"
+        native = (torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else
+                  device != "mps" and torch.cuda.is_bf16_supported(including_emulation=False))
         return "bf16" if native else "fp32"
     return name
 
@@ -360,6 +393,7 @@ def load_model(name, device, dtype):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
     except Exception as e:  # transformers raises nearly everything for a folder that is none
         die(f"--model {name} is no language model that transformers can load: {e}")
+    mark_special(tokenizer)
     return model.eval(), tokenizer
 
 
@@ -389,6 +423,8 @@ def attend_with_prefix(module, query, key, value, attention_mask, scaling, **kwa
     query [B, H, T, D], key and value [B, G, S, D] of the row itself (G = H heads or fewer, grouped), mask [B, 1, T, S].
     The prefix, [1, G, P, D], is read once for all rows instead of being copied to each: at a batch of 64 and a prompt of
     100 tokens that copy, not the matrix products, is what a step would cost."""
+    if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+        die(f"--model: attention with {' and '.join(unknown)} is not supported, only LLaMA's")
     B, H, T, D = query.shape
     G, P = key.shape[1], 0
     q = query.reshape(B, G, H // G * T, D)
@@ -422,6 +458,8 @@ class Generator:
         model.set_attn_implementation("attend_with_prefix")
         self.model, self.tokenizer = model, tokenizer
         self.attentions = [module for module in model.modules() if hasattr(module, "q_proj")]
+        if len(self.attentions) != model.config.num_hidden_layers:
+            die(f"--model: attention without q_proj ({model.config.model_type}) is not supported, only LLaMA's")
         self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
         self.stops = end_tokens(model, tokenizer, newline=True)
 
@@ -435,6 +473,9 @@ class Generator:
         for attention, layer in zip(self.attentions, cache.layers, strict=True):
             attention.prefix = layer.keys, layer.values
         self.prefix_length = ids.shape[1]
+        window = getattr(self.model.config, "sliding_window", None)
+        if window and window < self.prefix_length + MAX_INPUT_TOKENS + self.max_new_tokens:
+            die(f"--model: a sliding window of {window} tokens does not hold prompt and answer")
 
     def complete(self, texts, uniform):
         """texts: B lists of ids; uniform [B, max_new_tokens]. -> B pairs (answer, whether its line ended)"""
@@ -457,8 +498,9 @@ class Generator:
 def rewrite_texts(generator, prefix, pairs, texts, seeds, batch_size, notes):
     """Rewrites of cleaned texts, each drawn again once if unusable. -> [(rewrite or None, reason or None)]"""
     generator.set_prefix(prefix)
-    ids = [generator.tokenizer(f"{text} =>", add_special_tokens=False, split_special_tokens=True).input_ids
-           for text in texts]
+    encode = lambda text: generator.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    newline = len(encode("\n"))  # the text follows one; on its own LLaMA's tokenizer would put a blank before it
+    ids = [encode(f"\n{text} =>")[newline:] for text in texts]
     results = [(None, "empty input" if not text else "input too long") for text in texts]
     todo = [i for i, text in enumerate(texts) if text and len(ids[i]) <= MAX_INPUT_TOKENS]
     for attempt in range(2):
@@ -497,7 +539,7 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="texts at a time (default: %(default)s)")
     parser.add_argument("--limit", type=at_least(0), help="only the first N lines of the input (default: all)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                        help="auto: bf16 where the hardware computes in it, else fp32")
+                        help="auto: bf16 where the hardware computes in it, else fp32 (fp16 for GPUs before Ampere)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the pairs and of every row's sampling")
     args = parser.parse_args(argv)
@@ -513,7 +555,7 @@ def main(argv=None):
     dtype = pick_dtype(args.dtype, device)
     settings = {name: getattr(args, name) for name in ("model", "field", "sources", "shots", "temperature", "top_p",
                                                        "max_new_tokens", "batch_size", "seed")}
-    settings |= {"dtype": dtype, "pairs_sha256": hashlib.sha256(json.dumps(examples).encode()).hexdigest()}
+    settings |= {"dtype": dtype, "pairs_sha256": hashlib.sha256(json.dumps([TASK, examples]).encode()).hexdigest()}
     header = make_header(args, [args.field], [f"rewrite_{source}" for source in args.sources], settings)
     if is_finished(args, header):
         return print(f"{args.output} is finished")
@@ -539,7 +581,7 @@ def main(argv=None):
                 put_texts(row, f"rewrite_{source}", value, [next(results) for _ in texts_of_row])
             progress.set_postfix(texts=outcomes.total())
 
-    done = run_blocks(args, header, process)
+    done = run_blocks(args, header, process, notes)
     report(args, done, "texts", outcomes, notes)
 
 

@@ -23,6 +23,7 @@ import math
 import os
 import re
 import signal
+import stat
 import struct
 import sys
 import time
@@ -136,22 +137,28 @@ def texts_of(value):
 
 # === pictures =========================================================================================================
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # of Pillow's; EPS would run Ghostscript
+
+
 def open_image(root, name):
     """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`."""
     member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name) if isinstance(name, str) else None
     path = os.path.realpath(os.path.join(root, member[1] if member else name))
     if not path.startswith(os.path.join(os.path.realpath(root), "")):
         raise ValueError("outside --image-root")
-    size = int(member[3]) if member else os.path.getsize(path)
-    if size > 1 << 28 or not os.path.isfile(path):
-        raise ValueError(f"{size} bytes are no picture" if os.path.isfile(path) else "no file")
+    status = os.stat(path)
+    size = int(member[3]) if member else status.st_size
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("no file")
+    if size > 1 << 28:
+        raise ValueError(f"{size} bytes are no picture")
     with open(path, "rb") as f:
         f.seek(int(member[2]) if member else 0)
         data = io.BytesIO(f.read(size))
     try:
-        image = Image.open(data)
+        image = Image.open(data, formats=FORMATS)
     except UnidentifiedImageError:  # its own message has a memory address in it, another one in every run
-        raise ValueError("no picture that Pillow can read") from None
+        raise ValueError(f"no picture in one of {', '.join(FORMATS)}") from None
     if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
         raise ValueError(f"{image.width} x {image.height} pixels are no picture")
     return image

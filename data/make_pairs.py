@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from fuse_vicuna import unquote  # noqa: E402
 from rewrite_llama import DTYPES, at_least, clean, die, load_model, pick_device, pick_dtype  # noqa: E402
 
 SENTENCE = "Rewrite this caption of an image vividly, and keep it less than thirty words:"  # paper
@@ -64,7 +65,7 @@ def chatbot(args):
             out = model.generate(**ids, do_sample=args.temperature > 0, temperature=args.temperature or None,
                                  max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
             answer = tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
-            pair = {"source": args.source, "input": caption, "output": clean(answer).strip('"“” ')}
+            pair = {"source": args.source, "input": caption, "output": unquote(clean(answer))}
             if not (why := fault(**pair, ended=out.shape[1] < ids["input_ids"].shape[1] + MAX_NEW_TOKENS)):
                 pairs.append(pair)
                 break

@@ -17,6 +17,7 @@ import tarfile
 import threading
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -406,12 +407,75 @@ def test_greedy_answers_equal_transformers(folder, limit):
     model, tokenizer = fuse_vicuna.load_model(str(folder / "llama"), "cpu", torch.float32)
     prompts = [fuse_vicuna.chat_prompt(text, "a red wall") for text in TEXTS]
     prompts += [fuse_vicuna.chat_prompt(None, "a red wall"), *TEXTS, TEXTS[0], TEXTS[0] + " and", "a", "a"]
-    answers = fuse_vicuna.answer(model, tokenizer, prompts, fuse_vicuna.end_tokens(model, tokenizer, False), 8, limit)
+    notes, cut = Counter(), 0
+    answers = fuse_vicuna.answer(model, tokenizer, prompts, fuse_vicuna.end_tokens(model, tokenizer, False), 8, limit, notes)
     for prompt, answer in zip(prompts, answers):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, pad_token_id=1)
         text = tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True)
-        assert answer == fuse_vicuna.one_line(text.strip().split("\n")[0]).strip('"')
+        assert answer == fuse_vicuna.unquote(fuse_vicuna.one_line(text.strip().split("\n")[0]))
+        cut += new[0, -1] != model.generation_config.eos_token_id
+    assert notes == {"cut off at --max-new-tokens": cut}
+
+
+@pytest.mark.parametrize("window", [16, 64])
+def test_answers_of_a_sliding_window_model_equal_transformers(folder, window):
+    """Its window counts what is in the cache, padding too, so nothing is shared there."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    _, tokenizer = load_llama(folder)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                             num_attention_heads=4, num_key_value_heads=2, sliding_window=window)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.3) if p.dim() == 2 else None
+    prompts = [fuse_vicuna.pairs_prompt(fuse_vicuna.read_prompts()[0][:1], text, "a red wall") for text in TEXTS]
+    model.generation_config.eos_token_id = 1
+    answers = fuse_vicuna.answer(model, tokenizer, prompts, fuse_vicuna.end_tokens(model, tokenizer, False), 8, 6, Counter())
+    for prompt, answer in zip(prompts, answers):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, pad_token_id=1)
+        text = tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True)
+        assert answer == fuse_vicuna.unquote(fuse_vicuna.one_line(text.strip().split("\n")[0]))
+
+
+def test_rewriting_refuses_attention_that_is_not_llamas(folder, capfd):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MistralConfig, MistralForCausalLM
+
+    _, tokenizer = load_llama(folder)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with pytest.raises(SystemExit):
+        rewrite_llama.Generator(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)), tokenizer, 4, 0, 1)
+    assert "without q_proj (gpt_neox)" in capfd.readouterr().err
+    model = MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2, sliding_window=100))
+    with pytest.raises(SystemExit):
+        rewrite_llama.Generator(model, tokenizer, 4, 0, 1).set_prefix("a => b\n")
+    assert "sliding window of 100 tokens" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        rewrite_llama.attend_with_prefix(None, *[torch.zeros(1, 1, 1, 8)] * 3, None, 1.0, softcap=50.0, s_aux=None)
+    assert "attention with softcap" in capfd.readouterr().err
+
+
+def test_a_text_follows_the_prompt_as_if_written_there(folder, seen_ids):
+    """LLaMA's tokenizer puts a blank before a text that it gets on its own; byte-level ones do not."""
+    from tokenizers import normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])  # LLaMA's
+    bpe.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    rng = random.Random(0)
+    bpe.train_from_iterator([sentence(rng) + " => " + sentence(rng) + "\n" for _ in range(200)], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False))
+    llamas = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    for tokenizer in (llamas, load_llama(folder)[1]):
+        model, _ = load_llama(folder)
+        generator = rewrite_llama.Generator(model, tokenizer, 1, 0, 1)
+        prompts, prefix, texts = seen_ids(model), "a task\n\na red bike => a bike\n", ["a red bike", "the cat", "(one)"]
+        rewrite_llama.rewrite_texts(generator, prefix, [("x", "y")], texts, [[0]] * 3, 1, Counter())
+        begin = prompts[0]
+        assert len(begin) == generator.prefix_length
+        assert {(*begin, *own) for own in prompts[1:]} == {(*tokenizer(f"{prefix}{text} =>").input_ids,) for text in texts}
 
 
 def test_greedy_captions_equal_transformers(folder, monkeypatch):
@@ -422,14 +486,16 @@ def test_greedy_captions_equal_transformers(folder, monkeypatch):
     names = [f"{i}.png" for i in range(16)]
     inputs, reasons = caption_llava.prepare_batch(names, str(folder / "images"), prompt)
     stops = caption_llava.end_tokens(model, processor.tokenizer, False)
-    captions, lengths = caption_llava.caption(model, processor, inputs, stops, 12), set()
+    captions, lengths = caption_llava.caption(model, processor, inputs, stops, 12, notes := Counter()), set()
+    cut = 0
     assert not reasons and len(set(captions)) > 8
     for name, caption in zip(names, captions):
         one = processor(images=Image.open(folder / "images" / name).convert("RGB"), text=prompt, return_tensors="pt")
         new = model.generate(**one, do_sample=False, max_new_tokens=12)[0, one["input_ids"].shape[1]:]
         lengths.add(len(new))
         assert caption == caption_llava.one_line(processor.tokenizer.decode(new, skip_special_tokens=True))
-    assert len(lengths) > 2
+        cut += new[-1] != 1
+    assert len(lengths) > 2 and notes == {"cut off at --max-new-tokens": cut}
 
 
 def test_a_picture_that_the_processor_refuses_is_one_row(folder, monkeypatch):
@@ -708,7 +774,7 @@ def test_a_torn_shard_is_cut_to_whole_blocks(torn, tmp_path, monkeypatch):
             row["vec"] = f"{block} {offset}"
 
     (tmp_path / "out.parts").mkdir()
-    rewrite_llama.run_blocks(args, header, process)
+    rewrite_llama.run_blocks(args, header, process, Counter())
     expected, blocks = (tmp_path / "out").read_bytes(), blocks_of(data, 256)
     assert parse(expected) == [{**row, "vec": f"{i} {at}"} for row, (i, at) in zip(
         rows, ((i, at) for i, block in enumerate(blocks) for at, _ in block))]
@@ -725,7 +791,7 @@ def test_a_torn_shard_is_cut_to_whole_blocks(torn, tmp_path, monkeypatch):
     (tmp_path / "out").unlink()
     (tmp_path / "out.parts" / "00000.jsonl.partial").write_bytes(partial)
     done.clear()
-    rewrite_llama.run_blocks(args, header, process)
+    rewrite_llama.run_blocks(args, header, process, Counter())
     assert (tmp_path / "out").read_bytes() == expected
     assert torn == "nothing" or len(done) < len(blocks)
     assert torn != "complete" or not done
@@ -763,6 +829,101 @@ def test_two_launches_do_not_write_one_file(arguments, start, whole, tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole("rewrite").splitlines(True)[:23])
 
 
+def test_the_first_of_all_launches_writes_the_header(tmp_path, capfd, monkeypatch):
+    """Two launches that look at the same moment: the second finds the first one's and stops."""
+    (tmp_path / "in").write_bytes(b'{"alt": "red bike"}\n')
+    args = SimpleNamespace(input=str(tmp_path / "in"), output=str(tmp_path / "out"))
+    header, path = {"end": 20, "blocks_per_shard": 1, "seed": 0}, tmp_path / "out.parts" / "header.json"
+    makedirs = os.makedirs
+
+    def late(*args, **kwargs):  # the other launch writes after this one has found nothing
+        makedirs(*args, **kwargs)
+        if not path.exists():
+            path.write_text(json.dumps({**header, "seed": 1}))
+
+    monkeypatch.setattr(rewrite_llama.os, "makedirs", late)
+    with pytest.raises(SystemExit):
+        rewrite_llama.run_blocks(args, header, lambda *_: pytest.fail("nothing may be made"), Counter())
+    assert "begun with seed = 1" in capfd.readouterr().err
+    assert [p.name for p in path.parent.iterdir()] == ["header.json"]
+    path.write_text("")  # a machine lost power
+    with pytest.raises(SystemExit):
+        rewrite_llama.run_blocks(args, header, lambda *_: pytest.fail("nothing may be made"), Counter())
+    assert "header.json is damaged" in capfd.readouterr().err
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, capfd, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(rewrite_llama.fcntl, "flock", flock)
+    with pytest.raises(SystemExit), open(tmp_path / "x", "w") as f:
+        rewrite_llama.lock(f)
+    assert "file system with locks" in capfd.readouterr().err
+
+
+def test_a_disk_that_fails_is_no_pictures_fault(folder, monkeypatch, capfd):
+    """A picture that is missing is a row's error; of a mount that went away nothing is written."""
+    processor, prompt = caption_llava.load_processor(str(folder / "llava"), caption_llava.PROMPT)
+    monkeypatch.setattr(caption_llava, "processor", processor, raising=False)
+    _, reasons = caption_llava.prepare_batch(["gone.png", "0.png/x", "a" * 300, "."], str(folder / "images"), prompt)
+    assert reasons == {0: "FileNotFoundError: No such file or directory", 1: "NotADirectoryError: Not a directory",
+                       2: "OSError: File name too long", 3: "ValueError: outside --image-root"}  # no path of this machine
+    path, real = os.path.realpath(folder / "images" / "1.png"), os.stat
+
+    def stat(p, *args, **kwargs):
+        if p == path:
+            raise OSError(116, "Stale file handle")
+        return real(p, *args, **kwargs)
+    monkeypatch.setattr(caption_llava.os, "stat", stat)
+    pool = SimpleNamespace(submit=lambda f, *call: SimpleNamespace(result=lambda: f(*call)))
+    calls = [([name], str(folder / "images"), prompt) for name in ("0.png", "1.png")]
+    batches = caption_llava.ahead(pool, caption_llava.prepare_batch, calls, 0)
+    assert next(batches)[1] == {}
+    with pytest.raises(SystemExit):
+        next(batches)
+    assert "Stale file handle. Nothing is lost" in capfd.readouterr().err
+
+
+def test_a_processor_that_cannot_work_is_found_before_the_first_row(folder, tmp_path, capfd):
+    """Without patch_size, as old LLaVA folders are, every single picture would fail."""
+    broken = shutil.copytree(folder / "llava", tmp_path / "llava")
+    config = json.loads((broken / "processor_config.json").read_text())
+    del config["patch_size"]
+    (broken / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        caption_llava.load_processor(str(broken), caption_llava.PROMPT)
+    assert "no working processor" in capfd.readouterr().err
+
+
+def test_no_picture_starts_another_program(tmp_path):
+    """Pillow would hand PostScript from the web to Ghostscript."""
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "x.eps")
+    os.rename(tmp_path / "x.eps", tmp_path / "x.jpg")
+    with pytest.raises(ValueError, match="no picture in one of JPEG"):
+        caption_llava.open_image(str(tmp_path), "x.jpg")
+
+
+def test_reasons_go_with_what_they_explain():
+    row = {"error": {"vec": "OSError: truncated", "line": "mine"}, "vec": None}
+    rewrite_llama.put_texts(row, "vec", None, [("a red bike", None)])
+    assert row == {"vec": "a red bike", "error": {"line": "mine"}}
+    rewrite_llama.put_texts(row, "vecap", ["a", "b"], [("x", None), (None, "empty")])
+    assert row == {"vec": "a red bike", "vecap": ["x", None], "error": {"line": "mine", "vecap": [None, "empty"]}}
+    row = {"vec": "the user's own", "error": "odd"}  # a row far down that has the field already
+    rewrite_llama.put_texts(row, "vec", None, [("a red bike", None)])
+    assert row == {"vec": "the user's own", "error": {"row": "odd", "vec": "was there before, kept"}}
+    row = {"error": {"vec": "gone"}}
+    rewrite_llama.put_texts(row, "vec", None, [("a red bike", None)])
+    assert row == {"vec": "a red bike"}
+
+
+@pytest.mark.parametrize("text, bare", [('"a red bike"', "a red bike"), ("\u201ca bike\u201d", "a bike"), ("", ""), ('"', '"'), ('""', ""),
+                                        ('A sign that says "Stop"', 'A sign that says "Stop"'),
+                                        ('"Stop" and "Go"', '"Stop" and "Go"')])
+def test_only_quotation_marks_around_an_answer_go(text, bare):
+    assert fuse_vicuna.unquote(text) == bare
+
+
 def test_a_launch_with_other_settings_meanwhile(tmp_path, capfd):
     """Loading a model takes minutes: what another launch has begun since the first look is checked again."""
     (tmp_path / "in").write_bytes(b'{"alt": "red bike"}\n')
@@ -774,11 +935,11 @@ def test_a_launch_with_other_settings_meanwhile(tmp_path, capfd):
             row["vec"] = "text"
 
     assert not rewrite_llama.is_finished(args, header)
-    rewrite_llama.run_blocks(args, {**header, "seed": 1}, process)
+    rewrite_llama.run_blocks(args, {**header, "seed": 1}, process, Counter())
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capfd.readouterr()
     with pytest.raises(SystemExit):
-        rewrite_llama.run_blocks(args, header, process)
+        rewrite_llama.run_blocks(args, header, process, Counter())
     assert "begun with seed = 1" in capfd.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -932,6 +1093,22 @@ def test_pairs_bring_no_special_token(folder, seen_ids):
     assert generator.prefix_length == len(prompts[0])
 
 
+def test_added_tokens_that_are_not_flagged_are_special_too(folder, tmp_path):
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "llama")
+    tokenizer.add_tokens([AddedToken("<|end|>", special=False)])
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert end in tokenizer("a <|end|> b", split_special_tokens=True).input_ids
+    shutil.copytree(folder / "llama", tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    for module in (rewrite_llama, fuse_vicuna):
+        _, loaded = module.load_model(str(tmp_path / "llama"), "cpu", torch.float32)
+        assert end not in loaded("a <|end|> b", split_special_tokens=True).input_ids
+        assert loaded.decode([end], skip_special_tokens=True) == ""
+
+
 @pytest.mark.parametrize("style", ["chat", "pairs"])
 def test_fusing_reads_no_special_token_from_data(style, folder, seen_ids):
     model, tokenizer = fuse_vicuna.load_model(str(folder / "llama"), "cpu", torch.float32)
@@ -944,7 +1121,7 @@ def test_fusing_reads_no_special_token_from_data(style, folder, seen_ids):
     given = [(alt, vec) for alt, vec in zip(alts, vecs) if alt or vec]
     asked = [fuse_vicuna.chat_prompt(*texts) if style == "chat" else
              fuse_vicuna.pairs_prompt(pairs[:4], *texts) for texts in given]
-    fuse_vicuna.answer(model, tokenizer, asked, fuse_vicuna.end_tokens(model, tokenizer, False), 8, 2)
+    fuse_vicuna.answer(model, tokenizer, asked, fuse_vicuna.end_tokens(model, tokenizer, False), 8, 2, Counter())
     prefixes = [ids for ids in prompts if ids[0] == 0]  # what a batch has in common, read once
     assert len(prefixes) == -(-len(asked) // 8) and len(prompts) == len(asked) + len(prefixes)
     assert all(token > 3 for ids in prompts for token in ids[ids[0] == 0:])
@@ -1052,11 +1229,11 @@ def save_faults(root):
     return {"../outside.png": "outside", "escape.png": "outside", "up/outside.png": "outside",
             "../root-2.png": "outside", str(root.parent / "outside.png"): "outside", "/etc/passwd": "outside",
             ".": "outside", "../outside.png@0+500": "outside", "": "no image", None: "no image",
-            "missing.png": "FileNotFound", "empty.png": "no picture that Pillow can read", "cut.png": "OSError",
-            "text.jpg": "no picture that Pillow can read", "svg.svg": "no picture that Pillow can read", "bits.png": "Error", 7: "TypeError",
+            "missing.png": "FileNotFound", "empty.png": "no picture in one of JPEG, PNG", "cut.png": "OSError",
+            "text.jpg": "no picture in one of JPEG, PNG", "svg.svg": "no picture in one of JPEG, PNG", "bits.png": "Error", 7: "TypeError",
             "a\0b": "ValueError", "\ud800.png": "Error", "x" * 5000: "OSError", "line.png": "ValueError",
-            "shard.tar": "no picture that Pillow can read", f"shard.tar@{size}+10": "no picture that Pillow can read",
-            "shard.tar@512+0": "no picture that Pillow can read", "shard.tar@0+99999999999999999999": "Error",
+            "shard.tar": "no picture in one of JPEG, PNG", f"shard.tar@{size}+10": "no picture in one of JPEG, PNG",
+            "shard.tar@512+0": "no picture in one of JPEG, PNG", "shard.tar@0+99999999999999999999": "Error",
             "shard.tar@99999999999999999999+5": "Error"}
 
 
