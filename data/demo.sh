@@ -3,7 +3,7 @@
 #
 # Makes .venv, fetches the demo's packages, runs the six stages in order and ends with a table and out/demo/report.html.
 # Every command is printed before it runs. A second run skips what is done; an interrupted one goes on.
-# With --llava it also trains a small LLaVA, captions and fuses a noisy version of the set and trains a VeCLIP: 40 minutes more.
+# With --llava it also trains a small LLaVA, captions and fuses a noisy version of the set and trains a VeCLIP: 45 minutes more.
 # DEMO_DEVICE=cuda uses a GPU; the default is one if torch finds it, else the CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
 """A small LLaVA, built the way LLaVA was (Liu et al. 2023, section 4.2): a CLIP image tower, a projector, a language model.
 
     python data/make_tiny_llava.py out/demo/clip-noisy/checkpoint.pt out/demo/smollm2 out/demo/half_a.jsonl \\
-        out/demo/tiny-llava --image-root out/demo/images      # 25 minutes on 2 cores
+        out/demo/tiny-llava --image-root out/demo/images      # half an hour on 2 cores
 
 The image tower is a CLIP of train_clip.py, in its Hugging Face form, and stays frozen. A two-layer projector carries all
 its tokens into the language model's space. First the projector learns alone, then with the language model's upper

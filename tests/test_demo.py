@@ -36,7 +36,7 @@ def test_captioner_share_counts_content_words(tmp_path):
     names = ["red apple", "the cat", "a dog", "green apple"]
     captions = ["an apple in red", "the dog", "the dog", None]  # "the" is no content word; no caption: a row that counts as wrong
     write_jsonl(tmp_path / "half_b_captioned.jsonl", [{"alt": a, "vec": b} for a, b in zip(names, captions)])
-    right, shuffled = collect.captioner_share(str(tmp_path))
+    right, shuffled = collect.captioner_share(str(tmp_path), "half_b_captioned.jsonl", "alt")
     assert right == 2 / 4
     assert shuffled == 1 / 4  # green apple, beside what was said of the red one
 

@@ -77,11 +77,11 @@ def classification_table(figures):
             "note": f"{values[0]['images']} pictures. A class's text is its Unicode name; no picture was trained with it."}
 
 
-def captioner_share(out):
-    """Captions of drawings that nothing was trained on: the share that has a content word of the right name, and of another
-    drawing's name (the captions shifted by one). No caption is a wrong one."""
-    rows = read_jsonl(out, "half_b_captioned.jsonl")
-    names, captions = ([content_words(words_of(row[field] or "")) for row in rows] for field in ("alt", "vec"))
+def captioner_share(out, file, field):
+    """Captions: the share that has a content word of the right name, and of another picture's name (the captions shifted by
+    one). No caption is a wrong one."""
+    rows = read_jsonl(out, file)
+    names, captions = ([content_words(words_of(row[key] or "")) for row in rows] for key in (field, "vec"))
     shared = lambda captions: sum(bool(name & caption) for name, caption in zip(names, captions)) / len(rows)
     return shared(captions), shared(captions[1:] + captions[:1])
 
@@ -94,11 +94,13 @@ def veclip_table(out):
         mean, error = paired_difference(out, cell, models)
         rows.append([f"{NAMES[cell[0]]} drawings, wording {NAMES[cell[1]]}", percent(found[0]["t2i_r5_chance"]),
                      *(percent(figures["t2i_r5"]) for figures in found), f"{100 * mean:+.1f} \N{PLUS-MINUS SIGN} {100 * error:.1f}"])
-    right, shuffled = captioner_share(out)
+    right, shuffled = captioner_share(out, "half_b_captioned.jsonl", "alt")
+    own, others = captioner_share(out, "noisy_captioned.jsonl", "name")
     return {"title": "VeCLIP: noisy AltText, alone and mixed with VeCap", "rows": rows,
             "columns": ["text to image, recall@5 in %", "chance", "CLIP, noisy", "VeCLIP", "VeCLIP - CLIP"],
-            "note": "Trained on Twemoji. The captioner is data/make_tiny_llava.py's, on the CLIP of the same noisy AltText; its captions come "
-                    f"from OpenMoji's half A. Of what it says of the 835 drawings that nothing was trained on, {percent(right)} % share a content word with the right name, {percent(shuffled)} % with another's."}
+            "note": "Trained on Twemoji. The captioner is data/make_tiny_llava.py's: its eyes are the CLIP of the noisy AltText, its "
+                    f"words come from OpenMoji's half A. Of its captions of OpenMoji's half B, {percent(right)} % share a content word "
+                    f"with the right name and {percent(shuffled)} % with another's; of Twemoji, {percent(own)} % and {percent(others)} %."}
 
 
 def sample_rewrites(out, number=12):

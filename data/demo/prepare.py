@@ -3,16 +3,18 @@
     python data/demo/prepare.py pictures out/demo    # 1,643 concepts, each in two drawing styles, as PNG and JSONL
     python data/demo/prepare.py llm out/demo         # SmolLM2-135M-Instruct: GGUF -> an ordinary model folder
     python data/demo/prepare.py llava out/demo       # a LLaVA folder with small random weights: plumbing only
+    python data/demo/prepare.py noise out/demo       # Twemoji with AltText as noisy as the web's, for demo.sh --llava
 
 The packages (data/demo/packages.txt) lie in OUT/packages; they are read as zip files, nothing of them runs.
 
 What is held out, fixed once and never trained on:
   drawings   OpenMoji is split by concept: half A may train anything, half B is test only;
   wordings   a shortcode that shares at most half its words with the name, such as ":hankey:" for "pile of poo".
-Four sets of rows come out, one row an image:
+Five sets of rows come out, one row an image:
   train.jsonl            every Twemoji picture and OpenMoji's half A
   seen.jsonl             Twemoji pictures of half B's concepts that have a held-out wording (drawings seen in training)
   unseen.jsonl           OpenMoji pictures of the same concepts (drawings never seen)
+  half_a.jsonl           all of OpenMoji's half A
   half_b.jsonl           all of OpenMoji's half B, with its Unicode group and subgroup as classes
 """
 import argparse
