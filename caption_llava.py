@@ -291,8 +291,10 @@ def end_tokens(model, tokenizer, newline):
 
 
 def mark_special(tokenizer):
-    """Make every added token a special one, so that none is ever read from data or shown: some checkpoints forget a few."""
-    tokenizer.add_special_tokens({"additional_special_tokens": [t for t in tokenizer.get_added_vocab() if t.strip()]})
+    """Make added tokens that look like markers, <|end|> or [INST], special ones: never read from data, never shown. Some
+    checkpoints flag only a few of theirs. An added word stays a word."""
+    markers = [token for token in tokenizer.get_added_vocab() if token[0] in "<[{" and token[-1] in ">]}"]
+    tokenizer.add_special_tokens({"additional_special_tokens": markers})
 
 
 def lock(f):

@@ -1098,8 +1098,8 @@ def test_added_tokens_that_are_not_flagged_are_special_too(folder, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "llama")
-    tokenizer.add_tokens([AddedToken("<|end|>", special=False)])
-    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    tokenizer.add_tokens([AddedToken("<|end|>", special=False), AddedToken("covid", special=False)])
+    end, word = tokenizer.convert_tokens_to_ids(["<|end|>", "covid"])
     assert end in tokenizer("a <|end|> b", split_special_tokens=True).input_ids
     shutil.copytree(folder / "llama", tmp_path / "llama")
     tokenizer.save_pretrained(tmp_path / "llama")
@@ -1107,6 +1107,7 @@ def test_added_tokens_that_are_not_flagged_are_special_too(folder, tmp_path):
         _, loaded = module.load_model(str(tmp_path / "llama"), "cpu", torch.float32)
         assert end not in loaded("a <|end|> b", split_special_tokens=True).input_ids
         assert loaded.decode([end], skip_special_tokens=True) == ""
+        assert loaded.decode([word], skip_special_tokens=True) == "covid"  # a word that someone added is none
 
 
 @pytest.mark.parametrize("style", ["chat", "pairs"])
