@@ -190,7 +190,7 @@ def main(out):
             *summarise(figures, out)],
         "notes": [
             "One run with one seed on a few thousand pictures: it shows the method at work, not the papers' figures.",
-            "The LLaVA of this demo has small random weights: its captions mean nothing. They show that the stage works; "
+            "The LLaVA of the steps caption and fuse has small random weights: its captions mean nothing. They show that the stage works; "
             "no model was trained on them nor on what was fused from them.",
             "Fusing uses in-context pairs (--format pairs), a deviation from the paper that suits a 135 M model.",
             "Pictures: Twemoji (CC-BY 4.0), OpenMoji (CC BY-SA 4.0). Rewrites: SmolLM2-135M-Instruct (Apache-2.0)."],
@@ -210,7 +210,7 @@ def main(out):
     if os.path.exists(os.path.join(out, "eval", "veclip-unseen-wording.json")):  # demo.sh --llava
         results["tables"].append(veclip_table(out))
         results["samples"].append(sample_fields(
-            out, "half_b_captioned.jsonl", {"name": "alt", "the small LLaVA's caption": "vec"}, "What the small LLaVA sees",
+            out, "half_b_captioned.jsonl", {"name": "alt", "caption": "vec"}, "What the small LLaVA sees",
             "Forty drawn at random from the drawings that nothing was trained on, good and bad.", number=40))
     with open(os.path.join(out, "results.json"), "w", encoding="utf-8") as f:
         json.dump(results, f, indent=1)
