@@ -46,8 +46,9 @@ def build(checkpoint, llm, device):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     language.resize_token_embeddings(len(tokenizer))
     tokens = (tower.config.image_size // tower.config.patch_size) ** 2 + 1
-    config = LlavaConfig(vision_config=tower.config, text_config=language.config, vision_feature_layer=-2,  # as LLaVA: the last but one
-                         vision_feature_select_strategy="full", image_seq_length=tokens,  # its class token too: the tower is small
+    # The last layer but one, as LLaVA; unlike LLaVA with its class token, which says most in so small a tower
+    config = LlavaConfig(vision_config=tower.config, text_config=language.config, vision_feature_layer=-2,
+                         vision_feature_select_strategy="full", image_seq_length=tokens,
                          image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
