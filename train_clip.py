@@ -610,7 +610,8 @@ class CLIP(nn.Module):
         kept = positions < lengths[:, None]
         ids, positions = tokens[order][kept].to(device), positions[kept].to(device)  # [T]
         groups = list(zip(*(x.tolist() for x in lengths.unique_consecutive(return_counts=True)[::-1])))
-        x = self.token_embedding(ids) + self.positional_embedding[positions]  # [T, W]
+        # Not positional_embedding[positions]: on a CPU threads would add up its gradient in no fixed order
+        x = self.token_embedding(ids) + F.embedding(positions, self.positional_embedding)  # [T, W]
         x = self.transformer(x, groups, causal=True)
         ends = lengths.cumsum(0) - 1
         return self.ln_final(x[ends[order.argsort()].to(device)]) @ self.text_projection

@@ -96,6 +96,28 @@ def test_attention_on_the_cpu_equals_torchs(L, causal, dtype, tolerance):
     torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_the_same_to_the_bit_in_every_run(dtype):
+    """Also with several threads: a gradient that they add up in the order in which they come would differ."""
+    torch.manual_seed(0)
+    model, threads = T.CLIP(T.Config(**T.PRESETS["nano"] | {"vocab_size": 500, "eot_id": 499})), torch.get_num_threads()
+    tokens = torch.randint(1, 499, (256, 20)).masked_fill(torch.arange(20) >= torch.randint(4, 20, (256, 1)), 499)
+    images = torch.randint(0, 256, (64, 1, 3, 48, 48)).float()
+    torch.set_num_threads(4)
+    try:
+        seen = []
+        for _ in range(8):
+            model.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                _, image_features, text_features = model(images, tokens.view(64, 4, 20))
+            (image_features.sum() + text_features.pow(3).sum()).backward()
+            seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    finally:
+        torch.set_num_threads(threads)
+    assert "positional_embedding" in seen[0]
+    assert not [name for name in seen[0] if any(not torch.equal(seen[0][name], other[name]) for other in seen)]
+
+
 def test_text_does_not_depend_on_its_padding():
     torch.manual_seed(0)
     model = T.CLIP(T.Config(**T.PRESETS["nano"], vocab_size=100, eot_id=99))
