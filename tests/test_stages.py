@@ -829,6 +829,13 @@ def test_two_launches_do_not_write_one_file(arguments, start, whole, tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole("rewrite").splitlines(True)[:23])
 
 
+def test_lines_that_are_no_row_are_counted(tmp_path):
+    (tmp_path / "in").write_bytes(b'{"alt": "red bike"}\nnot json\n[1]\n')
+    args, notes = SimpleNamespace(input=str(tmp_path / "in"), output=str(tmp_path / "out")), Counter()
+    rewrite_llama.run_blocks(args, {"end": 33, "blocks_per_shard": 1}, lambda *_: None, notes)
+    assert notes == {"no JSON object, kept as text": 2} and len(read_jsonl(tmp_path / "out")) == 3
+
+
 def test_the_first_of_all_launches_writes_the_header(tmp_path, capfd, monkeypatch):
     """Two launches that look at the same moment: the second finds the first one's and stops."""
     (tmp_path / "in").write_bytes(b'{"alt": "red bike"}\n')
