@@ -85,17 +85,17 @@ def put_texts(row, field, like, results):
     """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
     go to row["error"][field]."""
     texts, reasons = ([result[i] for result in results] for i in (0, 1))
-    error = row.pop("error", None) or {}
-    error = error if isinstance(error, dict) else {"row": error}  # the user's own: kept
-    error.pop(field, None)
+    reason = (reasons if isinstance(like, list) else reasons[0]) if any(reasons) else None
     if row.get(field) is not None:  # further down than make_header looked
-        error[field] = "was there before, kept"
+        reason = "was there before, kept"
     else:
         row[field] = texts if isinstance(like, list) else texts[0]
-        if any(reasons):
-            error[field] = reasons if isinstance(like, list) else reasons[0]
-    if error:
-        row["error"] = error
+    earlier = row.get("error")
+    if reason:
+        earlier = earlier if isinstance(earlier, dict) else {} if earlier is None else {"row": earlier}  # the user's own: kept
+        row["error"] = {**earlier, field: reason}
+    elif isinstance(earlier, dict) and field in earlier:  # of a launch before, and true no more
+        del earlier[field]
 
 
 def make_header(args, reads, makes, settings):

@@ -919,9 +919,10 @@ def test_reasons_go_with_what_they_explain():
     row = {"vec": "the user's own", "error": "odd"}  # a row far down that has the field already
     rewrite_llama.put_texts(row, "vec", None, [("a red bike", None)])
     assert row == {"vec": "the user's own", "error": {"row": "odd", "vec": "was there before, kept"}}
-    row = {"error": {"vec": "gone"}}
-    rewrite_llama.put_texts(row, "vec", None, [("a red bike", None)])
-    assert row == {"vec": "a red bike"}
+    for own in ("odd", "", [], {}, 0, None, {"line": "mine"}):  # a user's own key is carried through, in its place
+        row = {"error": own, "alt": "a"}
+        rewrite_llama.put_texts(row, "vec", None, [("a red bike", None)])
+        assert list(row.items()) == [("error", own), ("alt", "a"), ("vec", "a red bike")]
 
 
 @pytest.mark.parametrize("text, bare", [('"a red bike"', "a red bike"), ("\u201ca bike\u201d", "a bike"), ("", ""), ('"', '"'), ('""', ""),
