@@ -20,11 +20,11 @@ from functools import partial
 
 import torch
 
-from train_clip import (all_reduce, at_least, blocks, die, encode_images, encode_texts, label_of, load_checkpoint, open_image,
-                        pick_device, read_rows, start_ranks, texts_of)
+from train_clip import all_reduce, die, load_checkpoint, open_image, pick_device, start_ranks, texts_of
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "data"))
 from clip_scores import write_scores  # noqa: E402
+from features import at_least, blocks, encode_images, encode_texts, label_of, read_rows  # noqa: E402
 
 KS = (1, 5, 10)
 NEVER = 2 ** 62  # the rank of what is not found

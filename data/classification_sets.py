@@ -16,7 +16,8 @@ from functools import partial
 from PIL import Image
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from train_clip import die, label_of, open_image, read_rows, texts_of  # noqa: E402
+from features import label_of, read_rows  # noqa: E402
+from train_clip import die, open_image, texts_of  # noqa: E402
 
 # clip-benchmark's names. What torchvision reads: its class, and its arguments for train, validation (None: every fifth
 # of train) and test

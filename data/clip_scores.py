@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from train_clip import all_reduce, die, parse_row  # noqa: E402
+from features import parse_row  # noqa: E402
+from train_clip import all_reduce, die  # noqa: E402
 
 
 def caption_fields(row):

@@ -23,7 +23,8 @@ import eval_retrieval
 import eval_zeroshot
 import train_clip as T
 import classification_sets  # eval_zeroshot.py puts data/ on the path
-from conftest import COLOURS, ROOT, assert_mistake, read_jsonl, run
+from features import encode_images, encode_texts
+from conftest import COLOURS, assert_mistake, read_jsonl, run
 
 
 # --- equality with plain references -----------------------------------------------------------------------------------
@@ -169,8 +170,8 @@ def test_recall_equals_clip_benchmark(shapes, trained):
     pictures = [transform(T.to_rgb(T.open_image(str(shapes / "images"), name))) for name, _ in rows]
     batches = [(torch.stack(pictures[i:i + 8]), [texts for _, texts in rows[i:i + 8]]) for i in range(0, 32, 8)]
     theirs = zeroshot_retrieval.evaluate(AsClipBenchmark(model), batches, tokenizer, "cpu", amp=False, recall_k_list=[5, 10])
-    images = T.encode_images(model, transform, [name for name, _ in rows], partial(T.open_image, str(shapes / "images")), 8, 0)
-    texts = T.encode_texts(model, tokenizer, [text for _, some in rows for text in some])
+    images = encode_images(model, transform, [name for name, _ in rows], partial(T.open_image, str(shapes / "images")), 8, 0)
+    texts = encode_texts(model, tokenizer, [text for _, some in rows for text in some])
     ours = recalls(images, texts, torch.arange(32).repeat_interleave(2))
     for k in (5, 10):  # every picture and text is there twice, so recall@1 hangs on how ties are broken
         assert ours[f"t2i_r{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-6)
@@ -498,7 +499,7 @@ def test_scoring_goes_on_where_it_was_killed(shapes, trained, tmp_path, monkeypa
     monkeypatch.setattr(eval_retrieval.write_scores, "__defaults__", (4,))
     eval_retrieval.main([*args, str(tmp_path / "whole.jsonl")])
     whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl.partial"
-    stop, encode = iter(range(3)), T.encode_texts
+    stop, encode = iter(range(3)), encode_texts
 
     def killed(*a):  # in the third chunk of four rows
         if next(stop) == 2:

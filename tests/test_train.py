@@ -50,7 +50,7 @@ def from_hf(hf, heads):
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_both_towers_equal_transformers(activation):
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+    from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
     text = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, vocab_size=500,

@@ -35,7 +35,7 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval  
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
 
-from inputs import T, caption, openai_tokenizer, photograph  # noqa: E402
+from inputs import T, caption, features, openai_tokenizer, photograph  # noqa: E402
 import eval_retrieval  # noqa: E402
 import eval_zeroshot  # noqa: E402
 
@@ -107,10 +107,10 @@ def retrieval(args, folder):
         rows.append({"image": f"{i}.jpg", "alt": [caption(rng, tokenizer, open_clip.IMAGENET_CLASSNAMES) for _ in range(5)]})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ours = Namespace(captions=folder / "rows.jsonl", field="alt", hits=None)
-    encode_names = partial(T.encode_images, model, transform, read=partial(T.open_image, folder / "images"), workers=args.workers)
+    encode_names = partial(features.encode_images, model, transform, read=partial(T.open_image, folder / "images"), workers=args.workers)
 
     def we():
-        found = eval_retrieval.text_retrieval(ours, encode_names, partial(T.encode_texts, model, tokenizer), 0)
+        found = eval_retrieval.text_retrieval(ours, encode_names, partial(features.encode_texts, model, tokenizer), 0)
         return [found["t2i_r5"], found["i2t_r5"]]
 
     def they():

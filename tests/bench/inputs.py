@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[2] / "data")]
+import features  # noqa: E402
 import train_clip as T  # noqa: E402
 
 FIELDS = ["alt", "rewrite_chatgpt", "rewrite_bard", "rewrite_coco", "rewrite_human"]
@@ -76,7 +77,7 @@ def make_data(folder, batch_size, warmup, steps):
 
 def seen_lengths(folder, name, fields, batch_size, warmup, steps):
     """Tokens of each text that our trainer's measured steps see."""
-    rows = list(T.read_rows(str(folder / f"{name}.jsonl")))
+    rows = list(features.read_rows(str(folder / f"{name}.jsonl")))
     tokenizer = T.Tokenizer.load(str(folder / "tokenizer.json"))
     seen = [rows[T.shuffled(p, len(rows), 0)] for p in range(warmup * batch_size, (warmup + steps) * batch_size)]
     return [len(tokenizer.encode(row[field])) for row in seen for field in fields]
