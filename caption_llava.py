@@ -1,32 +1,40 @@
 """Caption images with LLaVA: VeCLIP's visual-enriched captions, VeC (arXiv 2310.07699, section 3.2).
 
-The model sees the picture and one fixed prompt; no caption field is read, so a VeC is independent of the AltText.
+The model sees the image and one fixed prompt. No caption field is read, so a VeC is independent of the AltText.
 
     python caption_llava.py --input cc3m.jsonl --output cc3m.vec.jsonl --image-root DIR --model llava-hf/llava-1.5-7b-hf
-    torchrun --nproc_per_node 8 caption_llava.py ...the same arguments...    # ranks share the file, not the work
-    python caption_llava.py --input a.jsonl --output b.jsonl --image-root DIR --model FOLDER --limit 8   # a first look
+    torchrun --nproc_per_node 8 caption_llava.py ...the same arguments...    # the ranks share the work
+    python caption_llava.py --input a.jsonl --output b.jsonl --image-root DIR --model FOLDER --limit 8    # a first look
+    python caption_llava.py ...the same arguments... --server http://node1:8000 http://node2:8000    # vLLM generates
 
 Row in:  {"image": "photos/1.jpg", "alt": "IMG_0123 sale!!"}
-Row out: the same and "vec": "a red bicycle leaning on a wall"; null for a picture that cannot be read, the reason in
+Row out: the same and "vec": "a red bicycle leaning on a wall"; null for an image that cannot be read, with the reason in
 "error". The same command goes on after any interruption, and its result is the same to the byte.
+
+Read caption and Images, then main. What follows main is the same in all three captioning scripts: rows, resuming, servers.
 """
 import argparse
+import base64
 import contextlib
 import errno
-import fcntl
 import hashlib
+import http.client
 import io
+import itertools
 import json
-import multiprocessing
 import os
 import re
+import shutil
 import stat
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -35,317 +43,58 @@ from tqdm import tqdm
 PROMPT = "Describe the image concisely, less than 20 words"  # paper, section 3.2
 
 
-# === rows: the same lines in rewrite_llama.py, caption_llava.py and fuse_vicuna.py; a test compares them ==============
-# The input is cut into blocks of 64 KiB: the lines that start in it. A block is the unit of prompting, batching, fsync
-# and resume, so a row's text depends neither on the number of ranks nor on interruptions. Blocks form shards; rank r of
-# W takes shards r, r + W, ...; whoever finds all of them finished joins them. No process group, no row held for long.
+# --- the model --------------------------------------------------------------------------------------------------------
 
-BLOCK = 64 * 1024  # bytes
+def load_model(args, device):
+    """-> the model, its processor, and the prompt in the model's chat template"""
+    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-
-def die(message):
-    """A user's mistake: one line on stderr and exit status 2."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def read_block(f, block, end):
-    """The lines that start in a block and before byte `end`: [(byte offset, line without its newline)]."""
-    f.seek(max(block * BLOCK - 1, 0))
-    if block:
-        f.readline()  # it began in an earlier block
-    lines = []
-    while (offset := f.tell()) < min((block + 1) * BLOCK, end):
-        lines.append((offset, f.readline().rstrip(b"\n")))
-    return lines
+    processor = load(AutoProcessor, args.model)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.prompt}]}
+    try:  # once here, so that a later failure can be blamed on the image
+        prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+        processor.tokenizer.padding_side = "left"  # a decoder-only model continues at the right end
+        if processor.tokenizer.pad_token is None:  # what is padded is masked
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        Images(args.image_root, processor, prompt).prepare([Image.new("RGB", (64, 64))])
+    except Exception as e:  # processors raise nearly everything
+        die(f"--model {args.model} has no working processor with a chat template: {type(e).__name__}: {e}")
+    model = load(AutoModelForImageTextToText, args.model, dtype=DTYPES[args.dtype], device_map=device).eval()
+    model.generation_config = GenerationConfig(max_new_tokens=args.max_new_tokens, pad_token_id=processor.tokenizer.pad_token_id,
+                                               eos_token_id=end_tokens(model, processor.tokenizer))  # greedy, whatever the folder says
+    return model, processor, prompt
 
 
-def parse_row(line):
-    """The line's object. Of a line that is none: (a row that keeps it as text, with the reason, and) False."""
+def caption(model, tokenizer, inputs, notes):
+    """Greedy captions of the B images that `inputs` holds, one line each."""
+    inputs = {name: x.to(model.device, model.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
+    new = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]  # [B, at most max_new_tokens]
+    ended = torch.isin(new, torch.tensor(model.generation_config.eos_token_id, device=new.device)).any(1)
+    notes.update(["cut off at --max-new-tokens"] * int((~ended).sum()))
+    return [one_line(text).rstrip("\ufffd ") for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def caption_message(image, prompt):
+    """The image and the prompt as a chat message. It is encoded again: servers differ in the formats that they read."""
+    image.save(data := io.BytesIO(), "JPEG", quality=95)
+    url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+    return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]}
+
+
+def caption_by_server(server, args, row):
+    """-> (caption or None, reason or None)"""
     try:
-        row = json.loads(line.decode("utf-8"))
-        reason = None if isinstance(row, dict) else "not a JSON object"
-    except (ValueError, RecursionError) as e:
-        reason = f"not JSON: {e}"
-    if reason is None:
-        return row, True
-    return {"error": {"line": reason}, "line": line.decode("utf-8", "backslashreplace")}, False
+        message = caption_message(to_rgb(open_image(args.image_root, row.get("image"))), args.prompt)
+    except Exception as e:
+        return None, image_fault(e) if row.get("image") else "no image"
+    text, _, refusal = server.ask(messages=[message], temperature=0, seed=args.seed)
+    return one_line(text).rstrip("\ufffd "), refusal
 
 
-def dump_row(row):
-    try:
-        return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate: only an escape can carry it
-        return json.dumps(row).encode("ascii") + b"\n"
-
-
-def one_line(text):
-    """The text without control characters and line breaks of any kind, runs of white space as one blank."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def put_texts(row, field, like, results):
-    """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
-    go to row["error"][field]."""
-    texts, reasons = ([result[i] for result in results] for i in (0, 1))
-    reason = (reasons if isinstance(like, list) else reasons[0]) if any(reasons) else None
-    if row.get(field) is not None:  # further down than make_header looked
-        reason = "was there before, kept"
-    else:
-        row[field] = texts if isinstance(like, list) else texts[0]
-    earlier = row.get("error")
-    if reason:
-        earlier = earlier if isinstance(earlier, dict) else {} if earlier is None else {"row": earlier}  # the user's own: kept
-        row["error"] = {**earlier, field: reason}
-    elif isinstance(earlier, dict) and field in earlier:  # of a launch before, and true no more
-        del earlier[field]
-
-
-def make_header(args, reads, makes, settings):
-    """What the output depends on: the input (size, hash of its first and last MiB, where to stop) and the settings."""
-    if not os.path.isfile(args.input):
-        die(f"--input {args.input}: no such file")
-    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[:1] in ("", ".", "/")):  # nor a hub name
-        die(f"--model {args.model!r}: no such folder")
-    with open(args.input, "rb") as f:
-        rows = [parse_row(line)[0] for _, line in zip(range(1000), f)]
-        fields = {key for row in rows for key in row if row[key] is not None}
-        if rows and not fields & set(reads):
-            die(f"none of the first {len(rows)} rows of {args.input} has {' or '.join(reads)}, only {sorted(fields)}")
-        if there := fields & set(makes):
-            die(f"{args.input} has {', '.join(sorted(there))} already, which this stage would overwrite")
-        size = end = f.seek(0, os.SEEK_END)
-        digest = hashlib.sha256()
-        for start in (0, max(size - (1 << 20), 0)):
-            f.seek(start)
-            digest.update(f.read(1 << 20))
-        if args.limit is not None:
-            f.seek(0)
-            end = sum(len(f.readline()) for _ in range(args.limit))
-    return {"input_size": size, "input_sha256_of_ends": digest.hexdigest(), "end": end, **settings,
-            "blocks_per_shard": max(1, end // BLOCK // 4096)}  # no function of W: a relaunch may have another
-
-
-def is_finished(args, header):
-    """Whether OUT is there, made with this header; what was begun with another one is a user's mistake."""
-    path = os.path.join(args.output + ".parts", "header.json")
-    if not os.path.exists(path):
-        if os.path.exists(args.output):
-            die(f"{args.output} exists and is not this stage's work; move it away or choose another --output")
-        return False
-    try:
-        with open(path) as f:
-            begun = json.load(f)
-    except ValueError as e:
-        die(f"{path} is damaged ({e}): delete {args.output}.parts to start over")
-    for key in header:
-        if begun.get(key) != header[key]:
-            die(f"{args.output} was begun with {key} = {begun.get(key)!r}, now it is {header[key]!r}: choose another "
-                f"--output, or delete {args.output} and {args.output}.parts to start over")
-    return os.path.exists(args.output)
-
-
-def cut_back(out, f, blocks, end):
-    """How many of a shard's blocks stand whole in its .partial file, which is cut off behind the last of them."""
-    out.seek(0)
-    whole = 0
-    for done, block in enumerate(blocks):
-        if not all(out.readline().endswith(b"\n") for _ in read_block(f, block, end)):
-            break
-        whole = out.tell()
-    else:
-        done = len(blocks)
-    out.truncate(whole)
-    return done
-
-
-def write_synced(out, data):
-    try:
-        while data:  # past Python's buffer, which on a full disk would try again on closing
-            data = data[os.write(out.fileno(), data):]
-        os.fsync(out.fileno())
-    except OSError as e:
-        die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
-
-
-def put_header(args, header):
-    """Write header.json unless it is there: whole, by the first of all ranks and launches, and never replaced."""
-    parts = args.output + ".parts"
-    if os.path.exists(args.output) or os.path.exists(parts + "/header.json"):
-        return
-    try:
-        os.makedirs(parts, exist_ok=True)
-        with open(f"{parts}/header.{os.uname().nodename}.{os.getpid()}", "wb") as f:
-            write_synced(f, json.dumps(header, indent=1).encode())
-        with contextlib.suppress(FileExistsError):
-            os.link(f.name, parts + "/header.json")
-        os.remove(f.name)
-    except OSError as e:
-        die(f"{parts}: {e.strerror}")
-
-
-def run_blocks(args, header, process, notes):
-    """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress).
-    -> (rows of this launch, seconds); lines that are no row are counted in notes"""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    end, per_shard = header["end"], header["blocks_per_shard"]
-    n_blocks = -(-end // BLOCK)
-    shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
-    names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
-    put_header(args, header)
-    if is_finished(args, header):  # begun or even finished by another launch while the model was loading
-        return 0, 0
-    rows, started = 0, time.time()
-    progress = tqdm(total=sum(map(len, shards[rank::world])), unit="block", disable=rank > 0)
-    with open(args.input, "rb") as f:
-        for name, blocks in zip(names[rank::world], shards[rank::world]):
-            if os.path.exists(name):
-                progress.update(len(blocks))
-                continue
-            with open(name + ".partial", "ab+") as out:
-                lock(out) or die(f"another process is writing {name}.partial, or died on another node less than two minutes ago")
-                done = cut_back(out, f, blocks, end)
-                progress.update(done)
-                for block in blocks[done:]:
-                    lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
-                    process(block, [(offset, row) for offset, row, good in lines if good], progress)
-                    rows += len(lines)
-                    notes.update("no JSON object, kept as text" for *_, good in lines if not good)
-                    write_synced(out, b"".join(dump_row(row) for _, row, _ in lines))
-                    progress.update()
-            os.replace(name + ".partial", name)
-    progress.close()
-    with open(args.output + ".parts/join.lock", "w") as guard:
-        if all(map(os.path.exists, names)) and lock(guard) and not os.path.exists(args.output):
-            with open(args.output + ".tmp", "wb") as out:
-                for name in names:
-                    with open(name, "rb") as f:
-                        for data in iter(lambda: f.read(1 << 26), b""):
-                            write_synced(out, data)
-            os.replace(args.output + ".tmp", args.output)
-            for name in names:
-                os.remove(name)
-    return rows, time.time() - started
-
-
-def report(args, done, unit, outcomes, notes):
-    """The end of a rank's run: how many, how fast, with which outcome, what else is worth knowing; after a --limit run
-    also what whole data sets would take."""
-    (rows, seconds), world = done, int(os.environ.get("WORLD_SIZE", 1))
-    print(f"{rows} rows, {outcomes.total()} {unit} in {seconds:.0f} s without loading the model: "
-          f"{rows / max(seconds, 1e-9):.2f} rows a second")
-    for what, number in outcomes.most_common() + notes.most_common():
-        print(f"{number:9d}  {what}")
-    if args.limit is not None and rows:
-        for millions in (1, 12, 300):
-            days, hours = divmod(millions * 1e6 * seconds / rows / world / 3600, 24)
-            print(f"{millions:6d} M rows would take {days:6.0f} days {hours:4.1f} hours at this rate on {world} rank{'s' * (world > 1)}")
-
-
-@torch.inference_mode()
-def decode(model, inputs, stops, max_new_tokens, choose, cache=None):
-    """Continue B prompts. -> for each the new ids, and whether the last one is a stop token. Rows leave the batch as they end.
-
-    inputs: input_ids, position_ids [B, T], padded on the left, and what else the first step needs (pictures); cache: keys
-    and values of P tokens before them, or None; attention_mask [B, P + T]; stops: bool [V];
-    choose(logits [rows, V], alive [rows], step) -> ids [rows], `alive` being their numbers in 0..B-1."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config.get_text_config()) if cache is None else cache
-    mask, position = inputs["attention_mask"], inputs["position_ids"]
-    alive = torch.arange(len(mask), device=mask.device)
-    new, ended = [[] for _ in alive], [False] * len(alive)
-    for step in range(max_new_tokens):
-        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [rows, V]
-        ids = choose(logits, alive, step)
-        stop = stops[ids]
-        for b, token, stopped in zip(alive.tolist(), ids.tolist(), stop.tolist()):
-            new[b].append(token)
-            ended[b] = stopped
-        keep = (~stop).nonzero()[:, 0]
-        if len(keep) == 0:
-            break
-        if len(keep) < len(alive):
-            alive, ids, mask, position = alive[keep], ids[keep], mask[keep], position[keep]
-            cache.batch_select_indices(keep)
-        position = position[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        inputs = {"input_ids": ids[:, None], "attention_mask": mask, "position_ids": position}
-    return new, ended
-
-
-def greedy(logits, alive, step):
-    return logits.argmax(-1)
-
-
-def end_tokens(model, tokenizer, newline):
-    """bool [V]: the model's end tokens, one or several, and with `newline` every token that has a line break in it."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    stops = torch.zeros(vocabulary, dtype=torch.bool)
-    stops[torch.tensor([] if ends is None else ends, dtype=torch.long)] = True
-    if newline:
-        stops |= torch.tensor(["\n" in piece for piece in tokenizer.batch_decode([[i] for i in range(vocabulary)])])
-    return stops.to(model.device)
-
-
-def mark_special(tokenizer):
-    """Make added tokens that look like markers, <|end|> or [INST], special ones: never read from data, never shown. Some
-    checkpoints flag only a few of theirs. An added word stays a word."""
-    markers = [token for token in tokenizer.get_added_vocab() if token[0] in "<[{" and token[-1] in ">]}"]
-    tokenizer.add_special_tokens({"additional_special_tokens": markers})
-
-
-def lock(f):
-    """Take a file for this process. It is free again when the process dies; on NFS, of a node that dies, once the server
-    misses it."""
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError as e:
-        die(f"{f.name}: {e.strerror}: --output must be on a file system with locks (Lustre: mount with flock)")
-
-
-def at_least(least, kind=int):
-    """For argparse: a number that is not smaller."""
-    def number(text):
-        if not (value := kind(text)) >= least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return value
-    return number
-
-
-def pick_device(name):
-    """auto: this rank's GPU, or Apple's, or the CPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device in there if there[device])
-    if not there[name]:
-        die(f"--device {name}: torch finds none here")
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-
-
-def pick_dtype(name, device):
-    """auto: bf16 where the hardware computes in it, else fp32. Another dtype gives other texts, so OUT records it."""
-    if name == "auto":
-        native = (torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else
-                  device != "mps" and torch.cuda.is_bf16_supported(including_emulation=False))
-        return "bf16" if native else "fp32"
-    return name
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# === end of rows ======================================================================================================
-
-
-# --- pictures, in worker processes ------------------------------------------------------------------------------------
+# --- images, in worker processes --------------------------------------------------------------------------------------
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # of Pillow's; EPS would run Ghostscript
-MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}  # one picture's fault
+MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}  # one image's fault
 
 
 def open_image(root, name):
@@ -383,151 +132,400 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
-def begin_worker():
-    """One thread a worker; and a worker leaves when its stage is gone, killed or not."""
-    def watch(parent):
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    torch.set_num_threads(1)
-    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+def image_fault(e):
+    """The reason that a row gets for its image. A disk that fails is no image's fault: the launch ends, and a later one goes
+    on. Pillow's own OSErrors have no number."""
+    code = getattr(e, "errno", None)
+    if code and code not in MISSING:
+        raise e
+    return f"{type(e).__name__}: {os.strerror(code) if code else e}"
 
 
-def process_images(images, prompt):
-    """What the model takes in for RGB pictures: NumPy arrays by name; None for no picture."""
-    return dict(processor(images=images, text=[prompt] * len(images), padding=True, return_tensors="np")) if images else None
+class Images(torch.utils.data.Dataset):
+    """What a DataLoader's workers do: image names in, the model's inputs out."""
 
+    def __init__(self, root, processor, prompt):
+        self.root, self.processor, self.prompt = root, processor, prompt
 
-def prepare_batch(names, root, prompt):
-    """-> inputs of the pictures that can be read, and {number of a name: why it cannot}. Pillow and the processors raise
-    nearly everything; a worker must outlive any file. A disk that fails is no picture's fault: a later launch reads them."""
-    images, reasons = {}, {}
-    for i, name in enumerate(names):
-        try:
-            images[i] = to_rgb(open_image(root, name))
-        except Exception as e:
-            number = getattr(e, "errno", None)  # Pillow's own OSErrors have none
-            if number and number not in MISSING:
-                raise
-            reasons[i] = f"{type(e).__name__}: {os.strerror(number) if number else e}" if name else "no image"
-    try:
-        return process_images([*images.values()], prompt), reasons
-    except Exception:  # each on its own: which one is it?
-        for i, image in images.items():
+    def prepare(self, images):
+        """The model's inputs for RGB images, the prompt included: a dict of tensors, empty for no images."""
+        texts = [self.prompt] * len(images)
+        bos = self.processor.tokenizer.bos_token  # some templates write it themselves
+        return dict(self.processor(images=[[image] for image in images], text=texts, padding=True, return_tensors="pt",
+                                   add_special_tokens=not (bos and self.prompt.startswith(bos)))) if images else {}
+
+    def __getitems__(self, names):
+        """-> (inputs of the images that can be read, {number of a name: why it cannot be}). A worker outlives any file."""
+        images, faults = {}, {}
+        for i, name in enumerate(names):
             try:
-                process_images([image], prompt)
+                images[i] = to_rgb(open_image(self.root, name))
             except Exception as e:
-                reasons[i] = f"{type(e).__name__}: {e}"
-        return process_images([image for i, image in images.items() if i not in reasons], prompt), reasons
+                faults[i] = image_fault(e) if name else "no image"
+        try:
+            return self.prepare([*images.values()]), faults
+        except Exception:  # which one is it?
+            for i, image in images.items():
+                try:
+                    self.prepare([image])
+                except Exception as e:
+                    faults[i] = f"{type(e).__name__}: {e}"
+            return self.prepare([image for i, image in images.items() if i not in faults]), faults
 
 
-def ahead(pool, function, calls, depth):
-    """function(*call) for every call, in order, with `depth` of them under way in the pool."""
-    waiting = deque()
+def read_ahead(units, args, dataset):
+    """Yield (unit, rows, whether they are its last, (inputs, faults)). The workers do not wait for a unit to be written: they
+    go on to the next one's images."""
+    begun = deque()
+
+    def batches():
+        for unit in units:
+            rows = [row for _, row in unit.todo]
+            for at in range(0, max(len(rows), 1), args.batch_size):  # at least one, since its end is what writes a unit
+                begun.append((unit, rows[at:at + args.batch_size], at + args.batch_size >= len(rows)))
+                yield [row.get("image") for row in begun[-1][1]]
+
     try:
-        for call in calls:
-            waiting.append(pool.submit(function, *call))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except (BrokenProcessPool, OSError) as e:
-        die(f"pictures cannot be read: {e}. Nothing is lost: the same command goes on from here (if a worker was killed for "
-            "want of memory, with fewer --workers)")
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
-
-def load_processor(name, prompt):
-    """The model's own processor and the prompt in its chat template. The workers inherit the processor by fork."""
-    from transformers import AutoProcessor
-    try:
-        processor = AutoProcessor.from_pretrained(name)
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        text = processor.apply_chat_template([message], add_generation_prompt=True)
-        processor(images=[Image.new("RGB", (64, 64))], text=[text], return_tensors="np")  # it works: if one fails, it is the picture
-    except Exception as e:  # transformers raises nearly everything for a folder that is none
-        die(f"--model {name} has no working processor with a chat template: {type(e).__name__}: {e}")
-    processor.tokenizer.padding_side = "left"  # a decoder-only model continues at the right end
-    if processor.tokenizer.pad_token is None:  # what is padded is masked
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    mark_special(processor.tokenizer)
-    return processor, text
-
-
-def load_model(name, device, dtype):
-    from transformers import AutoModelForImageTextToText
-    try:
-        return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device).eval()
-    except Exception as e:  # transformers raises nearly everything for a folder that is none
-        die(f"--model {name} is no image captioner that transformers can load: {type(e).__name__}: {e}")
-
-
-def caption(model, processor, inputs, stops, max_new_tokens, notes):
-    """Greedy captions of one prepared batch, one line each."""
-    inputs = {key: torch.from_numpy(value).to(model.device) for key, value in inputs.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    new, ended = decode(model, inputs, stops, max_new_tokens, greedy)
-    notes.update(["cut off at --max-new-tokens"] * ended.count(False))
-    return [one_line(text) for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        for batch in torch.utils.data.DataLoader(dataset, batch_sampler=batches(), num_workers=args.workers, collate_fn=lambda batch: batch):
+            yield *begun.popleft(), batch
+    except (OSError, RuntimeError) as e:
+        die(f"images cannot be read: {str(e).strip().splitlines()[-1]}. Nothing is lost: the same command goes on from here "
+            "(if a worker was killed for want of memory, with fewer --workers, or in a container with more --shm-size)")
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = die
-    parser.add_argument("--input", required=True, help="JSONL, one row an image (data/README.md)")
-    parser.add_argument("--output", required=True, help="JSONL, one row for every row of --input, in its order")
+    parser = stage_parser(__doc__, model="llava-hf/llava-1.5-7b-hf", batch_size=32, max_new_tokens=40)  # 1.5, 40: assumed
     parser.add_argument("--image-root", required=True, help="the folder that the rows' image paths start from")
-    parser.add_argument("--model", default="llava-hf/llava-1.5-7b-hf",
-                        help="LLaVA folder or hub name (default: %(default)s; version 1.5 is assumed)")
     parser.add_argument("--prompt", default=PROMPT, help="default: the paper's, %(default)r")
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=40, help="a caption's limit (default: %(default)s)")
-    parser.add_argument("--batch-size", type=at_least(1), default=32, help="pictures at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=at_least(0), default=4, help="processes that read pictures (default: %(default)s)")
-    parser.add_argument("--limit", type=at_least(0), help="only the first N lines of the input (default: all)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                        help="auto: bf16 where the hardware computes in it, else fp32 (fp16 for GPUs before Ampere)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--seed", type=at_least(0), default=0, help="kept in the header; greedy captions draw nothing")
+    parser.add_argument("--workers", type=number(int, 0), default=4, help="processes that read images (default: %(default)s)")
     args = parser.parse_args(argv)
-    outcomes, notes = Counter(), Counter()
-
     if not os.path.isdir(args.image_root):
         die(f"--image-root {args.image_root}: no such folder")
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    settings = {name: getattr(args, name) for name in ("model", "prompt", "max_new_tokens", "batch_size", "seed")}
-    header = make_header(args, ["image"], ["vec"], {**settings, "dtype": dtype})
-    if is_finished(args, header):
+    device = pick_device(args)
+    settings = {name: getattr(args, name) for name in ("model", "prompt", "max_new_tokens", "batch_size", "dtype", "seed")}
+    settings["image_root"] = os.path.realpath(args.image_root)
+    units = Units(args, settings, reads=["image"], makes=["vec"])
+    if units.finished():
         return print(f"{args.output} is finished")
 
-    global processor
-    processor, prompt = load_processor(args.model, args.prompt)
-    pool = ProcessPoolExecutor(max(1, args.workers), multiprocessing.get_context("fork"), begin_worker)
-    list(pool.map(abs, range(max(1, args.workers))))  # forked now, before the model and CUDA are there
-    model = load_model(args.model, device, DTYPES[dtype])
-    stops = end_tokens(model, processor.tokenizer, newline=False)
+    def put(row, text, reason):
+        put_texts(row, "vec", None, [(text or None, reason or (None if text else "empty"))])
+        units.outcomes[row["error"]["vec"].split(":")[0] if not text else "captioned"] += 1
 
-    def process(block, rows, progress):
-        """A caption for every row of the block whose picture can be read."""
-        batches = [[row for _, row in rows[at:at + args.batch_size]] for at in range(0, len(rows), args.batch_size)]
-        calls = [([row.get("image") for row in batch], args.image_root, prompt) for batch in batches]
-        for batch, (inputs, reasons) in zip(batches, ahead(pool, prepare_batch, calls, args.workers)):
-            texts = iter(caption(model, processor, inputs, stops, args.max_new_tokens, notes) if inputs else [])
-            for i, row in enumerate(batch):
-                text = None if i in reasons else next(texts)
-                reason = reasons.get(i) or (None if text else "empty")
-                put_texts(row, "vec", None, [(text or None, reason)])
-                outcomes[reason.split(":")[0] if reason else "captioned"] += 1
-            progress.set_postfix(images=outcomes.total())
+    if args.server:
+        message = caption_message(Image.new("RGB", (64, 64)), args.prompt)
+        server = Server(args, "/v1/chat/completions", messages=[message], temperature=0, seed=args.seed)
+        for unit in units:
+            rows = [row for _, row in unit.todo]
+            for row, result in zip(rows, server.map(partial(caption_by_server, server, args), rows)):
+                put(row, *result)
+            units.write(unit)
+    else:
+        model, processor, prompt = load_model(args, device)
+        for unit, rows, last, (inputs, faults) in read_ahead(units, args, Images(args.image_root, processor, prompt)):
+            texts = iter(caption(model, processor.tokenizer, inputs, units.notes) if inputs else [])
+            for i, row in enumerate(rows):
+                put(row, *((None, faults[i]) if i in faults else (next(texts), None)))
+            if last:
+                units.write(unit)
+    units.join()
 
-    done = run_blocks(args, header, process, notes)
-    pool.shutdown()
-    report(args, done, "images", outcomes, notes)
+
+# === rows: the same lines in rewrite_llama.py, caption_llava.py and fuse_vicuna.py; a test compares them ==============
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def die(message):
+    """End with one line on stderr and exit status 2."""
+    line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", message).split())
+    print(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def number(kind, low):
+    """For argparse: a finite number, `low` or more."""
+    def parse(text):
+        if not low <= kind(text) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more")
+        return kind(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def stage_parser(description, **defaults):
+    """The arguments of all three stages."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, add = die, parser.add_argument
+    add("--input", required=True, help="JSONL, one row an image (data/README.md)")
+    add("--output", required=True, help="JSONL, one row for every row of --input, in its order")
+    add("--model", help="folder or hub name; with --server the name that it serves (default: %(default)s)")
+    add("--max-new-tokens", type=number(int, 1), help="an answer's limit (default: %(default)s)")
+    add("--batch-size", type=number(int, 1), help="answers generated at a time (default: %(default)s)")
+    add("--limit", type=number(int, 0), help="only the first N lines, and an estimate for whole data sets (default: all)")
+    add("--dtype", default="auto", choices=["auto", *DTYPES],
+        help="auto: bf16 where the hardware computes in it, else fp32 (fp16 for GPUs before Ampere)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
+    add("--seed", type=number(int, 0), default=0, help="of everything drawn at random (default: %(default)s)")
+    add("--server", nargs="+", metavar="URL", help="OpenAI-compatible servers (vLLM, SGLang) that generate the texts and share "
+        "the work; whether a second run gives the same bytes is their matter (default: generate here)")
+    add("--concurrency", type=number(int, 1), default=64, help="requests under way to each server (default: %(default)s)")
+    parser.set_defaults(**defaults)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
+    return parser
+
+
+def pick_device(args):
+    """-> the device for the model; args.dtype becomes the dtype: it changes texts, so it is one of OUT's settings."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in found if found[name]) if args.device == "auto" else args.device
+    if not found[device]:
+        die(f"--device {device}: torch finds none here")
+    if args.dtype == "auto":
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
+                  device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+        args.dtype = "bf16" if native else "fp32"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
+def load(auto_class, name, **options):
+    """auto_class.from_pretrained, or one line that says what is wrong with --model."""
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except Exception as e:  # transformers raises nearly everything for a folder that is none
+        die(f"--model {name}: {auto_class.__name__} cannot load it: {type(e).__name__}: {e}")
+
+
+def end_tokens(model, tokenizer):
+    """The ids that end an answer. Conversions of the same model name them in different places."""
+    places = [model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id]
+    return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
+
+
+def special_markers(tokenizer):
+    """A pattern of all texts that the tokenizer reads as a special token, or, of an unknown one (None: a server's), of all
+    that look so."""
+    if tokenizer is None:
+        return re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]")
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    names = {name for name in added if name[0] in "<[{" and name[-1] in ">]}"} | set(tokenizer.all_special_tokens)
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def one_line(text, markers=re.compile("(?!)")):
+    """The text without control characters, line breaks of any kind and `markers`, runs of white space as one blank."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return one_line(markers.sub(" ", text), markers) if markers.search(text) else text
+
+
+def put_texts(row, field, source, results):
+    """Put [(text or None, reason or None)] into row[field]: a list if `source`, what they were made from, is one. The
+    reasons go to row["error"][field]."""
+    if row.get(field) is not None:  # further down than Units looked
+        source, results = None, [(row[field], "was there before, kept")]
+    texts, reasons = ([result[i] for result in results] for i in (0, 1))
+    row[field] = texts if isinstance(source, list) else texts[0]
+    error = row.get("error")
+    if any(reasons):
+        error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # the user's own: kept
+        row["error"] = {**error, field: reasons if isinstance(source, list) else reasons[0]}
+    elif isinstance(error, dict):
+        error.pop(field, None)  # of a launch before, and no longer true
+
+
+def parse_row(line):
+    """The line's object and True. If the line is no JSON object: a row that keeps its text and the reason, and False."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))  # which skips a byte order mark
+        reason = None if isinstance(row, dict) else "not a JSON object"
+    except (ValueError, RecursionError) as e:
+        reason = f"not JSON: {e}"
+    if reason is None:
+        return row, True
+    return {"error": {"line": reason}, "line": line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")}, False
+
+
+class Units:
+    """The input in units, and the output that is made of them.
+
+    A unit is some consecutive lines, together 64 KiB or a little more. What a stage makes of a unit depends on the settings,
+    the unit's lines and their place in the file, and on nothing else. Its file in OUT.parts is named by a hash of just
+    these, and gets this name when it is complete and on the disk. So a file that is there is right, whatever was killed and
+    whoever else is at work; one that is not there is made. No locks, no process group, nothing else to remember."""
+
+    def __init__(self, args, settings, reads, makes):
+        """reads, makes: fields of which the first rows must have one, and none"""
+        self.args, self.output, self.parts = args, args.output, args.output + ".parts"
+        self.settings = {"stage": os.path.basename(sys.argv[0]), "limit": args.limit, **settings}
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.outcomes, self.notes = Counter(), Counter()  # how texts ended; what else happened
+        self.paths, self.clock, self.server = [], [], None
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
+            die("several SLURM tasks without RANK would all do the same work: start them by torchrun, or set RANK and WORLD_SIZE")
+        try:
+            with open(args.input, "rb") as f:
+                lines = list(itertools.islice(f, 1000))
+        except OSError as e:
+            die(f"--input {args.input}: {e.strerror}")
+        if lines and lines[0].startswith((b"\xff\xfe", b"\xfe\xff")):
+            die(f"--input {args.input} is UTF-16; expected UTF-8")
+        fields = {key for line in lines for key, value in parse_row(line)[0].items() if value is not None}
+        if lines and not fields & set(reads):
+            die(f"none of the first {len(lines)} rows of {args.input} has {' or '.join(reads)}, only {sorted(fields)}")
+        if there := fields & set(makes):
+            die(f"{args.input} has {', '.join(sorted(there))} already, which this stage would overwrite")
+
+    def __iter__(self):
+        """The units that this rank has to make: path, rows, and todo, [(byte offset, row)] without the rows that are no JSON
+        object. Reads and hashes the whole input, which takes minutes for 300 M rows. Rank r of W makes r, r + W, ..."""
+        self.paths, self.clock, size = [], [(0, time.time())], os.path.getsize(self.args.input)
+        unit_size = 64 << 10
+        while size / unit_size > 65_536:
+            unit_size *= 2
+        self.progress = tqdm(total=size if self.args.limit is None else None, unit="B", unit_scale=True, disable=self.rank > 0)
+        with open(self.args.input, "rb") as f:
+            lines, end = itertools.islice(f, self.args.limit), 0
+            while unit := take(lines, unit_size):
+                offsets = list(itertools.accumulate(map(len, unit), initial=end))
+                key = json.dumps([self.settings, end], sort_keys=True).encode() + b"".join(unit)
+                path = os.path.join(self.parts, f"{len(self.paths):05d}-{hashlib.sha256(key).hexdigest()[:32]}")
+                self.paths.append(path)
+                end = offsets[-1]
+                if (len(self.paths) - 1) % self.world == self.rank and not os.path.exists(path) and not os.path.exists(self.output):
+                    rows = [parse_row(line) for line in unit]
+                    self.notes.update("no JSON object, kept as text" for _, good in rows if not good)
+                    todo = [(offset, row) for offset, (row, good) in zip(offsets, rows) if good]
+                    yield SimpleNamespace(path=path, size=end - offsets[0], rows=[row for row, _ in rows], todo=todo)
+                else:
+                    self.progress.update(end - offsets[0])
+
+    def write(self, unit):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in unit.rows)
+        self.save(unit.path, (line.encode(errors="backslashreplace") for line in lines))  # a lone surrogate stays an escape
+        self.clock.append((self.clock[-1][0] + len(unit.rows), time.time()))
+        self.progress.update(unit.size)
+        self.progress.set_postfix_str(f"{self.outcomes.total() / (time.time() - self.clock[0][1]):.1f} texts/s")
+
+    def save(self, path, chunks):
+        """Write a file whole or not at all: under a name of this host and process, synced, then renamed."""
+        temporary = os.path.join(self.parts, f"{os.path.basename(path)}.{os.uname().nodename}.{os.getpid()}")
+        try:
+            os.makedirs(self.parts, exist_ok=True)
+            with open(temporary, "wb") as f:
+                f.writelines(chunks)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            if not (isinstance(e, FileNotFoundError) and os.path.exists(self.output)):  # else another launch was first to join
+                die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
+
+    def record(self):
+        """What OUT depends on: the settings, and a hash of all units' names, so of every line."""
+        if not self.paths:
+            list(self)  # only hashes the input, if OUT is there
+        return {**self.settings, "input": hashlib.sha256("".join(map(os.path.basename, self.paths)).encode()).hexdigest()}
+
+    def finished(self):
+        """Whether OUT is there, made from this input with these settings. If it was made otherwise, one line says how."""
+        if not os.path.exists(self.output):
+            return False
+        try:
+            with open(self.output + ".settings.json") as f:
+                made = json.load(f)
+        except (OSError, ValueError) as e:
+            die(f"{self.output} exists, but nothing says how it was made ({e}): choose another --output")
+        differ = [f"{key} {made.get(key)!r} and not {value!r}" for key, value in self.record().items() if made.get(key) != value]
+        if differ:
+            die(f"{self.output} was made with {', '.join(differ)}: choose another --output, or delete it to start over")
+        shutil.rmtree(self.parts, ignore_errors=True)  # of a launch that was killed before it could
+        return True
+
+    def join(self):
+        """Join the units if all are there, and say what this launch did."""
+        self.progress.close()
+        if not self.finished() and all(map(os.path.exists, self.paths)):
+            record = json.dumps({**self.record(), "server": self.server}, indent=1)
+            self.save(self.output + ".settings.json", [record.encode()])
+            self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
+            shutil.rmtree(self.parts, ignore_errors=True)
+        rows, seconds = self.clock[-1][0], self.clock[-1][1] - self.clock[0][1]
+        print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
+              f"{rows / max(seconds, 1e-9):.2f} rows a second")
+        for what, count in self.outcomes.most_common() + self.notes.most_common():
+            print(f"{count:9d}  {what}")
+        if self.args.limit is not None and rows:
+            first, begun = self.clock[len(self.clock) > 2]  # behind the first unit, in which all warms up
+            for millions in (1, 12, 300):
+                days = millions * 1e6 * (self.clock[-1][1] - begun) / (rows - first) / self.world / 86400
+                print(f"{millions:6d} M rows would take {days:9.2f} days at this rate on {self.world} rank(s)")
+
+
+def take(lines, size):
+    """The next lines, until they are `size` bytes together."""
+    taken = []
+    while size > 0 and (line := next(lines, b"")):
+        taken.append(line)
+        size -= len(line)
+    return taken
+
+
+class Server:
+    """Texts from OpenAI-compatible servers: one text a request, many requests at once.
+
+    A request that a server refuses (400, 413, 422) is its row's error. A server that is not there, busy or broken is asked
+    again, half a minute long, the next server in between. Everything else ends the launch with one line."""
+
+    def __init__(self, args, path, **trial):
+        """trial: a harmless request, which every server has to answer before the first row"""
+        self.urls = [url.rstrip("/").removesuffix("/v1") for url in args.server]
+        self.path, self.common = path, {"model": args.model, "max_tokens": args.max_new_tokens}
+        self.pool = ThreadPoolExecutor(args.concurrency * len(self.urls))
+        self.answered, self.turns, self.leaving = 0, itertools.count(), threading.Event()
+        for url, (_, _, refusal) in zip(self.urls, self.map(lambda url: self.ask([url], **trial), self.urls)):
+            if refusal:
+                die(f"--server {url}: {refusal}")
+
+    def map(self, function, items):
+        """[function(item) for item in items], many at a time"""
+        futures = [self.pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except ConnectionError as e:
+            self.leaving.set()
+            self.pool.shutdown(cancel_futures=True)
+            die(f"{e}. Nothing is lost: the same command goes on from here")
+
+    def ask(self, urls=None, **request):
+        """-> (text, whether it ended by itself, None) or (None, False, why the request was refused)"""
+        urls, turn, failures, broken, answered = urls or self.urls, next(self.turns), 0, 0, self.answered
+        data = json.dumps({**self.common, **request}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+        while True:
+            url, before = urls[turn % len(urls)], self.answered
+            try:
+                with urllib.request.urlopen(urllib.request.Request(url + self.path, data, headers), timeout=300) as response:
+                    choice = json.load(response)["choices"][0]
+                text = choice["message"]["content"] if "message" in choice else choice["text"]
+                self.answered += 1
+                return text or "", choice.get("finish_reason") == "stop", None
+            except urllib.error.HTTPError as e:
+                code, fault = e.code, f"{e.code} {one_line(e.read(4000).decode('utf-8', 'replace'))[:200]}"
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:  # or no answer of this kind
+                code, fault = 0, f"{type(e).__name__}: {e}"
+            broken += code == 500
+            if code in (400, 413, 422) or broken == 3 and self.answered > answered:  # others pass
+                return None, False, f"refused by the server: {fault}"
+            failures += not (code in (429, 503) and self.answered > before)  # else it is only busy
+            if failures > 6 or 400 < code < 500 and code not in (408, 429) or self.leaving.wait(2 ** failures / 4):
+                raise ConnectionError(f"--server {url}: {fault}")
+            turn += 1
+
+# === end of rows ======================================================================================================
 
 
 if __name__ == "__main__":

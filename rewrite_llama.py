@@ -1,26 +1,41 @@
-"""Rewrite captions with LLaMA by in-context learning: LaCLIP's text augmentation (arXiv 2305.20088, section 3).
+"""Rewrite captions with LLaMA by in-context learning: LaCLIP's text augmentation (arXiv 2305.20088, section 3.1).
 
-Every caption gets one rewrite a source. A source (chatgpt, bard, coco, human) is a set of input => output pairs; the
+Every caption gets one rewrite a source. A source (chatgpt, bard, coco, human) is a set of input => output pairs. The
 prompt is a task line, three pairs drawn from the set, and the caption; the language model completes the line.
 
     python rewrite_llama.py --input cc3m.jsonl --output cc3m.rewritten.jsonl --model huggyllama/llama-7b
-    torchrun --nproc_per_node 8 rewrite_llama.py ...the same arguments...    # ranks share the file, not the work
+    torchrun --nproc_per_node 8 rewrite_llama.py ...the same arguments...    # the ranks share the work
     python rewrite_llama.py --input a.jsonl --output b.jsonl --model FOLDER --limit 20    # a first look, on a CPU too
+    python rewrite_llama.py ...the same arguments... --server http://node1:8000 http://node2:8000    # vLLM generates
 
 Row in:  {"image": "photos/1.jpg", "alt": "red bike"}
-Row out: the same and "rewrite_chatgpt": "...", ...; null where no usable answer came, the reason in "error".
+Row out: the same and "rewrite_chatgpt": "...", ...; null where no usable answer came, with the reason in "error".
 The same command goes on after any interruption, and its result is the same to the byte.
+
+Read draw_prompt, rewrite, Completer.complete and sample, in this order, then main. What follows main is the same in all
+three captioning scripts: rows, resuming, servers.
 """
 import argparse
 import contextlib
-import fcntl
+import copy
 import hashlib
+import http.client
+import inspect
+import itertools
 import json
 import os
+import re
+import shutil
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,333 +43,27 @@ from tqdm import tqdm
 
 SOURCES = ["chatgpt", "bard", "coco", "human"]  # M = 4 rewrites a caption (paper, section 3.1)
 TASK = "Rewrite each image caption in other words, keeping its meaning."  # ours; the release's: "write image captions differently,"
-MAX_INPUT_TOKENS = 256  # a longer text is no caption: it is left null; assumed
+GROUP = 512  # texts that share their three pairs; ours (the release draws pairs for every text)
+MAX_INPUT_TOKENS = 256  # a longer text is no caption: its rewrite is null; assumed
 PAIRS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompts", "meta_pairs.jsonl")
-
-
-# === rows: the same lines in rewrite_llama.py, caption_llava.py and fuse_vicuna.py; a test compares them ==============
-# The input is cut into blocks of 64 KiB: the lines that start in it. A block is the unit of prompting, batching, fsync
-# and resume, so a row's text depends neither on the number of ranks nor on interruptions. Blocks form shards; rank r of
-# W takes shards r, r + W, ...; whoever finds all of them finished joins them. No process group, no row held for long.
-
-BLOCK = 64 * 1024  # bytes
-
-
-def die(message):
-    """A user's mistake: one line on stderr and exit status 2."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def read_block(f, block, end):
-    """The lines that start in a block and before byte `end`: [(byte offset, line without its newline)]."""
-    f.seek(max(block * BLOCK - 1, 0))
-    if block:
-        f.readline()  # it began in an earlier block
-    lines = []
-    while (offset := f.tell()) < min((block + 1) * BLOCK, end):
-        lines.append((offset, f.readline().rstrip(b"\n")))
-    return lines
-
-
-def parse_row(line):
-    """The line's object. Of a line that is none: (a row that keeps it as text, with the reason, and) False."""
-    try:
-        row = json.loads(line.decode("utf-8"))
-        reason = None if isinstance(row, dict) else "not a JSON object"
-    except (ValueError, RecursionError) as e:
-        reason = f"not JSON: {e}"
-    if reason is None:
-        return row, True
-    return {"error": {"line": reason}, "line": line.decode("utf-8", "backslashreplace")}, False
-
-
-def dump_row(row):
-    try:
-        return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate: only an escape can carry it
-        return json.dumps(row).encode("ascii") + b"\n"
-
-
-def one_line(text):
-    """The text without control characters and line breaks of any kind, runs of white space as one blank."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def put_texts(row, field, like, results):
-    """[(text or None, reason or None)] into row[field]: a list if `like`, what they were made from, is one. The reasons
-    go to row["error"][field]."""
-    texts, reasons = ([result[i] for result in results] for i in (0, 1))
-    reason = (reasons if isinstance(like, list) else reasons[0]) if any(reasons) else None
-    if row.get(field) is not None:  # further down than make_header looked
-        reason = "was there before, kept"
-    else:
-        row[field] = texts if isinstance(like, list) else texts[0]
-    earlier = row.get("error")
-    if reason:
-        earlier = earlier if isinstance(earlier, dict) else {} if earlier is None else {"row": earlier}  # the user's own: kept
-        row["error"] = {**earlier, field: reason}
-    elif isinstance(earlier, dict) and field in earlier:  # of a launch before, and true no more
-        del earlier[field]
-
-
-def make_header(args, reads, makes, settings):
-    """What the output depends on: the input (size, hash of its first and last MiB, where to stop) and the settings."""
-    if not os.path.isfile(args.input):
-        die(f"--input {args.input}: no such file")
-    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[:1] in ("", ".", "/")):  # nor a hub name
-        die(f"--model {args.model!r}: no such folder")
-    with open(args.input, "rb") as f:
-        rows = [parse_row(line)[0] for _, line in zip(range(1000), f)]
-        fields = {key for row in rows for key in row if row[key] is not None}
-        if rows and not fields & set(reads):
-            die(f"none of the first {len(rows)} rows of {args.input} has {' or '.join(reads)}, only {sorted(fields)}")
-        if there := fields & set(makes):
-            die(f"{args.input} has {', '.join(sorted(there))} already, which this stage would overwrite")
-        size = end = f.seek(0, os.SEEK_END)
-        digest = hashlib.sha256()
-        for start in (0, max(size - (1 << 20), 0)):
-            f.seek(start)
-            digest.update(f.read(1 << 20))
-        if args.limit is not None:
-            f.seek(0)
-            end = sum(len(f.readline()) for _ in range(args.limit))
-    return {"input_size": size, "input_sha256_of_ends": digest.hexdigest(), "end": end, **settings,
-            "blocks_per_shard": max(1, end // BLOCK // 4096)}  # no function of W: a relaunch may have another
-
-
-def is_finished(args, header):
-    """Whether OUT is there, made with this header; what was begun with another one is a user's mistake."""
-    path = os.path.join(args.output + ".parts", "header.json")
-    if not os.path.exists(path):
-        if os.path.exists(args.output):
-            die(f"{args.output} exists and is not this stage's work; move it away or choose another --output")
-        return False
-    try:
-        with open(path) as f:
-            begun = json.load(f)
-    except ValueError as e:
-        die(f"{path} is damaged ({e}): delete {args.output}.parts to start over")
-    for key in header:
-        if begun.get(key) != header[key]:
-            die(f"{args.output} was begun with {key} = {begun.get(key)!r}, now it is {header[key]!r}: choose another "
-                f"--output, or delete {args.output} and {args.output}.parts to start over")
-    return os.path.exists(args.output)
-
-
-def cut_back(out, f, blocks, end):
-    """How many of a shard's blocks stand whole in its .partial file, which is cut off behind the last of them."""
-    out.seek(0)
-    whole = 0
-    for done, block in enumerate(blocks):
-        if not all(out.readline().endswith(b"\n") for _ in read_block(f, block, end)):
-            break
-        whole = out.tell()
-    else:
-        done = len(blocks)
-    out.truncate(whole)
-    return done
-
-
-def write_synced(out, data):
-    try:
-        while data:  # past Python's buffer, which on a full disk would try again on closing
-            data = data[os.write(out.fileno(), data):]
-        os.fsync(out.fileno())
-    except OSError as e:
-        die(f"{out.name}: {e.strerror}. Nothing is lost: the same command goes on from here")
-
-
-def put_header(args, header):
-    """Write header.json unless it is there: whole, by the first of all ranks and launches, and never replaced."""
-    parts = args.output + ".parts"
-    if os.path.exists(args.output) or os.path.exists(parts + "/header.json"):
-        return
-    try:
-        os.makedirs(parts, exist_ok=True)
-        with open(f"{parts}/header.{os.uname().nodename}.{os.getpid()}", "wb") as f:
-            write_synced(f, json.dumps(header, indent=1).encode())
-        with contextlib.suppress(FileExistsError):
-            os.link(f.name, parts + "/header.json")
-        os.remove(f.name)
-    except OSError as e:
-        die(f"{parts}: {e.strerror}")
-
-
-def run_blocks(args, header, process, notes):
-    """All blocks of this rank's shards through process(block, [(byte offset, row to change)], progress).
-    -> (rows of this launch, seconds); lines that are no row are counted in notes"""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    end, per_shard = header["end"], header["blocks_per_shard"]
-    n_blocks = -(-end // BLOCK)
-    shards = [range(b, min(b + per_shard, n_blocks)) for b in range(0, n_blocks, per_shard)]
-    names = [os.path.join(args.output + ".parts", f"{number:05d}.jsonl") for number in range(len(shards))]
-    put_header(args, header)
-    if is_finished(args, header):  # begun or even finished by another launch while the model was loading
-        return 0, 0
-    rows, started = 0, time.time()
-    progress = tqdm(total=sum(map(len, shards[rank::world])), unit="block", disable=rank > 0)
-    with open(args.input, "rb") as f:
-        for name, blocks in zip(names[rank::world], shards[rank::world]):
-            if os.path.exists(name):
-                progress.update(len(blocks))
-                continue
-            with open(name + ".partial", "ab+") as out:
-                lock(out) or die(f"another process is writing {name}.partial, or died on another node less than two minutes ago")
-                done = cut_back(out, f, blocks, end)
-                progress.update(done)
-                for block in blocks[done:]:
-                    lines = [(offset, *parse_row(line)) for offset, line in read_block(f, block, end)]
-                    process(block, [(offset, row) for offset, row, good in lines if good], progress)
-                    rows += len(lines)
-                    notes.update("no JSON object, kept as text" for *_, good in lines if not good)
-                    write_synced(out, b"".join(dump_row(row) for _, row, _ in lines))
-                    progress.update()
-            os.replace(name + ".partial", name)
-    progress.close()
-    with open(args.output + ".parts/join.lock", "w") as guard:
-        if all(map(os.path.exists, names)) and lock(guard) and not os.path.exists(args.output):
-            with open(args.output + ".tmp", "wb") as out:
-                for name in names:
-                    with open(name, "rb") as f:
-                        for data in iter(lambda: f.read(1 << 26), b""):
-                            write_synced(out, data)
-            os.replace(args.output + ".tmp", args.output)
-            for name in names:
-                os.remove(name)
-    return rows, time.time() - started
-
-
-def report(args, done, unit, outcomes, notes):
-    """The end of a rank's run: how many, how fast, with which outcome, what else is worth knowing; after a --limit run
-    also what whole data sets would take."""
-    (rows, seconds), world = done, int(os.environ.get("WORLD_SIZE", 1))
-    print(f"{rows} rows, {outcomes.total()} {unit} in {seconds:.0f} s without loading the model: "
-          f"{rows / max(seconds, 1e-9):.2f} rows a second")
-    for what, number in outcomes.most_common() + notes.most_common():
-        print(f"{number:9d}  {what}")
-    if args.limit is not None and rows:
-        for millions in (1, 12, 300):
-            days, hours = divmod(millions * 1e6 * seconds / rows / world / 3600, 24)
-            print(f"{millions:6d} M rows would take {days:6.0f} days {hours:4.1f} hours at this rate on {world} rank{'s' * (world > 1)}")
-
-
-@torch.inference_mode()
-def decode(model, inputs, stops, max_new_tokens, choose, cache=None):
-    """Continue B prompts. -> for each the new ids, and whether the last one is a stop token. Rows leave the batch as they end.
-
-    inputs: input_ids, position_ids [B, T], padded on the left, and what else the first step needs (pictures); cache: keys
-    and values of P tokens before them, or None; attention_mask [B, P + T]; stops: bool [V];
-    choose(logits [rows, V], alive [rows], step) -> ids [rows], `alive` being their numbers in 0..B-1."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config.get_text_config()) if cache is None else cache
-    mask, position = inputs["attention_mask"], inputs["position_ids"]
-    alive = torch.arange(len(mask), device=mask.device)
-    new, ended = [[] for _ in alive], [False] * len(alive)
-    for step in range(max_new_tokens):
-        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # [rows, V]
-        ids = choose(logits, alive, step)
-        stop = stops[ids]
-        for b, token, stopped in zip(alive.tolist(), ids.tolist(), stop.tolist()):
-            new[b].append(token)
-            ended[b] = stopped
-        keep = (~stop).nonzero()[:, 0]
-        if len(keep) == 0:
-            break
-        if len(keep) < len(alive):
-            alive, ids, mask, position = alive[keep], ids[keep], mask[keep], position[keep]
-            cache.batch_select_indices(keep)
-        position = position[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        inputs = {"input_ids": ids[:, None], "attention_mask": mask, "position_ids": position}
-    return new, ended
-
-
-def greedy(logits, alive, step):
-    return logits.argmax(-1)
-
-
-def end_tokens(model, tokenizer, newline):
-    """bool [V]: the model's end tokens, one or several, and with `newline` every token that has a line break in it."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    stops = torch.zeros(vocabulary, dtype=torch.bool)
-    stops[torch.tensor([] if ends is None else ends, dtype=torch.long)] = True
-    if newline:
-        stops |= torch.tensor(["\n" in piece for piece in tokenizer.batch_decode([[i] for i in range(vocabulary)])])
-    return stops.to(model.device)
-
-
-def mark_special(tokenizer):
-    """Make added tokens that look like markers, <|end|> or [INST], special ones: never read from data, never shown. Some
-    checkpoints flag only a few of theirs. An added word stays a word."""
-    markers = [token for token in tokenizer.get_added_vocab() if token[0] in "<[{" and token[-1] in ">]}"]
-    tokenizer.add_special_tokens({"additional_special_tokens": markers})
-
-
-def lock(f):
-    """Take a file for this process. It is free again when the process dies; on NFS, of a node that dies, once the server
-    misses it."""
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError as e:
-        die(f"{f.name}: {e.strerror}: --output must be on a file system with locks (Lustre: mount with flock)")
-
-
-def at_least(least, kind=int):
-    """For argparse: a number that is not smaller."""
-    def number(text):
-        if not (value := kind(text)) >= least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return value
-    return number
-
-
-def pick_device(name):
-    """auto: this rank's GPU, or Apple's, or the CPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device in there if there[device])
-    if not there[name]:
-        die(f"--device {name}: torch finds none here")
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-
-
-def pick_dtype(name, device):
-    """auto: bf16 where the hardware computes in it, else fp32. Another dtype gives other texts, so OUT records it."""
-    if name == "auto":
-        native = (torch.cpu.get_capabilities().get("avx512_bf16") if device == "cpu" else
-                  device != "mps" and torch.cuda.is_bf16_supported(including_emulation=False))
-        return "bf16" if native else "fp32"
-    return name
-
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# === end of rows ======================================================================================================
 
 
 # --- the prompt -------------------------------------------------------------------------------------------------------
 
-def clean(text):
-    """One line that cannot break a prompt: no control character, no line break of any kind, no separator."""
-    return one_line(text.replace("=>", " "))
+def clean(text, markers):
+    """The text as one line that cannot break the prompt."""
+    return one_line(text.replace("=>", " "), markers)
 
 
 def load_pairs(path, sources):
-    """{source: [example, ...]}, an example being a list of texts of one image of which two are drawn, or a pair."""
+    """{source: [example, ...]}. An example is a pair, or a list of texts of one image, of which two are drawn."""
     examples = {source: [] for source in sources}
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             for entry in map(json.loads, f):
                 if entry["source"] in examples:
                     example = entry.get("captions") or (entry["input"], entry["output"])
-                    if len(example) < 2 or not all(isinstance(text, str) and clean(text) for text in example):
+                    if len(example) < 2 or not all(isinstance(text, str) and text.split() for text in example):
                         raise ValueError(f"no two texts in {entry}")
                     examples[entry["source"]].append(example)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -362,19 +71,19 @@ def load_pairs(path, sources):
     return examples
 
 
-def draw_prefix(examples, shots, rng):
-    """The prompt up to the caption: the task and `shots` pairs, drawn once a block and source. -> (str, the pairs)"""
+def draw_prompt(examples, shots, rng, markers):
+    """The prompt up to the caption: the task and `shots` pairs (paper, section 3.1). -> (str, the pairs)"""
     pairs = []
     for i in rng.choice(len(examples), shots, replace=False):
         example = examples[i]
-        if isinstance(example, list):  # captions of one image: two of them, in random order (paper, MSCOCO sampling)
+        if isinstance(example, list):  # MSCOCO: two captions of one image, in random order
             example = [example[j] for j in rng.choice(len(example), 2, replace=False)]
-        pairs.append((clean(example[0]), clean(example[1])))
+        pairs.append((clean(example[0], markers), clean(example[1], markers)))
     return TASK + "\n\n" + "".join(f"{a} => {b}\n" for a, b in pairs), pairs
 
 
 def reject(answer, ended, pairs):
-    """Why an answer is unusable, or None."""
+    """Why an answer is unusable, or None. Ours, not the paper's: the release keeps every answer."""
     words = answer.lower().split()
     if not words:
         return "empty"
@@ -388,15 +97,21 @@ def reject(answer, ended, pairs):
     return None
 
 
-def load_model(name, device, dtype):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device)
-    except Exception as e:  # transformers raises nearly everything for a folder that is none
-        die(f"--model {name} is no language model that transformers can load: {e}")
-    mark_special(tokenizer)
-    return model.eval(), tokenizer
+def rewrite(complete, prompt, pairs, texts, seeds, notes):
+    """Rewrites of cleaned texts, each drawn again once if it is unusable. -> [(rewrite or None, reason or None)]
+
+    complete(prompt, texts, seeds) -> [(answer, whether its line ended, None or why it cannot be asked)]"""
+    results = [(None, "empty input")] * len(texts)
+    todo = [i for i, text in enumerate(texts) if text]
+    for attempt in range(2):
+        answers = complete(prompt, [texts[i] for i in todo], [[*seeds[i], attempt] for i in todo])
+        for i, (answer, ended, fault) in zip(todo, answers):
+            answer = one_line(answer.split("\n")[0]).rstrip("\ufffd ")
+            reason = fault or reject(answer, ended, pairs)
+            results[i] = (None if reason else answer, reason)
+        todo = [i for i, (_, _, fault) in zip(todo, answers) if results[i][1] and not fault]
+        notes.update(["drawn again"] * len(todo) * (attempt == 0))
+    return results
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -419,172 +134,504 @@ def sample(logits, uniform, temperature, top_p, k=256):
     return ids
 
 
-def attend_with_prefix(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention over a prefix that all rows share and the row's own keys, as transformers calls it.
+class Completer:
+    """Completes many lines behind one prompt.
 
-    query [B, H, T, D], key and value [B, G, S, D] of the row itself (G = H heads or fewer, grouped), mask [B, 1, T, S].
-    The prefix, [1, G, P, D], is read once for all rows instead of being copied to each: at a batch of 64 and a prompt of
-    100 tokens that copy, not the matrix products, is what a step would cost."""
-    if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
-        die(f"--model: attention with {' and '.join(unknown)} is not supported, only LLaMA's")
-    B, H, T, D = query.shape
-    G, P = key.shape[1], 0
-    q = query.reshape(B, G, H // G * T, D)
-    scores = q @ key.transpose(2, 3)  # [B, G, H / G T, S]
-    scores = scores.view(B, H, T, -1) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    if module.prefix is not None:
-        prefix_key, prefix_value = module.prefix
-        P = prefix_key.shape[2]
-        rows = q.transpose(0, 1).reshape(1, G, -1, D)  # all rows' queries as one matrix a group
-        shared = (rows @ prefix_key.transpose(2, 3)).view(G, B, H // G, T, P).transpose(0, 1).reshape(B, H, T, P)
-        scores = torch.cat([shared * scaling, scores], -1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)  # [B, H, T, P + S]
-    out = (weights[..., P:].reshape(B, G, H // G * T, -1) @ value).view(B, H, T, D)
-    if P:
-        rows = weights[..., :P].reshape(B, G, -1, P).transpose(0, 1).reshape(1, G, -1, P)
-        out = out + (rows @ prefix_value).view(G, B, H // G, T, D).transpose(0, 1).reshape(B, H, T, D)
-    return out.transpose(1, 2), None  # [B, T, H, D]
+    The keys and values of the prompt are computed once and read once a step for all rows, instead of being copied to each:
+    at 64 rows and a prompt of 100 tokens that copy, not the matrix products, is what a step would cost. A row leaves the
+    batch at its line's end. test_stages.py compares it with `generate`, one row at a time."""
 
-
-class Generator:
-    """Completes lines. The prefix's keys and values are computed once and shared; rows leave the batch as they end."""
-
-    def __init__(self, model, tokenizer, max_new_tokens, temperature, top_p):
+    def __init__(self, model, tokenizer, args):
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import eager_mask
 
-        AttentionInterface.register("attend_with_prefix", attend_with_prefix)
-        AttentionMaskInterface.register("attend_with_prefix", eager_mask)
-        model.set_attn_implementation("attend_with_prefix")
-        self.model, self.tokenizer = model, tokenizer
-        self.attentions = [module for module in model.modules() if hasattr(module, "q_proj")]
-        if len(self.attentions) != model.config.num_hidden_layers:
-            die(f"--model: attention without q_proj ({model.config.model_type}) is not supported, only LLaMA's")
-        self.max_new_tokens, self.temperature, self.top_p = max_new_tokens, temperature, top_p
-        self.stops = end_tokens(model, tokenizer, newline=True)
+        self.model, self.tokenizer, self.args, self.prefix = model, tokenizer, args, None
+        self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
+        pieces = tokenizer.batch_decode([[i] for i in range(model.get_input_embeddings().num_embeddings)])
+        self.stops = torch.tensor(["\n" in piece for piece in pieces], device=model.device)  # [V]: tokens that end a line
+        self.stops[end_tokens(model, tokenizer)] = True
+        AttentionInterface.register("shared_prefix", self.attend)
+        AttentionMaskInterface.register("shared_prefix", eager_mask)
+        if not self.try_sharing():
+            print("this model's attention cannot share the prompt among rows: each gets a copy, which is slower", file=sys.stderr)
+
+    def attend(self, module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, **kwargs):
+        """Attention over the prompt, which all rows share, and a row's own tokens, as transformers calls it.
+
+        query [B, H, T, D], key and value [B, G, S, D] of the row itself (G = H heads or fewer, grouped), mask [B, 1, T, S].
+        The prompt's keys and values are [1, G, P, D]. One softmax goes over P + S."""
+        if softcap is not None or s_aux is not None:
+            raise NotImplementedError("softcap or attention sinks")
+        B, H, T, D = query.shape
+        G, P = key.shape[1], 0
+        q = query.reshape(B, G, H // G * T, D)
+        scores = (q @ key.transpose(2, 3)).view(B, H, T, -1) * scaling + attention_mask
+        if self.prefix is not None:
+            prefix = self.prefix.layers[module.layer_idx]
+            P = prefix.keys.shape[2]
+            rows = q.transpose(0, 1).reshape(1, G, -1, D)  # all rows' queries as one matrix a group
+            shared = (rows @ prefix.keys.transpose(2, 3)).view(G, B, H // G, T, P).transpose(0, 1).reshape(B, H, T, P)
+            scores = torch.cat([shared * scaling, scores], -1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)  # [B, H, T, P + S]
+        out = (weights[..., P:].reshape(B, G, H // G * T, -1) @ value).view(B, H, T, D)
+        if P:
+            rows = weights[..., :P].reshape(B, G, -1, P).transpose(0, 1).reshape(1, G, -1, P)
+            out = out + (rows @ prefix.values).view(G, B, H // G, T, D).transpose(0, 1).reshape(B, H, T, D)
+        return out.transpose(1, 2), None  # [B, T, H, D]
+
+    def forward(self, ids, mask, position, cache):
+        """Logits [B, V] of the token after ids [B, T]. The cache takes their keys and values."""
+        length = cache.get_seq_length()
+        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1,
+                            **{self.cache_name: cache}).logits[:, -1]
+        if cache.get_seq_length() != length + ids.shape[1]:  # forward swallows an argument that it does not know
+            die(f"--model {self.args.model}: this version of transformers does not fill {self.cache_name}")
+        return logits
+
+    def new_cache(self):
+        from transformers import DynamicCache
+        return DynamicCache(config=self.model.config.get_text_config())
 
     @torch.inference_mode()
-    def set_prefix(self, prefix):
-        """Compute the prefix's keys and values; what is completed afterwards continues it."""
-        for attention in self.attentions:
-            attention.prefix = None
-        ids = self.tokenizer(prefix, return_tensors="pt", split_special_tokens=True).input_ids.to(self.model.device)
-        cache = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        for attention, layer in zip(self.attentions, cache.layers, strict=True):
-            attention.prefix = layer.keys, layer.values
-        self.prefix_length = ids.shape[1]
-        window = getattr(self.model.config, "sliding_window", None)
-        if window and window < self.prefix_length + MAX_INPUT_TOKENS + self.max_new_tokens:
-            die(f"--model: a sliding window of {window} tokens does not hold prompt and answer")
+    def set_prefix(self, ids):
+        """Compute the keys and values of ids [1, P]; what is completed afterwards continues them."""
+        self.prefix, cache = None, self.new_cache()
+        self.forward(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None], cache)
+        self.prefix = cache
 
-    def complete(self, texts, uniform):
-        """texts: B lists of ids; uniform [B, max_new_tokens]. -> B pairs (answer, whether its line ended)"""
-        T = max(map(len, texts))
-        ids, mask = (torch.tensor(rows, device=self.model.device) for rows in (  # [B, T], padded on the left
-            [[0] * (T - len(text)) + text for text in texts], [[0] * (T - len(text)) + [1] * len(text) for text in texts]))
-        position = self.prefix_length + (mask.cumsum(-1) - 1).clamp(min=0)  # as if there were no padding
-        uniform = uniform.to(self.model.device)
+    @torch.inference_mode()
+    def try_sharing(self):
+        """Whether attention over shared and own tokens gives what the model's own attention gives, tried on twelve tokens.
+        A sliding window can not be shared, nor can attention with a softcap or sinks."""
+        ids = torch.arange(12, device=self.model.device)[None] + 5
+        own, position = ids[:, 8:], torch.arange(8, 12, device=ids.device)[None]
+        before = self.model.config._attn_implementation
+        expected = self.forward(ids, torch.ones_like(ids), torch.arange(12, device=ids.device)[None], cache := self.new_cache())
+        try:
+            self.model.set_attn_implementation("shared_prefix")
+            self.set_prefix(ids[:, :8])
+            logits = self.forward(own, torch.ones_like(own), position, self.new_cache())
+            self.shares = not any(cache.is_sliding) and bool((logits - expected).abs().max() < 0.05 * expected.abs().max())
+        except (NotImplementedError, ValueError, TypeError, AttributeError):
+            self.shares = False
+        if not self.shares:
+            self.model.set_attn_implementation(before)
+        return self.shares
 
-        def choose(logits, alive, step):
-            return torch.cat([sample(some, u, self.temperature, self.top_p) for some, u in
-                              zip(logits.split(32), uniform[alive, step].split(32))])  # in pieces that fit a cache
+    def encode(self, text, **kwargs):
+        return self.tokenizer(text, **kwargs).input_ids
 
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
-        new, ended = decode(self.model, inputs, self.stops, self.max_new_tokens, choose)
-        answers = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [(one_line(answer.split("\n")[0]), end) for answer, end in zip(answers, ended)]
+    def complete(self, prompt, texts, seeds):
+        """-> for each text (answer, whether its line ended, None), or (None, False, why it cannot be asked)"""
+        self.set_prefix(torch.tensor([self.encode(prompt)], device=self.model.device))
+        newline = len(self.encode("\n", add_special_tokens=False))  # the text follows one; without it LLaMA's tokenizer adds a blank
+        ids = [self.encode(f"\n{text} =>", add_special_tokens=False)[newline:] for text in texts]
+        results = [("", False, "input too long")] * len(texts)
+        todo = sorted((i for i in range(len(texts)) if len(ids[i]) <= MAX_INPUT_TOKENS), key=lambda i: len(ids[i]))
+        for _, same in itertools.groupby(todo, key=lambda i: self.shares or len(ids[i])):
+            same = list(same)
+            for batch in (same[at:at + self.args.batch_size] for at in range(0, len(same), self.args.batch_size)):
+                uniform = np.stack([np.random.default_rng(seeds[i]).random(self.args.max_new_tokens, "f4") for i in batch])
+                new, ended = self.decode([ids[i] for i in batch], torch.from_numpy(uniform).to(self.model.device))
+                for i, answer, end in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), ended):
+                    results[i] = answer, end, None
+        return results
+
+    @torch.inference_mode()
+    def decode(self, texts, uniform):
+        """Continue B lists of ids with uniform [B, max_new_tokens]. -> their new ids, and whether each line ended"""
+        T, device = max(map(len, texts)), self.model.device
+        ids = torch.tensor([[0] * (T - len(text)) + text for text in texts], device=device)  # [B, T], padded on the left
+        mask = torch.tensor([[0] * (T - len(text)) + [1] * len(text) for text in texts], device=device)
+        P, cache = self.prefix.get_seq_length(), self.new_cache()
+        position = P + (mask.cumsum(-1) - 1).clamp(min=0)  # as if there were no padding
+        if not self.shares:
+            cache = copy.deepcopy(self.prefix)
+            cache.batch_repeat_interleave(len(texts))
+            mask = torch.cat([mask.new_ones(len(texts), P), mask], 1)
+        alive = torch.arange(len(texts), device=device)
+        new, ended = [[] for _ in texts], [False] * len(texts)
+        for step in range(self.args.max_new_tokens):
+            logits = self.forward(ids, mask, position, cache)
+            ids = torch.cat([sample(part, u, self.args.temperature, self.args.top_p) for part, u in
+                             zip(logits.split(32), uniform[alive, step].split(32))])  # in parts that fit a CPU's cache
+            stop = self.stops[ids]
+            for b, token, stopped in zip(alive.tolist(), ids.tolist(), stop.tolist()):
+                new[b].append(token)
+                ended[b] = stopped
+            keep = (~stop).nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            if len(keep) < len(alive):
+                alive, ids, mask, position = alive[keep], ids[keep], mask[keep], position[keep]
+                cache.batch_select_indices(keep)
+            ids, position = ids[:, None], position[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        return new, ended
 
 
-def rewrite_texts(generator, prefix, pairs, texts, seeds, batch_size, notes):
-    """Rewrites of cleaned texts, each drawn again once if unusable. -> [(rewrite or None, reason or None)]"""
-    generator.set_prefix(prefix)
-    encode = lambda text: generator.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    newline = len(encode("\n"))  # the text follows one; on its own LLaMA's tokenizer would put a blank before it
-    ids = [encode(f"\n{text} =>")[newline:] for text in texts]
-    results = [(None, "empty input" if not text else "input too long") for text in texts]
-    todo = [i for i, text in enumerate(texts) if text and len(ids[i]) <= MAX_INPUT_TOKENS]
-    for attempt in range(2):
-        todo.sort(key=lambda i: len(ids[i]))  # rows of one length share a batch: little padding
-        failed = []
-        for at in range(0, len(todo), batch_size):
-            batch = todo[at:at + batch_size]
-            uniform = np.stack([np.random.default_rng([*seeds[i], attempt]).random(generator.max_new_tokens, "f4")
-                                for i in batch])
-            answers = generator.complete([ids[i] for i in batch], torch.from_numpy(uniform))
-            for i, (answer, ended) in zip(batch, answers):
-                reason = reject(answer, ended, pairs)
-                results[i] = (None if reason else answer, reason)
-                if reason:
-                    failed.append(i)
-        todo = failed
-        notes.update(["drawn again"] * len(failed) * (attempt == 0))
-    return results
+def complete_by_server(server, args, prompt, texts, seeds):
+    """Completer.complete, by a server."""
+    def ask(text, seed):
+        if len(text.encode()) > 4 * MAX_INPUT_TOKENS:  # its tokenizer is not here; a token has about four bytes
+            return "", False, "input too long"
+        text, ended, fault = server.ask(prompt=f"{prompt}{text} =>", temperature=args.temperature, top_p=args.top_p,
+                                        seed=zlib.crc32(repr(seed).encode()) >> 1, stop=["\n"])
+        return text, ended or "\n" in text, fault
+    return server.map(lambda pair: ask(*pair), zip(texts, seeds))
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = die
-    parser.add_argument("--input", required=True, help="JSONL, one row an image (data/README.md)")
-    parser.add_argument("--output", required=True, help="JSONL, one row for every row of --input, in its order")
-    parser.add_argument("--model", default="huggyllama/llama-7b", help="LLaMA-like folder or hub name (default: %(default)s)")
+    parser = stage_parser(__doc__, model="huggyllama/llama-7b", batch_size=64, max_new_tokens=77)  # 77: release
     parser.add_argument("--field", default="alt", help="the field to rewrite, a text or a list of them (default: %(default)s)")
     parser.add_argument("--sources", nargs="+", default=SOURCES, help="sets of pairs; each makes rewrite_SOURCE")
     parser.add_argument("--pairs", default=PAIRS, help="JSONL of the sources' pairs (default: data/prompts/meta_pairs.jsonl)")
-    parser.add_argument("--shots", type=at_least(0), default=3, help="pairs in the prompt (default: %(default)s, paper)")
-    parser.add_argument("--temperature", type=at_least(0, float), default=0.9, help="0 is greedy (default: %(default)s, release)")
-    parser.add_argument("--top-p", type=at_least(0, float), default=0.95, help="nucleus, 1 is off (default: %(default)s, release)")
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=77, help="an answer's limit (default: %(default)s, release)")
-    parser.add_argument("--batch-size", type=at_least(1), default=64, help="texts at a time (default: %(default)s)")
-    parser.add_argument("--limit", type=at_least(0), help="only the first N lines of the input (default: all)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                        help="auto: bf16 where the hardware computes in it, else fp32 (fp16 for GPUs before Ampere)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the pairs and of every row's sampling")
+    parser.add_argument("--shots", type=number(int, 0), default=3, help="pairs in the prompt (default: %(default)s, paper)")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.9, help="0 is greedy (default: %(default)s, release)")
+    parser.add_argument("--top-p", type=number(float, 0), default=0.95, help="nucleus, 1 is off (default: %(default)s, release)")
     args = parser.parse_args(argv)
-    outcomes, notes = Counter(), Counter()
-
     if not 0 < args.top_p <= 1:
         die(f"--top-p {args.top_p}: expected more than 0 and at most 1")
     examples = load_pairs(args.pairs, args.sources)
     for source, found in examples.items():
         if len(found) < args.shots:
             die(f"--pairs {args.pairs} has {len(found)} examples of source {source!r}, --shots needs {args.shots}")
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+
+    device = pick_device(args)
     settings = {name: getattr(args, name) for name in ("model", "field", "sources", "shots", "temperature", "top_p",
-                                                       "max_new_tokens", "batch_size", "seed")}
-    settings |= {"dtype": dtype, "pairs_sha256": hashlib.sha256(json.dumps([TASK, examples]).encode()).hexdigest()}
-    header = make_header(args, [args.field], [f"rewrite_{source}" for source in args.sources], settings)
-    if is_finished(args, header):
+                                                       "max_new_tokens", "batch_size", "dtype", "seed")}
+    settings["pairs_sha256"] = hashlib.sha256(json.dumps([TASK, GROUP, examples]).encode()).hexdigest()
+    units = Units(args, settings, reads=[args.field], makes=[f"rewrite_{source}" for source in args.sources])
+    if units.finished():
         return print(f"{args.output} is finished")
 
-    model, tokenizer = load_model(args.model, device, DTYPES[dtype])
-    generator = Generator(model, tokenizer, args.max_new_tokens, args.temperature, args.top_p)
+    if args.server:
+        markers = special_markers(None)
+        trial = draw_prompt(examples[args.sources[0]], args.shots, np.random.default_rng(0), markers)[0] + "a photo of a dog =>"
+        server = Server(args, "/v1/completions", prompt=trial, temperature=args.temperature, top_p=args.top_p, seed=0, stop=["\n"])
+        complete = partial(complete_by_server, server, args)
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        tokenizer = load(AutoTokenizer, args.model)
+        model = load(AutoModelForCausalLM, args.model, dtype=DTYPES[args.dtype], device_map=device).eval()
+        markers, complete = special_markers(tokenizer), Completer(model, tokenizer, args).complete
 
-    def process(block, rows, progress):
-        """One rewrite a source for every text of the block's rows."""
-        if not rows:  # a block inside one very long line
-            return
-        values = [row.get(args.field) for _, row in rows]
-        lists = [value if isinstance(value, list) else [value] for value in values]
-        texts = [clean(text) if isinstance(text, str) else "" for texts in lists for text in texts]
+    for unit in units:
+        texts = []  # (row, seed, cleaned text) of all texts of the unit
+        for offset, row in unit.todo:
+            value = row.get(args.field) or None
+            for i, text in enumerate(value if isinstance(value, list) else [value]):
+                texts.append((offset, i, clean(text, markers) if isinstance(text, str) else ""))
         for source in args.sources:
-            key = [args.seed, zlib.crc32(source.encode())]
-            prefix, pairs = draw_prefix(examples[source], args.shots, np.random.default_rng([*key, block]))
-            seeds = [[*key, offset, i] for (offset, _), texts in zip(rows, lists) for i in range(len(texts))]
-            results = rewrite_texts(generator, prefix, pairs, texts, seeds, args.batch_size, notes)
-            outcomes.update(reason or "rewritten" for _, reason in results)
+            key, results = [args.seed, zlib.crc32(source.encode())], []
+            for at in range(0, len(texts), GROUP):
+                group = texts[at:at + GROUP]
+                prompt, pairs = draw_prompt(examples[source], args.shots, np.random.default_rng([*key, *group[0][:2]]), markers)
+                results += rewrite(complete, prompt, pairs, [text for *_, text in group], [[*key, *seed] for *seed, _ in group], units.notes)
+            units.outcomes.update(reason or "rewritten" for _, reason in results)
             results = iter(results)
-            for (_, row), value, texts_of_row in zip(rows, values, lists):
-                put_texts(row, f"rewrite_{source}", value, [next(results) for _ in texts_of_row])
-            progress.set_postfix(texts=outcomes.total())
+            for _, row in unit.todo:
+                value = row.get(args.field) or None
+                put_texts(row, f"rewrite_{source}", value, [next(results) for _ in (value if isinstance(value, list) else [value])])
+        units.write(unit)
+    units.join()
 
-    done = run_blocks(args, header, process, notes)
-    report(args, done, "texts", outcomes, notes)
+
+# === rows: the same lines in rewrite_llama.py, caption_llava.py and fuse_vicuna.py; a test compares them ==============
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def die(message):
+    """End with one line on stderr and exit status 2."""
+    line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", message).split())
+    print(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def number(kind, low):
+    """For argparse: a finite number, `low` or more."""
+    def parse(text):
+        if not low <= kind(text) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more")
+        return kind(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def stage_parser(description, **defaults):
+    """The arguments of all three stages."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, add = die, parser.add_argument
+    add("--input", required=True, help="JSONL, one row an image (data/README.md)")
+    add("--output", required=True, help="JSONL, one row for every row of --input, in its order")
+    add("--model", help="folder or hub name; with --server the name that it serves (default: %(default)s)")
+    add("--max-new-tokens", type=number(int, 1), help="an answer's limit (default: %(default)s)")
+    add("--batch-size", type=number(int, 1), help="answers generated at a time (default: %(default)s)")
+    add("--limit", type=number(int, 0), help="only the first N lines, and an estimate for whole data sets (default: all)")
+    add("--dtype", default="auto", choices=["auto", *DTYPES],
+        help="auto: bf16 where the hardware computes in it, else fp32 (fp16 for GPUs before Ampere)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
+    add("--seed", type=number(int, 0), default=0, help="of everything drawn at random (default: %(default)s)")
+    add("--server", nargs="+", metavar="URL", help="OpenAI-compatible servers (vLLM, SGLang) that generate the texts and share "
+        "the work; whether a second run gives the same bytes is their matter (default: generate here)")
+    add("--concurrency", type=number(int, 1), default=64, help="requests under way to each server (default: %(default)s)")
+    parser.set_defaults(**defaults)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
+    return parser
+
+
+def pick_device(args):
+    """-> the device for the model; args.dtype becomes the dtype: it changes texts, so it is one of OUT's settings."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in found if found[name]) if args.device == "auto" else args.device
+    if not found[device]:
+        die(f"--device {device}: torch finds none here")
+    if args.dtype == "auto":
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
+                  device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+        args.dtype = "bf16" if native else "fp32"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
+def load(auto_class, name, **options):
+    """auto_class.from_pretrained, or one line that says what is wrong with --model."""
+    try:
+        return auto_class.from_pretrained(name, **options)
+    except Exception as e:  # transformers raises nearly everything for a folder that is none
+        die(f"--model {name}: {auto_class.__name__} cannot load it: {type(e).__name__}: {e}")
+
+
+def end_tokens(model, tokenizer):
+    """The ids that end an answer. Conversions of the same model name them in different places."""
+    places = [model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id]
+    return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
+
+
+def special_markers(tokenizer):
+    """A pattern of all texts that the tokenizer reads as a special token, or, of an unknown one (None: a server's), of all
+    that look so."""
+    if tokenizer is None:
+        return re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]")
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    names = {name for name in added if name[0] in "<[{" and name[-1] in ">]}"} | set(tokenizer.all_special_tokens)
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def one_line(text, markers=re.compile("(?!)")):
+    """The text without control characters, line breaks of any kind and `markers`, runs of white space as one blank."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return one_line(markers.sub(" ", text), markers) if markers.search(text) else text
+
+
+def put_texts(row, field, source, results):
+    """Put [(text or None, reason or None)] into row[field]: a list if `source`, what they were made from, is one. The
+    reasons go to row["error"][field]."""
+    if row.get(field) is not None:  # further down than Units looked
+        source, results = None, [(row[field], "was there before, kept")]
+    texts, reasons = ([result[i] for result in results] for i in (0, 1))
+    row[field] = texts if isinstance(source, list) else texts[0]
+    error = row.get("error")
+    if any(reasons):
+        error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # the user's own: kept
+        row["error"] = {**error, field: reasons if isinstance(source, list) else reasons[0]}
+    elif isinstance(error, dict):
+        error.pop(field, None)  # of a launch before, and no longer true
+
+
+def parse_row(line):
+    """The line's object and True. If the line is no JSON object: a row that keeps its text and the reason, and False."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))  # which skips a byte order mark
+        reason = None if isinstance(row, dict) else "not a JSON object"
+    except (ValueError, RecursionError) as e:
+        reason = f"not JSON: {e}"
+    if reason is None:
+        return row, True
+    return {"error": {"line": reason}, "line": line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")}, False
+
+
+class Units:
+    """The input in units, and the output that is made of them.
+
+    A unit is some consecutive lines, together 64 KiB or a little more. What a stage makes of a unit depends on the settings,
+    the unit's lines and their place in the file, and on nothing else. Its file in OUT.parts is named by a hash of just
+    these, and gets this name when it is complete and on the disk. So a file that is there is right, whatever was killed and
+    whoever else is at work; one that is not there is made. No locks, no process group, nothing else to remember."""
+
+    def __init__(self, args, settings, reads, makes):
+        """reads, makes: fields of which the first rows must have one, and none"""
+        self.args, self.output, self.parts = args, args.output, args.output + ".parts"
+        self.settings = {"stage": os.path.basename(sys.argv[0]), "limit": args.limit, **settings}
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.outcomes, self.notes = Counter(), Counter()  # how texts ended; what else happened
+        self.paths, self.clock, self.server = [], [], None
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
+            die("several SLURM tasks without RANK would all do the same work: start them by torchrun, or set RANK and WORLD_SIZE")
+        try:
+            with open(args.input, "rb") as f:
+                lines = list(itertools.islice(f, 1000))
+        except OSError as e:
+            die(f"--input {args.input}: {e.strerror}")
+        if lines and lines[0].startswith((b"\xff\xfe", b"\xfe\xff")):
+            die(f"--input {args.input} is UTF-16; expected UTF-8")
+        fields = {key for line in lines for key, value in parse_row(line)[0].items() if value is not None}
+        if lines and not fields & set(reads):
+            die(f"none of the first {len(lines)} rows of {args.input} has {' or '.join(reads)}, only {sorted(fields)}")
+        if there := fields & set(makes):
+            die(f"{args.input} has {', '.join(sorted(there))} already, which this stage would overwrite")
+
+    def __iter__(self):
+        """The units that this rank has to make: path, rows, and todo, [(byte offset, row)] without the rows that are no JSON
+        object. Reads and hashes the whole input, which takes minutes for 300 M rows. Rank r of W makes r, r + W, ..."""
+        self.paths, self.clock, size = [], [(0, time.time())], os.path.getsize(self.args.input)
+        unit_size = 64 << 10
+        while size / unit_size > 65_536:
+            unit_size *= 2
+        self.progress = tqdm(total=size if self.args.limit is None else None, unit="B", unit_scale=True, disable=self.rank > 0)
+        with open(self.args.input, "rb") as f:
+            lines, end = itertools.islice(f, self.args.limit), 0
+            while unit := take(lines, unit_size):
+                offsets = list(itertools.accumulate(map(len, unit), initial=end))
+                key = json.dumps([self.settings, end], sort_keys=True).encode() + b"".join(unit)
+                path = os.path.join(self.parts, f"{len(self.paths):05d}-{hashlib.sha256(key).hexdigest()[:32]}")
+                self.paths.append(path)
+                end = offsets[-1]
+                if (len(self.paths) - 1) % self.world == self.rank and not os.path.exists(path) and not os.path.exists(self.output):
+                    rows = [parse_row(line) for line in unit]
+                    self.notes.update("no JSON object, kept as text" for _, good in rows if not good)
+                    todo = [(offset, row) for offset, (row, good) in zip(offsets, rows) if good]
+                    yield SimpleNamespace(path=path, size=end - offsets[0], rows=[row for row, _ in rows], todo=todo)
+                else:
+                    self.progress.update(end - offsets[0])
+
+    def write(self, unit):
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in unit.rows)
+        self.save(unit.path, (line.encode(errors="backslashreplace") for line in lines))  # a lone surrogate stays an escape
+        self.clock.append((self.clock[-1][0] + len(unit.rows), time.time()))
+        self.progress.update(unit.size)
+        self.progress.set_postfix_str(f"{self.outcomes.total() / (time.time() - self.clock[0][1]):.1f} texts/s")
+
+    def save(self, path, chunks):
+        """Write a file whole or not at all: under a name of this host and process, synced, then renamed."""
+        temporary = os.path.join(self.parts, f"{os.path.basename(path)}.{os.uname().nodename}.{os.getpid()}")
+        try:
+            os.makedirs(self.parts, exist_ok=True)
+            with open(temporary, "wb") as f:
+                f.writelines(chunks)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            if not (isinstance(e, FileNotFoundError) and os.path.exists(self.output)):  # else another launch was first to join
+                die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
+
+    def record(self):
+        """What OUT depends on: the settings, and a hash of all units' names, so of every line."""
+        if not self.paths:
+            list(self)  # only hashes the input, if OUT is there
+        return {**self.settings, "input": hashlib.sha256("".join(map(os.path.basename, self.paths)).encode()).hexdigest()}
+
+    def finished(self):
+        """Whether OUT is there, made from this input with these settings. If it was made otherwise, one line says how."""
+        if not os.path.exists(self.output):
+            return False
+        try:
+            with open(self.output + ".settings.json") as f:
+                made = json.load(f)
+        except (OSError, ValueError) as e:
+            die(f"{self.output} exists, but nothing says how it was made ({e}): choose another --output")
+        differ = [f"{key} {made.get(key)!r} and not {value!r}" for key, value in self.record().items() if made.get(key) != value]
+        if differ:
+            die(f"{self.output} was made with {', '.join(differ)}: choose another --output, or delete it to start over")
+        shutil.rmtree(self.parts, ignore_errors=True)  # of a launch that was killed before it could
+        return True
+
+    def join(self):
+        """Join the units if all are there, and say what this launch did."""
+        self.progress.close()
+        if not self.finished() and all(map(os.path.exists, self.paths)):
+            record = json.dumps({**self.record(), "server": self.server}, indent=1)
+            self.save(self.output + ".settings.json", [record.encode()])
+            self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
+            shutil.rmtree(self.parts, ignore_errors=True)
+        rows, seconds = self.clock[-1][0], self.clock[-1][1] - self.clock[0][1]
+        print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
+              f"{rows / max(seconds, 1e-9):.2f} rows a second")
+        for what, count in self.outcomes.most_common() + self.notes.most_common():
+            print(f"{count:9d}  {what}")
+        if self.args.limit is not None and rows:
+            first, begun = self.clock[len(self.clock) > 2]  # behind the first unit, in which all warms up
+            for millions in (1, 12, 300):
+                days = millions * 1e6 * (self.clock[-1][1] - begun) / (rows - first) / self.world / 86400
+                print(f"{millions:6d} M rows would take {days:9.2f} days at this rate on {self.world} rank(s)")
+
+
+def take(lines, size):
+    """The next lines, until they are `size` bytes together."""
+    taken = []
+    while size > 0 and (line := next(lines, b"")):
+        taken.append(line)
+        size -= len(line)
+    return taken
+
+
+class Server:
+    """Texts from OpenAI-compatible servers: one text a request, many requests at once.
+
+    A request that a server refuses (400, 413, 422) is its row's error. A server that is not there, busy or broken is asked
+    again, half a minute long, the next server in between. Everything else ends the launch with one line."""
+
+    def __init__(self, args, path, **trial):
+        """trial: a harmless request, which every server has to answer before the first row"""
+        self.urls = [url.rstrip("/").removesuffix("/v1") for url in args.server]
+        self.path, self.common = path, {"model": args.model, "max_tokens": args.max_new_tokens}
+        self.pool = ThreadPoolExecutor(args.concurrency * len(self.urls))
+        self.answered, self.turns, self.leaving = 0, itertools.count(), threading.Event()
+        for url, (_, _, refusal) in zip(self.urls, self.map(lambda url: self.ask([url], **trial), self.urls)):
+            if refusal:
+                die(f"--server {url}: {refusal}")
+
+    def map(self, function, items):
+        """[function(item) for item in items], many at a time"""
+        futures = [self.pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except ConnectionError as e:
+            self.leaving.set()
+            self.pool.shutdown(cancel_futures=True)
+            die(f"{e}. Nothing is lost: the same command goes on from here")
+
+    def ask(self, urls=None, **request):
+        """-> (text, whether it ended by itself, None) or (None, False, why the request was refused)"""
+        urls, turn, failures, broken, answered = urls or self.urls, next(self.turns), 0, 0, self.answered
+        data = json.dumps({**self.common, **request}).encode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
+        while True:
+            url, before = urls[turn % len(urls)], self.answered
+            try:
+                with urllib.request.urlopen(urllib.request.Request(url + self.path, data, headers), timeout=300) as response:
+                    choice = json.load(response)["choices"][0]
+                text = choice["message"]["content"] if "message" in choice else choice["text"]
+                self.answered += 1
+                return text or "", choice.get("finish_reason") == "stop", None
+            except urllib.error.HTTPError as e:
+                code, fault = e.code, f"{e.code} {one_line(e.read(4000).decode('utf-8', 'replace'))[:200]}"
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:  # or no answer of this kind
+                code, fault = 0, f"{type(e).__name__}: {e}"
+            broken += code == 500
+            if code in (400, 413, 422) or broken == 3 and self.answered > answered:  # others pass
+                return None, False, f"refused by the server: {fault}"
+            failures += not (code in (429, 503) and self.answered > before)  # else it is only busy
+            if failures > 6 or 400 < code < 500 and code not in (408, 429) or self.leaving.wait(2 ** failures / 4):
+                raise ConnectionError(f"--server {url}: {fault}")
+            turn += 1
+
+# === end of rows ======================================================================================================
 
 
 if __name__ == "__main__":
