@@ -97,8 +97,8 @@ def fuse(ask, given, openings, notes):
 
 def read_texts(row, args, tokenizer, markers, notes):
     """For every AltText of a row: (AltText, VeC), or why there is nothing to ask"""
-    alts, vecs = row.get(args.alt_field) or None, row.get(args.vec_field)
-    for i, alt in enumerate(alts if isinstance(alts, list) else [alts]):
+    vecs = row.get(args.vec_field)
+    for i, alt in enumerate(as_list(row.get(args.alt_field))):
         vec = (vecs[i] if i < len(vecs) else None) if isinstance(vecs, list) else vecs
         alt, vec = (clean(text, markers) if isinstance(text, str) else "" for text in (alt, vec))
         short = cut(tokenizer, alt, args.max_alt_tokens)
@@ -136,7 +136,7 @@ def answer(model, tokenizer, prompts, batch_size, notes):
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
     answers, ids = [None] * len(prompts), [tokenizer(prompt).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
-    for batch in (order[at:at + batch_size] for at in range(0, len(order), batch_size)):
+    for batch in batched(order, batch_size):
         rows, cache = [ids[i] for i in batch], DynamicCache(config=model.config.get_text_config())
         P, T = min(len(os.path.commonprefix(rows)), len(rows[0]) - 1), len(rows[-1])
         if P and len(rows) > 1 and not any(cache.is_sliding):  # a window would count the padding behind the prefix
@@ -169,8 +169,7 @@ def main(argv=None):
     with open(os.path.join(PROMPTS, "refusals.txt"), encoding="utf-8-sig") as f:
         openings = tuple(f.read().splitlines())  # in lower case
     device = pick_device(args)
-    settings = {name: getattr(args, name) for name in ("model", "alt_field", "vec_field", "prompt", "max_alt_tokens", "format",
-                                                       "max_new_tokens", "batch_size", "dtype", "seed")}
+    settings = {name: getattr(args, name) for name in ("alt_field", "vec_field", "prompt", "max_alt_tokens", "format")}
     settings["prompts_sha256"] = hashlib.sha256(json.dumps([SYSTEM, ALONE, pairs, openings]).encode()).hexdigest()
     units = Units(args, settings, reads=[args.alt_field, args.vec_field], makes=["vecap"])
     if units.finished():
@@ -178,7 +177,7 @@ def main(argv=None):
 
     if args.server:
         tokenizer, how = None, {"temperature": 0, "top_p": 1, "seed": args.seed, "stop": ["\n"]}
-        server = Server(args, "/v1/completions", prompt=chat_prompt("a photo of a dog", "a brown dog", args.prompt), **how)
+        server = Server(args, units, "/v1/completions", prompt=chat_prompt("a photo of a dog", "a brown dog", args.prompt), **how)
         ask_prompts = lambda prompts: [(text, reason) for text, _, reason in server.map(lambda prompt: server.ask(prompt=prompt, **how), prompts)]
     else:
         model, tokenizer = load_model(args, device)
@@ -192,7 +191,7 @@ def main(argv=None):
         given = [[*read_texts(row, args, tokenizer, markers, units.notes)] for _, row in unit.todo]
         results = iter(fuse(ask, [pair for texts in given for pair in texts], openings, units.outcomes))
         for (_, row), texts in zip(unit.todo, given):
-            put_texts(row, "vecap", row.get(args.alt_field) or None, [next(results) for _ in texts])
+            put_texts(row, "vecap", row.get(args.alt_field), [next(results) for _ in texts])
         units.write(unit)
     units.join()
 
@@ -205,7 +204,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def die(message):
     """End with one line on stderr and exit status 2."""
     line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", message).split())
-    print(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -242,7 +241,10 @@ def stage_parser(description, **defaults):
 
 
 def pick_device(args):
-    """-> the device for the model; args.dtype becomes the dtype: it changes texts, so it is one of OUT's settings."""
+    """-> the device for the model; args.dtype becomes its dtype, since this changes texts and is one of OUT's settings."""
+    if args.server:
+        args.dtype = args.batch_size = "the server's"
+        return None
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in found if found[name]) if args.device == "auto" else args.device
     if not found[device]:
@@ -284,17 +286,22 @@ def one_line(text, markers=re.compile("(?!)")):
     return one_line(markers.sub(" ", text), markers) if markers.search(text) else text
 
 
+def as_list(value):
+    """The texts of a field: all of a list, or the one that is there; none is there in []."""
+    return value if value and isinstance(value, list) else [value or None]
+
+
 def put_texts(row, field, source, results):
     """Put [(text or None, reason or None)] into row[field]: a list if `source`, what they were made from, is one. The
     reasons go to row["error"][field]."""
     if row.get(field) is not None:  # further down than Units looked
         source, results = None, [(row[field], "was there before, kept")]
     texts, reasons = ([result[i] for result in results] for i in (0, 1))
-    row[field] = texts if isinstance(source, list) else texts[0]
+    row[field], reason = (texts, reasons) if as_list(source) is source else (texts[0], reasons[0])
     error = row.get("error")
     if any(reasons):
         error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # the user's own: kept
-        row["error"] = {**error, field: reasons if isinstance(source, list) else reasons[0]}
+        row["error"] = {**error, field: reason}
     elif isinstance(error, dict):
         error.pop(field, None)  # of a launch before, and no longer true
 
@@ -321,11 +328,11 @@ class Units:
 
     def __init__(self, args, settings, reads, makes):
         """reads, makes: fields of which the first rows must have one, and none"""
-        self.args, self.output, self.parts = args, args.output, args.output + ".parts"
-        self.settings = {"stage": os.path.basename(sys.argv[0]), "limit": args.limit, **settings}
+        self.args, self.output, self.parts, self.servers = args, args.output, args.output + ".parts", []
+        self.settings = {name: getattr(args, name) for name in ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")}
+        self.settings |= {"stage": os.path.basename(sys.argv[0]), **settings}
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.outcomes, self.notes = Counter(), Counter()  # how texts ended; what else happened
-        self.paths, self.clock, self.server = [], [], None
+        self.outcomes, self.notes, self.paths = Counter(), Counter(), []  # how texts ended; what else happened; units' files
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
             die("several SLURM tasks without RANK would all do the same work: start them by torchrun, or set RANK and WORLD_SIZE")
         try:
@@ -342,28 +349,32 @@ class Units:
             die(f"{args.input} has {', '.join(sorted(there))} already, which this stage would overwrite")
 
     def __iter__(self):
-        """The units that this rank has to make: path, rows, and todo, [(byte offset, row)] without the rows that are no JSON
-        object. Reads and hashes the whole input, which takes minutes for 300 M rows. Rank r of W makes r, r + W, ..."""
-        self.paths, self.clock, size = [], [(0, time.time())], os.path.getsize(self.args.input)
+        """The units that rank r of W has to make, of units r, r + W, ...: path, rows, and todo, [(byte offset, row)] without
+        the rows that are no JSON object. Reads and hashes the whole input, which takes minutes for 300 M rows."""
+        self.paths, self.input_hash, self.clock = [], hashlib.sha256(), [(0, time.time())]
+        size, end = os.path.getsize(self.args.input), 0
         unit_size = 64 << 10
         while size / unit_size > 65_536:
             unit_size *= 2
-        self.progress = tqdm(total=size if self.args.limit is None else None, unit="B", unit_scale=True, disable=self.rank > 0)
+        self.progress = tqdm(total=size if self.args.limit is None else None, unit="B", unit_scale=True,
+                             delay=1, disable=self.rank > 0)
         with open(self.args.input, "rb") as f:
-            lines, end = itertools.islice(f, self.args.limit), 0
+            lines = itertools.islice(f, self.args.limit)
             while unit := take(lines, unit_size):
                 offsets = list(itertools.accumulate(map(len, unit), initial=end))
-                key = json.dumps([self.settings, end], sort_keys=True).encode() + b"".join(unit)
-                path = os.path.join(self.parts, f"{len(self.paths):05d}-{hashlib.sha256(key).hexdigest()[:32]}")
+                content = hashlib.sha256(b"".join(unit)).hexdigest()
+                key = hashlib.sha256(json.dumps([self.settings, end, content], sort_keys=True).encode()).hexdigest()
+                number, path = len(self.paths), f"{self.parts}/{len(self.paths):05d}-{key[:32]}"
                 self.paths.append(path)
-                end = offsets[-1]
-                if (len(self.paths) - 1) % self.world == self.rank and not os.path.exists(path) and not os.path.exists(self.output):
-                    rows = [parse_row(line) for line in unit]
-                    self.notes.update("no JSON object, kept as text" for _, good in rows if not good)
-                    todo = [(offset, row) for offset, (row, good) in zip(offsets, rows) if good]
-                    yield SimpleNamespace(path=path, size=end - offsets[0], rows=[row for row, _ in rows], todo=todo)
-                else:
-                    self.progress.update(end - offsets[0])
+                self.input_hash.update(content.encode())
+                size, end = offsets[-1] - end, offsets[-1]
+                if number % self.world != self.rank or os.path.exists(path) or os.path.exists(self.output):
+                    self.progress.update(size)
+                    continue
+                rows = [parse_row(line) for line in unit]
+                self.notes.update("no JSON object, kept as text" for _, good in rows if not good)
+                yield SimpleNamespace(path=path, size=size, rows=[row for row, _ in rows],
+                                      todo=[(offset, row) for offset, (row, good) in zip(offsets, rows) if good])
 
     def write(self, unit):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in unit.rows)
@@ -388,12 +399,6 @@ class Units:
             if not (isinstance(e, FileNotFoundError) and os.path.exists(self.output)):  # else another launch was first to join
                 die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
-    def record(self):
-        """What OUT depends on: the settings, and a hash of all units' names, so of every line."""
-        if not self.paths:
-            list(self)  # only hashes the input, if OUT is there
-        return {**self.settings, "input": hashlib.sha256("".join(map(os.path.basename, self.paths)).encode()).hexdigest()}
-
     def finished(self):
         """Whether OUT is there, made from this input with these settings. If it was made otherwise, one line says how."""
         if not os.path.exists(self.output):
@@ -403,9 +408,11 @@ class Units:
                 made = json.load(f)
         except (OSError, ValueError) as e:
             die(f"{self.output} exists, but nothing says how it was made ({e}): choose another --output")
-        differ = [f"{key} {made.get(key)!r} and not {value!r}" for key, value in self.record().items() if made.get(key) != value]
-        if differ:
-            die(f"{self.output} was made with {', '.join(differ)}: choose another --output, or delete it to start over")
+        list(self)  # hashes the input: while OUT is there, there is nothing to make
+        self.progress.close()
+        for key, value in {**self.settings, "input": self.input_hash.hexdigest()}.items():
+            if made.get(key) != value:
+                die(f"{self.output} was made with {key} = {made.get(key)!r}, now it is {value!r}: choose another --output")
         shutil.rmtree(self.parts, ignore_errors=True)  # of a launch that was killed before it could
         return True
 
@@ -413,7 +420,7 @@ class Units:
         """Join the units if all are there, and say what this launch did."""
         self.progress.close()
         if not self.finished() and all(map(os.path.exists, self.paths)):
-            record = json.dumps({**self.record(), "server": self.server}, indent=1)
+            record = json.dumps({**self.settings, "input": self.input_hash.hexdigest(), "servers": self.servers}, indent=1)
             self.save(self.output + ".settings.json", [record.encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
             shutil.rmtree(self.parts, ignore_errors=True)
@@ -438,13 +445,17 @@ def take(lines, size):
     return taken
 
 
+def batched(items, size):
+    return [items[at:at + size] for at in range(0, len(items), size)]
+
+
 class Server:
     """Texts from OpenAI-compatible servers: one text a request, many requests at once.
 
     A request that a server refuses (400, 413, 422) is its row's error. A server that is not there, busy or broken is asked
     again, half a minute long, the next server in between. Everything else ends the launch with one line."""
 
-    def __init__(self, args, path, **trial):
+    def __init__(self, args, units, path, **trial):
         """trial: a harmless request, which every server has to answer before the first row"""
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in args.server]
         self.path, self.common = path, {"model": args.model, "max_tokens": args.max_new_tokens}
@@ -453,6 +464,8 @@ class Server:
         for url, (_, _, refusal) in zip(self.urls, self.map(lambda url: self.ask([url], **trial), self.urls)):
             if refusal:
                 die(f"--server {url}: {refusal}")
+            with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url + "/version", timeout=10) as response:
+                units.servers.append(json.load(response))  # vLLM says so; not a setting: a long run survives an update
 
     def map(self, function, items):
         """[function(item) for item in items], many at a time"""

@@ -218,48 +218,41 @@ class Completer:
             self.model.set_attn_implementation(before)
         return self.shares
 
-    def encode(self, text, **kwargs):
-        return self.tokenizer(text, **kwargs).input_ids
-
     def complete(self, prompt, texts, seeds):
         """-> for each text (answer, whether its line ended, None), or (None, False, why it cannot be asked)"""
-        self.set_prefix(torch.tensor([self.encode(prompt)], device=self.model.device))
-        newline = len(self.encode("\n", add_special_tokens=False))  # the text follows one; without it LLaMA's tokenizer adds a blank
-        ids = [self.encode(f"\n{text} =>", add_special_tokens=False)[newline:] for text in texts]
+        self.set_prefix(torch.tensor([self.tokenizer(prompt).input_ids], device=self.model.device))
+        encode = partial(self.tokenizer, add_special_tokens=False)
+        newline = len(encode("\n").input_ids)  # the text follows one; without it LLaMA's tokenizer adds a blank
+        ids = [encode(f"\n{text} =>").input_ids[newline:] for text in texts]
+        uniform = [np.random.default_rng(seed).random(self.args.max_new_tokens, "f4") for seed in seeds]
         results = [("", False, "input too long")] * len(texts)
-        todo = sorted((i for i in range(len(texts)) if len(ids[i]) <= MAX_INPUT_TOKENS), key=lambda i: len(ids[i]))
-        for _, same in itertools.groupby(todo, key=lambda i: self.shares or len(ids[i])):
-            same = list(same)
-            for batch in (same[at:at + self.args.batch_size] for at in range(0, len(same), self.args.batch_size)):
-                uniform = np.stack([np.random.default_rng(seeds[i]).random(self.args.max_new_tokens, "f4") for i in batch])
-                new, ended = self.decode([ids[i] for i in batch], torch.from_numpy(uniform).to(self.model.device))
-                for i, answer, end in zip(batch, self.tokenizer.batch_decode(new, skip_special_tokens=True), ended):
-                    results[i] = answer, end, None
+        order = sorted((i for i in range(len(texts)) if len(ids[i]) <= MAX_INPUT_TOKENS), key=lambda i: len(ids[i]))
+        for _, same in itertools.groupby(order, lambda i: self.shares or len(ids[i])):  # a window would count the padding
+            for batch in batched(list(same), self.args.batch_size):
+                new = self.decode([ids[i] for i in batch], torch.tensor(np.stack([uniform[i] for i in batch])))
+                for i, tokens, answer in zip(batch, new, self.tokenizer.batch_decode(new, skip_special_tokens=True)):
+                    results[i] = answer, self.stops[tokens[-1]].item(), None
         return results
 
     @torch.inference_mode()
     def decode(self, texts, uniform):
-        """Continue B lists of ids with uniform [B, max_new_tokens]. -> their new ids, and whether each line ended"""
-        T, device = max(map(len, texts)), self.model.device
+        """Continue B texts' ids with uniform [B, max_new_tokens] until their lines end. -> B lists of new ids"""
+        T, P, device = max(map(len, texts)), self.prefix.get_seq_length(), self.model.device
         ids = torch.tensor([[0] * (T - len(text)) + text for text in texts], device=device)  # [B, T], padded on the left
         mask = torch.tensor([[0] * (T - len(text)) + [1] * len(text) for text in texts], device=device)
-        P, cache = self.prefix.get_seq_length(), self.new_cache()
-        position = P + (mask.cumsum(-1) - 1).clamp(min=0)  # as if there were no padding
+        position, cache = P + (mask.cumsum(-1) - 1).clamp(min=0), self.new_cache()  # as if there were no padding
         if not self.shares:
             cache = copy.deepcopy(self.prefix)
             cache.batch_repeat_interleave(len(texts))
             mask = torch.cat([mask.new_ones(len(texts), P), mask], 1)
-        alive = torch.arange(len(texts), device=device)
-        new, ended = [[] for _ in texts], [False] * len(texts)
+        alive, uniform, new = torch.arange(len(texts), device=device), uniform.to(device), [[] for _ in texts]
         for step in range(self.args.max_new_tokens):
             logits = self.forward(ids, mask, position, cache)
             ids = torch.cat([sample(part, u, self.args.temperature, self.args.top_p) for part, u in
                              zip(logits.split(32), uniform[alive, step].split(32))])  # in parts that fit a CPU's cache
-            stop = self.stops[ids]
-            for b, token, stopped in zip(alive.tolist(), ids.tolist(), stop.tolist()):
+            for b, token in zip(alive.tolist(), ids.tolist()):
                 new[b].append(token)
-                ended[b] = stopped
-            keep = (~stop).nonzero()[:, 0]
+            keep = (~self.stops[ids]).nonzero()[:, 0]
             if len(keep) == 0:
                 break
             if len(keep) < len(alive):
@@ -267,7 +260,7 @@ class Completer:
                 cache.batch_select_indices(keep)
             ids, position = ids[:, None], position[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        return new, ended
+        return new
 
 
 def complete_by_server(server, args, prompt, texts, seeds):
@@ -300,8 +293,7 @@ def main(argv=None):
             die(f"--pairs {args.pairs} has {len(found)} examples of source {source!r}, --shots needs {args.shots}")
 
     device = pick_device(args)
-    settings = {name: getattr(args, name) for name in ("model", "field", "sources", "shots", "temperature", "top_p",
-                                                       "max_new_tokens", "batch_size", "dtype", "seed")}
+    settings = {name: getattr(args, name) for name in ("field", "sources", "shots", "temperature", "top_p")}
     settings["pairs_sha256"] = hashlib.sha256(json.dumps([TASK, GROUP, examples]).encode()).hexdigest()
     units = Units(args, settings, reads=[args.field], makes=[f"rewrite_{source}" for source in args.sources])
     if units.finished():
@@ -310,7 +302,7 @@ def main(argv=None):
     if args.server:
         markers = special_markers(None)
         trial = draw_prompt(examples[args.sources[0]], args.shots, np.random.default_rng(0), markers)[0] + "a photo of a dog =>"
-        server = Server(args, "/v1/completions", prompt=trial, temperature=args.temperature, top_p=args.top_p, seed=0, stop=["\n"])
+        server = Server(args, units, "/v1/completions", prompt=trial, temperature=args.temperature, top_p=args.top_p, seed=0, stop=["\n"])
         complete = partial(complete_by_server, server, args)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -319,22 +311,18 @@ def main(argv=None):
         markers, complete = special_markers(tokenizer), Completer(model, tokenizer, args).complete
 
     for unit in units:
-        texts = []  # (row, seed, cleaned text) of all texts of the unit
-        for offset, row in unit.todo:
-            value = row.get(args.field) or None
-            for i, text in enumerate(value if isinstance(value, list) else [value]):
-                texts.append((offset, i, clean(text, markers) if isinstance(text, str) else ""))
+        texts = [((offset, i), clean(text, markers) if isinstance(text, str) else "")
+                 for offset, row in unit.todo for i, text in enumerate(as_list(row.get(args.field)))]
         for source in args.sources:
             key, results = [args.seed, zlib.crc32(source.encode())], []
-            for at in range(0, len(texts), GROUP):
-                group = texts[at:at + GROUP]
-                prompt, pairs = draw_prompt(examples[source], args.shots, np.random.default_rng([*key, *group[0][:2]]), markers)
-                results += rewrite(complete, prompt, pairs, [text for *_, text in group], [[*key, *seed] for *seed, _ in group], units.notes)
+            for group in batched(texts, GROUP):
+                prompt, pairs = draw_prompt(examples[source], args.shots, np.random.default_rng([*key, *group[0][0]]), markers)
+                results += rewrite(complete, prompt, pairs, [text for _, text in group], [[*key, *place] for place, _ in group], units.notes)
             units.outcomes.update(reason or "rewritten" for _, reason in results)
             results = iter(results)
             for _, row in unit.todo:
-                value = row.get(args.field) or None
-                put_texts(row, f"rewrite_{source}", value, [next(results) for _ in (value if isinstance(value, list) else [value])])
+                value = row.get(args.field)
+                put_texts(row, f"rewrite_{source}", value, [next(results) for _ in as_list(value)])
         units.write(unit)
     units.join()
 
@@ -347,7 +335,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def die(message):
     """End with one line on stderr and exit status 2."""
     line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", message).split())
-    print(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -384,7 +372,10 @@ def stage_parser(description, **defaults):
 
 
 def pick_device(args):
-    """-> the device for the model; args.dtype becomes the dtype: it changes texts, so it is one of OUT's settings."""
+    """-> the device for the model; args.dtype becomes its dtype, since this changes texts and is one of OUT's settings."""
+    if args.server:
+        args.dtype = args.batch_size = "the server's"
+        return None
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in found if found[name]) if args.device == "auto" else args.device
     if not found[device]:
@@ -426,17 +417,22 @@ def one_line(text, markers=re.compile("(?!)")):
     return one_line(markers.sub(" ", text), markers) if markers.search(text) else text
 
 
+def as_list(value):
+    """The texts of a field: all of a list, or the one that is there; none is there in []."""
+    return value if value and isinstance(value, list) else [value or None]
+
+
 def put_texts(row, field, source, results):
     """Put [(text or None, reason or None)] into row[field]: a list if `source`, what they were made from, is one. The
     reasons go to row["error"][field]."""
     if row.get(field) is not None:  # further down than Units looked
         source, results = None, [(row[field], "was there before, kept")]
     texts, reasons = ([result[i] for result in results] for i in (0, 1))
-    row[field] = texts if isinstance(source, list) else texts[0]
+    row[field], reason = (texts, reasons) if as_list(source) is source else (texts[0], reasons[0])
     error = row.get("error")
     if any(reasons):
         error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # the user's own: kept
-        row["error"] = {**error, field: reasons if isinstance(source, list) else reasons[0]}
+        row["error"] = {**error, field: reason}
     elif isinstance(error, dict):
         error.pop(field, None)  # of a launch before, and no longer true
 
@@ -463,11 +459,11 @@ class Units:
 
     def __init__(self, args, settings, reads, makes):
         """reads, makes: fields of which the first rows must have one, and none"""
-        self.args, self.output, self.parts = args, args.output, args.output + ".parts"
-        self.settings = {"stage": os.path.basename(sys.argv[0]), "limit": args.limit, **settings}
+        self.args, self.output, self.parts, self.servers = args, args.output, args.output + ".parts", []
+        self.settings = {name: getattr(args, name) for name in ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")}
+        self.settings |= {"stage": os.path.basename(sys.argv[0]), **settings}
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.outcomes, self.notes = Counter(), Counter()  # how texts ended; what else happened
-        self.paths, self.clock, self.server = [], [], None
+        self.outcomes, self.notes, self.paths = Counter(), Counter(), []  # how texts ended; what else happened; units' files
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
             die("several SLURM tasks without RANK would all do the same work: start them by torchrun, or set RANK and WORLD_SIZE")
         try:
@@ -484,28 +480,32 @@ class Units:
             die(f"{args.input} has {', '.join(sorted(there))} already, which this stage would overwrite")
 
     def __iter__(self):
-        """The units that this rank has to make: path, rows, and todo, [(byte offset, row)] without the rows that are no JSON
-        object. Reads and hashes the whole input, which takes minutes for 300 M rows. Rank r of W makes r, r + W, ..."""
-        self.paths, self.clock, size = [], [(0, time.time())], os.path.getsize(self.args.input)
+        """The units that rank r of W has to make, of units r, r + W, ...: path, rows, and todo, [(byte offset, row)] without
+        the rows that are no JSON object. Reads and hashes the whole input, which takes minutes for 300 M rows."""
+        self.paths, self.input_hash, self.clock = [], hashlib.sha256(), [(0, time.time())]
+        size, end = os.path.getsize(self.args.input), 0
         unit_size = 64 << 10
         while size / unit_size > 65_536:
             unit_size *= 2
-        self.progress = tqdm(total=size if self.args.limit is None else None, unit="B", unit_scale=True, disable=self.rank > 0)
+        self.progress = tqdm(total=size if self.args.limit is None else None, unit="B", unit_scale=True,
+                             delay=1, disable=self.rank > 0)
         with open(self.args.input, "rb") as f:
-            lines, end = itertools.islice(f, self.args.limit), 0
+            lines = itertools.islice(f, self.args.limit)
             while unit := take(lines, unit_size):
                 offsets = list(itertools.accumulate(map(len, unit), initial=end))
-                key = json.dumps([self.settings, end], sort_keys=True).encode() + b"".join(unit)
-                path = os.path.join(self.parts, f"{len(self.paths):05d}-{hashlib.sha256(key).hexdigest()[:32]}")
+                content = hashlib.sha256(b"".join(unit)).hexdigest()
+                key = hashlib.sha256(json.dumps([self.settings, end, content], sort_keys=True).encode()).hexdigest()
+                number, path = len(self.paths), f"{self.parts}/{len(self.paths):05d}-{key[:32]}"
                 self.paths.append(path)
-                end = offsets[-1]
-                if (len(self.paths) - 1) % self.world == self.rank and not os.path.exists(path) and not os.path.exists(self.output):
-                    rows = [parse_row(line) for line in unit]
-                    self.notes.update("no JSON object, kept as text" for _, good in rows if not good)
-                    todo = [(offset, row) for offset, (row, good) in zip(offsets, rows) if good]
-                    yield SimpleNamespace(path=path, size=end - offsets[0], rows=[row for row, _ in rows], todo=todo)
-                else:
-                    self.progress.update(end - offsets[0])
+                self.input_hash.update(content.encode())
+                size, end = offsets[-1] - end, offsets[-1]
+                if number % self.world != self.rank or os.path.exists(path) or os.path.exists(self.output):
+                    self.progress.update(size)
+                    continue
+                rows = [parse_row(line) for line in unit]
+                self.notes.update("no JSON object, kept as text" for _, good in rows if not good)
+                yield SimpleNamespace(path=path, size=size, rows=[row for row, _ in rows],
+                                      todo=[(offset, row) for offset, (row, good) in zip(offsets, rows) if good])
 
     def write(self, unit):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in unit.rows)
@@ -530,12 +530,6 @@ class Units:
             if not (isinstance(e, FileNotFoundError) and os.path.exists(self.output)):  # else another launch was first to join
                 die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
-    def record(self):
-        """What OUT depends on: the settings, and a hash of all units' names, so of every line."""
-        if not self.paths:
-            list(self)  # only hashes the input, if OUT is there
-        return {**self.settings, "input": hashlib.sha256("".join(map(os.path.basename, self.paths)).encode()).hexdigest()}
-
     def finished(self):
         """Whether OUT is there, made from this input with these settings. If it was made otherwise, one line says how."""
         if not os.path.exists(self.output):
@@ -545,9 +539,11 @@ class Units:
                 made = json.load(f)
         except (OSError, ValueError) as e:
             die(f"{self.output} exists, but nothing says how it was made ({e}): choose another --output")
-        differ = [f"{key} {made.get(key)!r} and not {value!r}" for key, value in self.record().items() if made.get(key) != value]
-        if differ:
-            die(f"{self.output} was made with {', '.join(differ)}: choose another --output, or delete it to start over")
+        list(self)  # hashes the input: while OUT is there, there is nothing to make
+        self.progress.close()
+        for key, value in {**self.settings, "input": self.input_hash.hexdigest()}.items():
+            if made.get(key) != value:
+                die(f"{self.output} was made with {key} = {made.get(key)!r}, now it is {value!r}: choose another --output")
         shutil.rmtree(self.parts, ignore_errors=True)  # of a launch that was killed before it could
         return True
 
@@ -555,7 +551,7 @@ class Units:
         """Join the units if all are there, and say what this launch did."""
         self.progress.close()
         if not self.finished() and all(map(os.path.exists, self.paths)):
-            record = json.dumps({**self.record(), "server": self.server}, indent=1)
+            record = json.dumps({**self.settings, "input": self.input_hash.hexdigest(), "servers": self.servers}, indent=1)
             self.save(self.output + ".settings.json", [record.encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
             shutil.rmtree(self.parts, ignore_errors=True)
@@ -580,13 +576,17 @@ def take(lines, size):
     return taken
 
 
+def batched(items, size):
+    return [items[at:at + size] for at in range(0, len(items), size)]
+
+
 class Server:
     """Texts from OpenAI-compatible servers: one text a request, many requests at once.
 
     A request that a server refuses (400, 413, 422) is its row's error. A server that is not there, busy or broken is asked
     again, half a minute long, the next server in between. Everything else ends the launch with one line."""
 
-    def __init__(self, args, path, **trial):
+    def __init__(self, args, units, path, **trial):
         """trial: a harmless request, which every server has to answer before the first row"""
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in args.server]
         self.path, self.common = path, {"model": args.model, "max_tokens": args.max_new_tokens}
@@ -595,6 +595,8 @@ class Server:
         for url, (_, _, refusal) in zip(self.urls, self.map(lambda url: self.ask([url], **trial), self.urls)):
             if refusal:
                 die(f"--server {url}: {refusal}")
+            with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url + "/version", timeout=10) as response:
+                units.servers.append(json.load(response))  # vLLM says so; not a setting: a long run survives an update
 
     def map(self, function, items):
         """[function(item) for item in items], many at a time"""
