@@ -186,7 +186,8 @@ def read_ahead(units, args, dataset):
                 yield [row.get("image") for row in rows]
 
     try:
-        for batch in torch.utils.data.DataLoader(dataset, batch_sampler=batches(), num_workers=args.workers, collate_fn=lambda batch: batch):
+        for batch in torch.utils.data.DataLoader(dataset, batch_sampler=batches(), num_workers=args.workers, collate_fn=lambda batch: batch,
+                                                 multiprocessing_context="fork" if args.workers else None):
             yield *begun.popleft(), batch
     except (OSError, RuntimeError) as e:
         die(f"images cannot be read: {str(e).strip().splitlines()[-1]}. Nothing is lost: the same command goes on from here "
@@ -240,7 +241,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def die(message):
     """End with one line on stderr and exit status 2."""
     line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", message).split())
-    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
+    tqdm.write(f"{os.path.basename(__file__)}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -366,7 +367,7 @@ class Units:
         """reads, makes: fields of which the first rows must have one, and none"""
         self.args, self.output, self.parts, self.servers = args, args.output, args.output + ".parts", []
         self.settings = {name: getattr(args, name) for name in ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")}
-        self.settings |= {"stage": os.path.basename(sys.argv[0]), **settings}
+        self.settings |= {"stage": os.path.basename(__file__), **settings}
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.outcomes, self.notes, self.paths = Counter(), Counter(), []  # how texts ended; what else happened; units' files
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
@@ -469,7 +470,7 @@ class Units:
             first, begun = self.clock[len(self.clock) > 2]  # behind the first unit, in which all warms up
             for millions in (1, 12, 300):
                 days = millions * 1e6 * (self.clock[-1][1] - begun) / (rows - first) / self.world / 86400
-                print(f"{millions:6d} M rows would take {days:9.2f} days at this rate on {self.world} rank(s)")
+                print(f"{millions:6d} M rows would take {days:10,.2f} days at this rate on {self.world} rank(s)")
 
 
 def take(lines, size):

@@ -77,8 +77,8 @@ def fuse(ask, given, openings, notes):
     """Captions of [(AltText, VeC)], of which one may be "", or of a reason not to ask. -> [(caption or None, reason or None)]
 
     ask(such pairs) -> [(answer, reason or None)]. If the model refuses, the VeC alone is rewritten (section 3.3)."""
-    results = [(None, pair) for pair in given]
-    todo = {i: pair for i, pair in enumerate(given) if isinstance(pair, tuple)}
+    results, todo = [(None, pair) for pair in given], {i: pair for i, pair in enumerate(given) if isinstance(pair, tuple)}
+    notes.update(pair for pair in given if isinstance(pair, str))
     while todo:
         answers, again = ask([*todo.values()]), {}
         for (i, (alt, vec)), (text, reason) in zip(todo.items(), answers):
@@ -204,7 +204,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def die(message):
     """End with one line on stderr and exit status 2."""
     line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", message).split())
-    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
+    tqdm.write(f"{os.path.basename(__file__)}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -330,7 +330,7 @@ class Units:
         """reads, makes: fields of which the first rows must have one, and none"""
         self.args, self.output, self.parts, self.servers = args, args.output, args.output + ".parts", []
         self.settings = {name: getattr(args, name) for name in ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")}
-        self.settings |= {"stage": os.path.basename(sys.argv[0]), **settings}
+        self.settings |= {"stage": os.path.basename(__file__), **settings}
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.outcomes, self.notes, self.paths = Counter(), Counter(), []  # how texts ended; what else happened; units' files
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
@@ -433,7 +433,7 @@ class Units:
             first, begun = self.clock[len(self.clock) > 2]  # behind the first unit, in which all warms up
             for millions in (1, 12, 300):
                 days = millions * 1e6 * (self.clock[-1][1] - begun) / (rows - first) / self.world / 86400
-                print(f"{millions:6d} M rows would take {days:9.2f} days at this rate on {self.world} rank(s)")
+                print(f"{millions:6d} M rows would take {days:10,.2f} days at this rate on {self.world} rank(s)")
 
 
 def take(lines, size):

@@ -1,8 +1,6 @@
 """The captioning stages and their helpers: equal to references, the same bytes for any ranks and after any
 interruption, and no row lost whatever stands in it. All models are real transformers models, small ones."""
-import fcntl
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -18,6 +16,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,8 +61,8 @@ def make_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     rng = random.Random(0)
-    corpus = [fuse_vicuna.chat_prompt("a", "b"), fuse_vicuna.chat_prompt("a", None), REFUSAL] * 5
-    corpus += [" ".join(pair.values()) for pair in fuse_vicuna.read_prompts()[0]] * 3
+    corpus = [fuse_vicuna.chat_prompt("a", "b"), fuse_vicuna.chat_prompt("a", ""), REFUSAL] * 5
+    corpus += [" ".join(pair.values()) for pair in read_jsonl(ROOT / "data/prompts/fuse_pairs.jsonl")] * 3
     corpus += [sentence(rng) + " => " + sentence(rng) for _ in range(300)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -156,7 +155,7 @@ def make_refuser(folder):
                 texts[0][rng.randrange(len(texts[0]))] = "gun"
             first, second = (" ".join(words) for words in (texts if rng.random() < 0.5 else texts[::-1]))
             if alone := rng.random() < 0.5:
-                first, second = (None, second) if "gun" in second else (first, None)
+                first, second = ("", second) if "gun" in second else (first, "")
             reply = REFUSAL if gun else ALONE if alone else BOTH
             batch.append((tokenizer(fuse_vicuna.chat_prompt(first, second)).input_ids,
                           tokenizer(" " + reply, add_special_tokens=False).input_ids + [1]))
@@ -178,7 +177,7 @@ MODELS = {"llama": make_llama, "llava": make_llava, "refuser": make_refuser}
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """llama/, llava/, refuser/, pictures in images/, and rows.jsonl: 200 rows, 10 blocks, some alts lists."""
+    """llama/, llava/, refuser/, pictures in images/, and rows.jsonl: 200 rows, 10 units, some alts lists."""
     folder, threads = tmp_path_factory.mktemp("stages"), torch.get_num_threads()
     torch.set_num_threads(1)
     for name, make in MODELS.items():
@@ -228,7 +227,7 @@ def run_script(script, arguments, env, streams):
     except BaseException:
         traceback.print_exc()
         status = 1
-    threading._shutdown()  # as the interpreter does at its end: joins threads and process pools
+    threading._shutdown()  # as the interpreter does at its end: joins threads
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -329,7 +328,7 @@ def assert_rows_kept(before, after, like="alt"):
             {key: old[key] for key in old if key != "error"}
         for field, value in made.items():
             reason = new.get("error", {}).get(field)
-            if isinstance(old.get(like), list) and field != "vec":
+            if isinstance(old.get(like), list) and old[like] and field != "vec":
                 assert isinstance(value, list) and len(value) == len(old[like])
                 reason = reason or [None] * len(value)
                 assert isinstance(reason, list) and len(reason) == len(value)
@@ -348,7 +347,7 @@ def between(path, begin, end):
 
 def test_the_scripts_share_their_rows_code():
     copies = {between(path, "# === rows:", "# === end of rows") for path in STAGES.values()}
-    assert len(copies) == 1 and "def run_blocks" in copies.pop()
+    assert len(copies) == 1 and "class Units" in copies.pop()
 
 
 def test_caption_reads_images_as_training_does():
@@ -362,169 +361,141 @@ TEXTS = ["red", "a red bike by the wall", "old boat near the river under a grey 
          "the dog and the cat on the small red house with the tree near the river"]
 
 
-def load_llama(folder):
-    return rewrite_llama.load_model(str(folder / "llama"), "cpu", torch.float32)
+def completer(folder, limit=24, temperature=0, top_p=1, batch_size=64, model="llama"):
+    """rewrite_llama.py's Completer of a small LLaMA"""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / model)
+    model = AutoModelForCausalLM.from_pretrained(folder / model, dtype=torch.float32).eval()
+    return rewrite_llama.Completer(model, tokenizer, SimpleNamespace(
+        max_new_tokens=limit, temperature=temperature, top_p=top_p, batch_size=batch_size, model="llama"))
 
 
-def complete(generator, texts, uniform):
-    ids = [generator.tokenizer(f"{text} =>", add_special_tokens=False).input_ids for text in texts]
-    return generator.complete(ids, uniform)
+def generate(model, tokenizer, text, limit, stops):
+    """The naive twin: transformers' greedy generate, one text at a time. -> (the new text, whether it ended)"""
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, eos_token_id=stops, pad_token_id=1)
+    new = new[0, ids.shape[1]:].tolist()
+    return tokenizer.decode(new, skip_special_tokens=True), new[-1] in stops
 
 
-def test_greedy_generator_equals_transformers(folder):
-    """Shared prefix, padding and rows that leave change nothing: the same as generate, one row at a time."""
+def test_greedy_completions_equal_transformers(folder):
+    """A shared prompt, padding and rows that leave change nothing: the same as generate, one row at a time."""
     from transformers import LlamaForCausalLM
 
-    prefix, limit = "Say it again.\n\na red bike => one bike that is red\nold sky => a sky\n", 24
-    model, tokenizer = load_llama(folder)
-    generator = rewrite_llama.Generator(model, tokenizer, limit, 0, 1)
-    generator.set_prefix("another prefix, longer than the one that follows it: nothing of it may stay\n" * 3)
-    generator.set_prefix(prefix)
+    prompt = "Say it again.\n\na red bike => one bike that is red\nold sky => a sky\n"
     rng = random.Random(0)
     texts = TEXTS + [sentence(rng) for _ in range(40)]
-    unused = torch.zeros(len(texts), limit)
-    together = complete(generator, texts, unused)
-    assert together == [complete(generator, [text], unused[:1])[0] for text in texts]
-
+    ours = completer(folder, 8)
+    assert ours.shares
+    ours.complete("another prompt, longer than the one that follows it: nothing of it may stay\n" * 3, ["x"], [[0]])
+    together = ours.complete(prompt, texts, [[0]] * len(texts))
+    assert together == [ours.complete(prompt, [text], [[0]])[0] for text in texts]
     reference = LlamaForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
-    stops = [1] + [i for i in range(model.config.vocab_size) if "\n" in tokenizer.decode([i])]
-    expected, lengths = [], set()
-    for text in texts:
-        ids = tokenizer(f"{prefix}{text} =>", return_tensors="pt").input_ids
-        new = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                 max_new_tokens=limit, eos_token_id=stops, pad_token_id=1)
-        new = new[0, ids.shape[1]:].tolist()
-        answer = rewrite_llama.one_line(tokenizer.decode(new, skip_special_tokens=True).split("\n")[0])
-        expected.append((answer, new[-1] in stops))
-        lengths.add(len(new))
-    assert together == expected
-    assert len(lengths) > 4 and len(set(expected)) > 20  # the model is no trivial one
+    stops = [1] + [i for i in range(reference.config.vocab_size) if "\n" in ours.tokenizer.decode([i])]
+    expected = [generate(reference, ours.tokenizer, f"{prompt}{text} =>", 8, stops) for text in texts]
+    assert together == [(*answer, None) for answer in expected]
+    assert len(set(expected)) > 20 and {ended for _, ended in expected} == {True, False}  # the model is no trivial one
 
 
+def test_sampled_completions_do_not_depend_on_their_company(folder):
+    """With sampling too, a row alone gives what it gives among others; rows end at different steps."""
+    texts, seeds = TEXTS * 6, [[i] for i in range(len(TEXTS) * 6)]
+    together = completer(folder, 20, 0.9, 0.95).complete("a => b\n", texts, seeds)
+    one = completer(folder, 20, 0.9, 0.95, batch_size=1)
+    assert together == one.complete("a => b\n", texts, seeds)
+    assert {ended for _, ended, _ in together} == {True, False} and len(set(together)) > 30
+
+
+def load_fuse(folder, limit=12, style="chat", model="llama"):
+    return fuse_vicuna.load_model(SimpleNamespace(model=str(folder / model), dtype="fp32", max_new_tokens=limit, format=style), "cpu")
+
+
+@pytest.mark.parametrize("style", ["chat", "pairs"])
 @pytest.mark.parametrize("limit", [1, 12])
-def test_greedy_answers_equal_transformers(folder, limit):
+def test_greedy_answers_equal_transformers(folder, limit, style):
     """fuse_vicuna's, of prompts of different length in one batch: with much in common, little, all, and one that begins others."""
-    model, tokenizer = fuse_vicuna.load_model(str(folder / "llama"), "cpu", torch.float32)
+    model, tokenizer = load_fuse(folder, limit, style)
     prompts = [fuse_vicuna.chat_prompt(text, "a red wall") for text in TEXTS]
-    prompts += [fuse_vicuna.chat_prompt(None, "a red wall"), *TEXTS, TEXTS[0], TEXTS[0] + " and", "a", "a"]
-    notes, cut = Counter(), 0
-    answers = fuse_vicuna.answer(model, tokenizer, prompts, fuse_vicuna.end_tokens(model, tokenizer, False), 8, limit, notes)
-    for prompt, answer in zip(prompts, answers):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, pad_token_id=1)
-        text = tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True)
-        assert answer == fuse_vicuna.unquote(fuse_vicuna.one_line(text.strip().split("\n")[0]))
-        cut += new[0, -1] != model.generation_config.eos_token_id
-    assert notes == {"cut off at --max-new-tokens": cut}
+    prompts += [fuse_vicuna.chat_prompt("", "a red wall"), *TEXTS, TEXTS[0], TEXTS[0] + " and", "a", "a"]
+    answers = fuse_vicuna.answer(model, tokenizer, prompts, 8, notes := Counter())
+    from transformers import LlamaForCausalLM
+    reference = LlamaForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
+    stops = [1] + [i for i in range(reference.config.vocab_size) if style == "pairs" and "\n" in tokenizer.decode([i])]
+    expected = [generate(reference, tokenizer, prompt, limit, stops) for prompt in prompts]
+    assert answers == [(text, None) for text, _ in expected]
+    assert notes == {"cut off at --max-new-tokens": sum(not ended for _, ended in expected)}
 
 
-@pytest.mark.parametrize("window", [16, 64])
-def test_answers_of_a_sliding_window_model_equal_transformers(folder, window):
-    """Its window counts what is in the cache, padding too, so nothing is shared there."""
-    from transformers import MistralConfig, MistralForCausalLM
+def seen_by(model):
+    """A list that gets the token ids of every prompt that the model reads, without padding."""
+    prompts = []
 
-    _, tokenizer = load_llama(folder)
-    torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                             num_attention_heads=4, num_key_value_heads=2, sliding_window=window)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, 0, 0.3) if p.dim() == 2 else None
-    prompts = [fuse_vicuna.pairs_prompt(fuse_vicuna.read_prompts()[0][:1], text, "a red wall") for text in TEXTS]
-    model.generation_config.eos_token_id = 1
-    answers = fuse_vicuna.answer(model, tokenizer, prompts, fuse_vicuna.end_tokens(model, tokenizer, False), 8, 6, Counter())
-    for prompt, answer in zip(prompts, answers):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, pad_token_id=1)
-        text = tokenizer.decode(new[0, ids.shape[1]:], skip_special_tokens=True)
-        assert answer == fuse_vicuna.unquote(fuse_vicuna.one_line(text.strip().split("\n")[0]))
+    def hook(module, args, kwargs):
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        if ids.shape[1] > 1:
+            mask = torch.ones_like(ids) if mask is None else mask
+            prompts.extend(row[keep[-len(row):].bool()].tolist() for row, keep in zip(ids, mask))
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    return prompts
 
 
-def test_rewriting_refuses_attention_that_is_not_llamas(folder, capfd):
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, MistralConfig, MistralForCausalLM
+def test_a_text_follows_the_prompt_as_if_written_there(folder):
+    """LLaMA's tokenizer would put a blank before a text of its own; behind a line break there is none."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    _, tokenizer = load_llama(folder)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    with pytest.raises(SystemExit):
-        rewrite_llama.Generator(GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)), tokenizer, 4, 0, 1)
-    assert "without q_proj (gpt_neox)" in capfd.readouterr().err
-    model = MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2, sliding_window=100))
-    with pytest.raises(SystemExit):
-        rewrite_llama.Generator(model, tokenizer, 4, 0, 1).set_prefix("a => b\n")
-    assert "sliding window of 100 tokens" in capfd.readouterr().err
-    with pytest.raises(SystemExit):
-        rewrite_llama.attend_with_prefix(None, *[torch.zeros(1, 1, 1, 8)] * 3, None, 1.0, softcap=50.0, s_aux=None)
-    assert "attention with softcap" in capfd.readouterr().err
+    own = AutoTokenizer.from_pretrained(folder / "llama").backend_tokenizer
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    ours = completer(folder, 2)
+    ours.tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>")
+    prompts = seen_by(ours.model)
+    ours.complete("a => b\n", ["red bike", "red red red"], [[0], [1]])
+    whole = [ours.tokenizer(f"a => b\n{text} =>").input_ids for text in ("red bike", "red red red")]
+    assert sorted(prompts[0] + ids for ids in prompts[1:]) == sorted(whole)
 
 
-def test_a_text_follows_the_prompt_as_if_written_there(folder, seen_ids):
-    """LLaMA's tokenizer puts a blank before a text that it gets on its own; byte-level ones do not."""
-    from tokenizers import normalizers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE(byte_fallback=True))
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])  # LLaMA's
-    bpe.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    rng = random.Random(0)
-    bpe.train_from_iterator([sentence(rng) + " => " + sentence(rng) + "\n" for _ in range(200)], trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False))
-    llamas = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
-    for tokenizer in (llamas, load_llama(folder)[1]):
-        model, _ = load_llama(folder)
-        generator = rewrite_llama.Generator(model, tokenizer, 1, 0, 1)
-        prompts, prefix, texts = seen_ids(model), "a task\n\na red bike => a bike\n", ["a red bike", "the cat", "(one)"]
-        rewrite_llama.rewrite_texts(generator, prefix, [("x", "y")], texts, [[0]] * 3, 1, Counter())
-        begin = prompts[0]
-        assert len(begin) == generator.prefix_length
-        assert {(*begin, *own) for own in prompts[1:]} == {(*tokenizer(f"{prefix}{text} =>").input_ids,) for text in texts}
+def load_caption(folder, limit=12, model="llava", root="images"):
+    """-> the model, its processor, and caption_llava.py's data set of images"""
+    args = SimpleNamespace(model=str(folder / model), dtype="fp32", max_new_tokens=limit, prompt=caption_llava.PROMPT,
+                           image_root=str(folder / root))
+    model, processor, prompt = caption_llava.load_model(args, "cpu")
+    return model, processor, caption_llava.Images(args.image_root, processor, prompt)
 
 
-def test_greedy_captions_equal_transformers(folder, monkeypatch):
-    """caption_llava's, in one batch, against generate with one picture at a time; some end early, some at the limit."""
-    processor, prompt = caption_llava.load_processor(str(folder / "llava"), caption_llava.PROMPT)
-    monkeypatch.setattr(caption_llava, "processor", processor, raising=False)
-    model = caption_llava.load_model(str(folder / "llava"), "cpu", torch.float32)
-    names = [f"{i}.png" for i in range(16)]
-    inputs, reasons = caption_llava.prepare_batch(names, str(folder / "images"), prompt)
-    stops = caption_llava.end_tokens(model, processor.tokenizer, False)
-    captions, lengths = caption_llava.caption(model, processor, inputs, stops, 12, notes := Counter()), set()
-    cut = 0
-    assert not reasons and len(set(captions)) > 8
-    for name, caption in zip(names, captions):
-        one = processor(images=Image.open(folder / "images" / name).convert("RGB"), text=prompt, return_tensors="pt")
-        new = model.generate(**one, do_sample=False, max_new_tokens=12)[0, one["input_ids"].shape[1]:]
-        lengths.add(len(new))
-        assert caption == caption_llava.one_line(processor.tokenizer.decode(new, skip_special_tokens=True))
-        cut += new[-1] != 1
-    assert len(lengths) > 2 and notes == {"cut off at --max-new-tokens": cut}
+def test_greedy_captions_equal_transformers(folder):
+    """caption_llava's, in one batch, against generate with one image at a time; some end early, some at the limit."""
+    from transformers import LlavaForConditionalGeneration
+
+    model, processor, images = load_caption(folder)
+    inputs, faults = images.__getitems__([f"{i}.png" for i in range(16)])
+    captions, lengths = caption_llava.caption(model, processor.tokenizer, inputs, notes := Counter()), []
+    assert not faults and len(set(captions)) > 8
+    reference = LlavaForConditionalGeneration.from_pretrained(folder / "llava", dtype=torch.float32)
+    for i, caption in enumerate(captions):
+        image = Image.open(folder / "images" / f"{i}.png").convert("RGB")
+        one = processor(images=image, text=images.prompt, return_tensors="pt")
+        new = reference.generate(**one, do_sample=False, max_new_tokens=12)[0, one["input_ids"].shape[1]:]
+        assert caption == caption_llava.one_line(processor.tokenizer.decode(new, skip_special_tokens=True)).rstrip("\ufffd ")
+        lengths.append(len(new) if new[-1] == 1 else None)
+    assert len(set(lengths)) > 2 and notes == {"cut off at --max-new-tokens": lengths.count(None)}
 
 
-def test_a_picture_that_the_processor_refuses_is_one_row(folder, monkeypatch):
-    processor, prompt = caption_llava.load_processor(str(folder / "llava"), caption_llava.PROMPT)
+def test_an_image_that_the_processor_refuses_is_one_row(folder, monkeypatch):
+    _, processor, images = load_caption(folder)
 
     def picky(images, **kwargs):
-        for image in images:
+        for image, in images:
             if image.getpixel((0, 0)) == (1, 2, 3):
                 raise ValueError("not this one")
         return processor(images=images, **kwargs)
 
-    monkeypatch.setattr(caption_llava, "processor", picky, raising=False)
+    picky.tokenizer = processor.tokenizer
+    images.processor = picky
     Image.new("RGB", (30, 30), (1, 2, 3)).save(folder / "images" / "odd.png")
-    inputs, reasons = caption_llava.prepare_batch(["0.png", "odd.png", "gone.png", "1.png"], str(folder / "images"), prompt)
-    assert set(reasons) == {1, 2} and reasons[1] == "ValueError: not this one" and "FileNotFound" in reasons[2]
+    inputs, faults = images.__getitems__(["0.png", "odd.png", "gone.png", "1.png"])
+    assert set(faults) == {1, 2} and faults[1] == "ValueError: not this one" and "FileNotFound" in faults[2]
     assert len(inputs["pixel_values"]) == len(inputs["input_ids"]) == 2
-    assert caption_llava.prepare_batch(["odd.png"], str(folder / "images"), prompt)[0] is None
-
-
-def test_generator_drops_rows_without_mixing_them_up(folder):
-    """With sampling too, a row alone gives what it gives among others; rows end at different steps."""
-    model, tokenizer = load_llama(folder)
-    generator = rewrite_llama.Generator(model, tokenizer, 20, 0.9, 0.95)
-    generator.set_prefix("a => b\n")
-    uniform = torch.from_numpy(np.random.default_rng(0).random((len(TEXTS) * 6, 20), "f4"))
-    together = complete(generator, TEXTS * 6, uniform)
-    alone = [complete(generator, [text], u[None])[0] for text, u in zip(TEXTS * 6, uniform)]
-    assert together == alone
-    assert {ended for _, ended in together} == {True, False} and len(set(together)) > 30
+    assert images.__getitems__(["odd.png"]) == ({}, {0: "ValueError: not this one"}) and images.__getitems__([]) == ({}, {})
 
 
 def nucleus(logits, temperature, top_p):
@@ -612,14 +583,14 @@ def test_fresh_interpreter(folder, arguments, tmp_path):
     for stage, process in zip(STAGES, runs):
         stdout, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr
-        assert re.match(r"\d+ rows, \d+ (texts|images) in \d+ s", stdout) and "Warning" not in stderr
+        assert re.match(r"\d+ rows, \d+ texts in \d+ s", stdout) and "Warning" not in stderr
         assert_rows_kept(before, parse((tmp_path / stage).read_bytes()))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_row_for_every_row(stage, folder, whole):
     data = (folder / "rows.jsonl").read_bytes() + b"\n"
-    assert len(data) > 9 * rewrite_llama.BLOCK
+    assert len(data) > 9 * 64 * 1024  # 10 units
     rows = parse(whole(stage))
     assert_rows_kept(parse(data), rows)
     made = [text for row in rows for value in outputs(row).values()
@@ -642,9 +613,9 @@ def test_limit_takes_the_first_lines(stage, arguments, start, whole, tmp_path):
     finish_well(process := start(stage, *arguments(stage, "--limit", 37)))
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole(stage).splitlines(True)[:37])
     stdout = process.paths[0].read_text()  # ends with a plan for those who pay for GPUs
-    rate = float(re.match(r"37 rows, .* ([\d.]+) rows a second", stdout)[1])
-    days, hours = map(float, re.search(r" 12 M rows would take +(\d+) days +([\d.]+) hours at this rate on 1 rank\n", stdout).groups())
-    assert (24 * days + hours) * 3600 * rate == pytest.approx(12e6, rel=0.02)
+    assert re.match(r"37 rows, .* [\d.]+ rows a second", stdout)
+    days = {int(millions): float(days.replace(",", "")) for millions, days in re.findall(r" (\d+) M rows would take +([\d.,]+) days at this rate on 1 rank", stdout)}
+    assert list(days) == [1, 12, 300] and days[300] == pytest.approx(25 * days[12], abs=0.13) and days[300] > 0
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -656,7 +627,7 @@ def test_a_second_run_says_finished(stage, arguments, start, tmp_path):
     done = finish_well(start(stage, *command))
     assert "finished" in done.stdout and done.stderr == ""
     assert (out.read_bytes(), out.stat().st_mtime_ns, out.stat().st_ino) == before
-    assert not list(tmp_path.glob("out.jsonl.parts/*.jsonl*")) and not list(tmp_path.glob("*.tmp"))
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.settings.json"}
 
 
 def launch(start, stage, command, world):
@@ -669,37 +640,9 @@ def test_three_ranks_make_the_same_bytes(stage, arguments, start, whole, tmp_pat
     assert (tmp_path / "out.jsonl").read_bytes() == whole(stage)
 
 
-def test_more_ranks_than_blocks(arguments, start, whole, tmp_path):
+def test_more_ranks_than_units(arguments, start, whole, tmp_path):
     finish_well(*launch(start, "rewrite", arguments("rewrite", "--limit", 23), 3))
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole("rewrite").splitlines(True)[:23])
-
-
-@pytest.mark.parametrize("stage, seed", [("rewrite", 0), ("fuse", 1)])
-def test_kills_leave_no_trace(stage, seed, arguments, start, whole, tmp_path):
-    """SIGKILL at random moments, another number of ranks each time: the bytes are those of one quiet run."""
-    rng, kills, parts = random.Random(seed), 0, tmp_path / "out.jsonl.parts"
-    for attempt in range(3):
-        processes = launch(start, stage, arguments(stage), rng.choice([1, 2]))
-        goal = (attempt + rng.random()) / 4 * len(whole(stage))
-        wait_for(lambda: size_of(parts) > goal, processes[0])
-        for process in processes:
-            process.kill()
-            process.join()
-            kills += process.exitcode == -signal.SIGKILL
-    assert kills
-    finish_well(*launch(start, stage, arguments(stage), 3))
-    assert (tmp_path / "out.jsonl").read_bytes() == whole(stage)
-
-
-def size_of(parts):
-    """Bytes written so far; files vanish and are renamed meanwhile."""
-    total = 0
-    for path in parts.glob("*.jsonl*"):
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            pass
-    return total
 
 
 def is_running(pid):
@@ -709,172 +652,213 @@ def is_running(pid):
         return False
 
 
+def children(process):
+    return [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
-def test_killed_captioning_goes_on_and_leaves_no_workers(arguments, start, whole, tmp_path):
-    process = start("caption", *arguments("caption"))
-    wait_for(lambda: size_of(tmp_path / "out.jsonl.parts") > len(whole("caption")) / 4, process)
-    workers = [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir()
-               for pid in (task / "children").read_text().split()]
-    assert len(workers) == 2
-    process.kill()
-    process.join()
-    try:
-        finish_well(*launch(start, "caption", arguments("caption"), 2))
-        assert (tmp_path / "out.jsonl").read_bytes() == whole("caption")
-        deadline = time.monotonic() + 20
-        while any(map(is_running, workers)):
-            assert time.monotonic() < deadline, "the picture workers outlive their stage"
-            time.sleep(0.05)
-    finally:
-        for pid in filter(is_running, workers):
-            os.kill(pid, signal.SIGKILL)
+@pytest.mark.parametrize("stage", STAGES)
+def test_kills_leave_no_trace(stage, arguments, start, whole, tmp_path):
+    """At least 20 times SIGKILL at random moments, another number of ranks at every launch: the bytes are those of one quiet
+    run, no temporary file stays, and no worker outlives its stage."""
+    rng, kills, workers, out, seconds = random.Random(stage), 0, [], tmp_path / "out.jsonl", 0
+    while kills < 20:
+        begin, processes = time.monotonic(), launch(start, stage, arguments(stage), rng.randint(1, 3))
+        if seconds:
+            processes[0].join(rng.uniform(0.1, 1) * seconds)
+        else:  # the first launch is killed once something is there, the others at any moment until then and as long again
+            wait_for(lambda: (tmp_path / "out.jsonl.parts").is_dir(), processes[0])
+            seconds = 2 * (time.monotonic() - begin)
+        for process in processes:
+            workers += children(process) if process.is_alive() else []
+            process.kill()
+            process.join()
+            kills += process.exitcode == -signal.SIGKILL
+        if out.exists():  # it was finished: another time from the start
+            assert out.read_bytes() == whole(stage)
+            out.unlink()
+    finish_well(*launch(start, stage, arguments(stage), 2))
+    assert out.read_bytes() == whole(stage)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.settings.json"}
+    deadline = time.monotonic() + 20
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "workers outlive their stage"
+        time.sleep(0.05)
 
 
-def blocks_of(data, size):
-    """The definition of a block, written out: lines, by the byte each starts at."""
-    blocks, at = [[] for _ in range(math.ceil(len(data) / size))], 0
-    for line in data.splitlines(True):
-        blocks[at // size].append((at, line.rstrip(b"\n")))
-        at += len(line)
-    return blocks
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_launches_at_once_harm_nothing(stage, arguments, start, whole, tmp_path):
+    finish_well(*launch(start, stage, arguments(stage), 1), *launch(start, stage, arguments(stage), 2))
+    assert (tmp_path / "out.jsonl").read_bytes() == whole(stage)
+    finish_well(start(stage, *arguments(stage)))  # what a launch wrote when the other had joined all goes with the next one
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.settings.json"}
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_every_line_is_in_one_block(seed, tmp_path, monkeypatch):
-    """Lines shorter and longer than a block, empty ones, ones that end with a block, no last newline."""
+# --- units by themselves: a stage that writes where each row begins ------------------------------------------------------
+
+def make_units(tmp_path, data=None, settings=None, process=None, limit=None, **env):
+    """A stage of no model over tmp_path/in. -> the units that it made"""
+    if data is not None:
+        (tmp_path / "in").write_bytes(data)
+    args = SimpleNamespace(input=str(tmp_path / "in"), output=str(tmp_path / "out"), limit=limit, model="m", max_new_tokens=1,
+                           batch_size=1, dtype="fp32", seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, str(value))
+        units, made = rewrite_llama.Units(args, settings or {}, ["alt"], ["vec"]), []
+        if units.finished():
+            return None
+        for unit in units:
+            made.append(unit)
+            for offset, row in unit.todo:
+                row["vec"] = f"{len(made)} {offset}"
+                if process:
+                    process(units)
+            units.write(unit)
+        units.join()
+    return made
+
+
+def many_rows(n=3000, seed=0):
     rng = random.Random(seed)
-    monkeypatch.setattr(rewrite_llama, "BLOCK", 64)
-    lines = [b"y" * rng.choice([0, 1, 30, 62, 63, 64, 65, 200]) for _ in range(60)]
-    data = b"\n".join(lines) + b"\n" * rng.randrange(2)
-    (tmp_path / "in").write_bytes(data)
-    with open(tmp_path / "in", "rb") as f:
-        got = [rewrite_llama.read_block(f, i, len(data)) for i in range(math.ceil(len(data) / 64))]
-        assert got == blocks_of(data, 64)
-        for end in [offset for block in got for offset, _ in block][::7]:  # --limit ends between two lines
-            limited = [rewrite_llama.read_block(f, i, end) for i in range(math.ceil(end / 64))]
-            assert sum(limited, []) == [line for line in sum(got, []) if line[0] < end]
+    return [json.dumps({"alt": "y" * rng.choice([1, 30, 60, 3000])}).encode() for _ in range(n)]
 
 
-@pytest.mark.parametrize("torn", ["nothing", "in a line", "at a line's end", "whole blocks", "complete",
-                                  "in a letter"])
-def test_a_torn_shard_is_cut_to_whole_blocks(torn, tmp_path, monkeypatch):
-    """Shards of several blocks, as large inputs have: what stands whole is kept, the rest done again."""
-    monkeypatch.setattr(rewrite_llama, "BLOCK", 256)
-    rng = random.Random(0)
-    rows = [{"alt": "\u00e9" * rng.choice([3, 40, 700]), "id": i} for i in range(60)]
-    data = b"\n".join(json.dumps(row, ensure_ascii=False).encode() for row in rows)
-    (tmp_path / "in").write_bytes(data)
-    args = SimpleNamespace(input=str(tmp_path / "in"), output=str(tmp_path / "out"))
-    header = {"end": len(data), "blocks_per_shard": 1000}
-    done = []
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("first", [b"", b"\xef\xbb\xbf"])
+def test_units_hold_every_line_once(ending, last, first, tmp_path):
+    """With and without the last newline, CRLF and a byte order mark: in order, each with its own byte offset."""
+    lines = many_rows()
+    data = first + ending.join(lines) + ending * last
+    made = make_units(tmp_path, data)
+    rows = [json.loads(line) for line in (tmp_path / "out").read_bytes().splitlines()]
+    assert [row["alt"] for row in rows] == [json.loads(line)["alt"] for line in lines]
+    offsets = [int(row["vec"].split()[1]) for row in rows]
+    assert offsets[0] == 0 and all(data[at:].startswith(line) for at, line in zip(offsets[1:], lines[1:]))
+    assert all(64 << 10 <= unit.size < (64 << 10) + 3100 for unit in made[:-1]) and sum(unit.size for unit in made) == len(data)
 
-    def process(block, rows, progress):
-        done.append(block)
-        for offset, row in rows:
-            row["vec"] = f"{block} {offset}"
 
-    (tmp_path / "out.parts").mkdir()
-    rewrite_llama.run_blocks(args, header, process, Counter())
-    expected, blocks = (tmp_path / "out").read_bytes(), blocks_of(data, 256)
-    assert parse(expected) == [{**row, "vec": f"{i} {at}"} for row, (i, at) in zip(
-        rows, ((i, at) for i, block in enumerate(blocks) for at, _ in block))]
-    assert done == list(range(len(blocks)))
+def test_units_of_odd_files(tmp_path):
+    assert make_units(tmp_path, b"") == [] and (tmp_path / "out").read_bytes() == b""
+    assert make_units(tmp_path) is None  # finished
+    line = json.dumps({"alt": "x" * 100_000_000}).encode()  # 100 MB
+    os.remove(tmp_path / "out")
+    assert len(make_units(tmp_path, b'{"alt": "a"}\n' + line + b'\n{"alt": "b"}\n')) == 2
+    with open(tmp_path / "out", "rb") as f:
+        assert [len(row) > 1e8 for row in f] == [False, True, False]
 
-    half, lines = len(blocks) // 2, expected.splitlines(True)
-    whole = b"".join(lines[:sum(map(len, blocks[:half]))])
-    wide = next(i for i in range(half, len(blocks)) if len(blocks[i]) > 1)  # a block of several lines
-    before = b"".join(lines[:sum(map(len, blocks[:wide]))])
-    partial, first = {"nothing": (b"", 0), "whole blocks": (whole, None), "complete": (expected, None),
-                      "in a line": (before + lines[before.count(b"\n")][:5], wide),
-                      "at a line's end": (before + lines[before.count(b"\n")], wide),
-                      "in a letter": (expected[:expected.rindex(b"\xc3") + 1], None)}[torn]
+
+def test_a_large_file_has_larger_units(tmp_path, monkeypatch):
+    """At most 65,536 units, whatever the size of the file."""
+    monkeypatch.setattr(rewrite_llama.os.path, "getsize", lambda path: 90 << 30)  # 300 M rows
+    made = make_units(tmp_path, b"\n".join(many_rows(8000)))
+    assert all(unit.size >= 2 << 20 for unit in made[:-1]) and len(made) > 1 and (90 << 30) / (2 << 20) <= 65_536
+
+
+def test_an_edited_line_is_noticed(tmp_path, capfd):
+    """A line edited in place, of the same length, in the middle: while units are being made only its unit is made again; when
+    the output is there, one line says so and nothing is touched."""
+    lines = many_rows()
+    units = make_units(tmp_path, b"\n".join(lines))
+    expected, edited = (tmp_path / "out").read_bytes(), lines[:1500] + [lines[1500].replace(b"y", b"z")] + lines[1501:]
+    (tmp_path / "in").write_bytes(b"\n".join(edited))
+    state = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit):
+        make_units(tmp_path)
+    assert "was made with input = " in capfd.readouterr().err
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == state
+
+    def stop(units, count=iter(range(10 ** 6))):
+        if next(count) == 2900:
+            raise KeyboardInterrupt
+
     (tmp_path / "out").unlink()
-    (tmp_path / "out.parts" / "00000.jsonl.partial").write_bytes(partial)
-    done.clear()
-    rewrite_llama.run_blocks(args, header, process, Counter())
-    assert (tmp_path / "out").read_bytes() == expected
-    assert torn == "nothing" or len(done) < len(blocks)
-    assert torn != "complete" or not done
-    assert first is None or done[0] == first
+    with pytest.raises(KeyboardInterrupt):
+        make_units(tmp_path, b"\n".join(lines), process=stop)
+    there = len(list((tmp_path / "out.parts").iterdir()))
+    again = make_units(tmp_path, b"\n".join(edited))
+    assert 2 < there == len(units) - len(again) + 1  # all that was there but one
+    changed = [(a, b) for a, b in zip(expected.splitlines(), (tmp_path / "out").read_bytes().splitlines()) if json.loads(a)["alt"] != json.loads(b)["alt"]]
+    assert len(changed) == 1 and not (tmp_path / "out.parts").exists()
 
 
-@pytest.mark.parametrize("cut", [1, 5000])
-def test_a_torn_partial_of_a_real_run(cut, folder, arguments, start, whole, tmp_path):
-    """OUT.parts as a kill in the middle of a write leaves it: one block finished, one torn."""
-    command = arguments("fuse", "--limit", 60)
-    finish_well(start("fuse", *command))
-    out, parts = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts"
-    expected, lines = out.read_bytes(), iter(out.read_bytes().splitlines(True))
-    data = b"".join((folder / "rows.jsonl").read_bytes().splitlines(True)[:60])
-    first, second = (b"".join(next(lines) for _ in block) for block in blocks_of(data, 64 * 1024)[:2])
-    out.unlink()
-    (parts / "00000.jsonl").write_bytes(first)
-    (parts / "00001.jsonl.partial").write_bytes(second[:len(second) - cut])
-    finish_well(start("fuse", *command))
-    assert out.read_bytes() == expected == b"".join(whole("fuse").splitlines(True)[:60])
-    assert not list(parts.glob("*.jsonl*"))
+def test_settings_of_another_launch_never_mix(tmp_path, capfd):
+    """Units of other settings lie beside those of this launch and are not used; the first launch to end makes OUT, and the
+    other one says so."""
+    data = b"\n".join(many_rows())
 
+    def other(units):
+        if not (tmp_path / "out").exists():
+            make_units(tmp_path, settings={"prompt": "other"})
 
-def test_two_launches_do_not_write_one_file(arguments, start, whole, tmp_path):
-    """A launch that finds another one writing its shard ends and leaves the file alone."""
-    partial = tmp_path / "out.jsonl.parts" / "00000.jsonl.partial"
-    partial.parent.mkdir()
-    partial.write_bytes(b"half a line of the other one")
-    with open(partial, "ab") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        done = finish(start("rewrite", *arguments("rewrite", "--limit", 23)))
-        assert done.returncode == 2 and "another process is writing" in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr and partial.read_bytes() == b"half a line of the other one"
-    finish_well(start("rewrite", *arguments("rewrite", "--limit", 23)))  # the lock goes with its owner
-    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(whole("rewrite").splitlines(True)[:23])
-
-
-def test_lines_that_are_no_row_are_counted(tmp_path):
-    (tmp_path / "in").write_bytes(b'{"alt": "red bike"}\nnot json\n[1]\n')
-    args, notes = SimpleNamespace(input=str(tmp_path / "in"), output=str(tmp_path / "out")), Counter()
-    rewrite_llama.run_blocks(args, {"end": 33, "blocks_per_shard": 1}, lambda *_: None, notes)
-    assert notes == {"no JSON object, kept as text": 2} and len(read_jsonl(tmp_path / "out")) == 3
-
-
-def test_the_first_of_all_launches_writes_the_header(tmp_path, capfd, monkeypatch):
-    """Two launches that look at the same moment: the second finds the first one's and stops."""
-    (tmp_path / "in").write_bytes(b'{"alt": "red bike"}\n')
-    args = SimpleNamespace(input=str(tmp_path / "in"), output=str(tmp_path / "out"))
-    header, path = {"end": 20, "blocks_per_shard": 1, "seed": 0}, tmp_path / "out.parts" / "header.json"
-    makedirs = os.makedirs
-
-    def late(*args, **kwargs):  # the other launch writes after this one has found nothing
-        makedirs(*args, **kwargs)
-        if not path.exists():
-            path.write_text(json.dumps({**header, "seed": 1}))
-
-    monkeypatch.setattr(rewrite_llama.os, "makedirs", late)
     with pytest.raises(SystemExit):
-        rewrite_llama.run_blocks(args, header, lambda *_: pytest.fail("nothing may be made"), Counter())
-    assert "begun with seed = 1" in capfd.readouterr().err
-    assert [p.name for p in path.parent.iterdir()] == ["header.json"]
-    path.write_text("")  # a machine lost power
+        make_units(tmp_path, data, {"prompt": "this"}, other)
+    assert "was made with prompt = 'other', now it is 'this'" in capfd.readouterr().err
+    before = (tmp_path / "out").read_bytes(), (tmp_path / "out.settings.json").read_bytes()
+    assert json.loads(before[1])["prompt"] == "other"
+    for settings, word in (({"prompt": "this"}, "prompt"), ({"prompt": "other", "more": 1}, "more")):
+        with pytest.raises(SystemExit):
+            make_units(tmp_path, settings=settings)
+        assert word in capfd.readouterr().err
+    assert ((tmp_path / "out").read_bytes(), (tmp_path / "out.settings.json").read_bytes()) == before
+
+
+def test_a_launch_that_another_one_overtakes_ends_well(tmp_path):
+    """The other launch joins the units and removes OUT.parts while this one is at work, even while it is writing."""
+    def other(units):
+        if not (tmp_path / "out").exists():
+            make_units(tmp_path)
+
+    made = make_units(tmp_path, b"\n".join(many_rows()), process=other)
+    assert len(made) == 1  # the rest was there
+    expected = (tmp_path / "out").read_bytes()
+    assert make_units(tmp_path) is None and (tmp_path / "out").read_bytes() == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "out.settings.json"}
+
+
+def test_a_unit_that_cannot_be_written_ends_the_launch(tmp_path, capfd, monkeypatch):
+    """A folder that cannot be written to, and a disk that fails when the file is synced: one line, no half a file."""
+    (tmp_path / "in").write_bytes(b"\n".join(many_rows()))
+    fsync = os.fsync
+
+    def fails(fd, count=iter(range(100))):
+        if next(count) == 2:
+            raise OSError(28, "No space left on device")
+        fsync(fd)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "fsync", fails)
+        make_units(tmp_path)
+    assert "No space left on device. Nothing is lost" in capfd.readouterr().err
+    assert len(list((tmp_path / "out.parts").iterdir())) == 2 and not (tmp_path / "out").exists()
+    made = make_units(tmp_path)
+    assert made and not (tmp_path / "out.parts").exists()
+    (tmp_path / "out").unlink()
+    (tmp_path / "out.parts").write_text("a file where the folder should be")  # root may write everywhere
     with pytest.raises(SystemExit):
-        rewrite_llama.run_blocks(args, header, lambda *_: pytest.fail("nothing may be made"), Counter())
-    assert "header.json is damaged" in capfd.readouterr().err
+        make_units(tmp_path)
+    assert "out.parts" in (told := capfd.readouterr().err) and "error:" in told and not (tmp_path / "out").exists()
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, capfd, monkeypatch):
-    def flock(*_):
-        raise OSError(38, "Function not implemented")
-    monkeypatch.setattr(rewrite_llama.fcntl, "flock", flock)
-    with pytest.raises(SystemExit), open(tmp_path / "x", "w") as f:
-        rewrite_llama.lock(f)
-    assert "file system with locks" in capfd.readouterr().err
+def test_lines_that_are_no_row_are_counted(tmp_path, capfd):
+    make_units(tmp_path, b'{"alt": "red bike"}\nnot json\n[1]\n')
+    assert "2  no JSON object, kept as text" in capfd.readouterr().out and len(read_jsonl(tmp_path / "out")) == 3
 
 
-def test_a_disk_that_fails_is_no_pictures_fault(folder, monkeypatch, capfd):
-    """A picture that is missing is a row's error; of a mount that went away nothing is written."""
-    processor, prompt = caption_llava.load_processor(str(folder / "llava"), caption_llava.PROMPT)
-    monkeypatch.setattr(caption_llava, "processor", processor, raising=False)
-    _, reasons = caption_llava.prepare_batch(["gone.png", "0.png/x", "a" * 300, "."], str(folder / "images"), prompt)
-    assert reasons == {0: "FileNotFoundError: No such file or directory", 1: "NotADirectoryError: Not a directory",
-                       2: "OSError: File name too long", 3: "ValueError: outside --image-root"}  # no path of this machine
+def test_utf16_and_slurm_are_named(tmp_path, capfd):
+    for data, env, word in ((b'{"alt": "a"}\n', {"SLURM_NTASKS": 2}, "SLURM"), ('{"alt": "a"}\n'.encode("utf-16"), {}, "UTF-16")):
+        with pytest.raises(SystemExit):
+            make_units(tmp_path, data, **env)
+        assert word in capfd.readouterr().err
+
+
+def test_a_disk_that_fails_is_no_images_fault(folder, monkeypatch, capfd):
+    """An image that is missing is a row's error; of a mount that went away nothing is written."""
+    _, _, images = load_caption(folder)
+    _, faults = images.__getitems__(["gone.png", "0.png/x", "a" * 300, "."])
+    assert faults == {0: "FileNotFoundError: No such file or directory", 1: "NotADirectoryError: Not a directory",
+                      2: "OSError: File name too long", 3: "ValueError: outside --image-root"}  # no path of this machine
     path, real = os.path.realpath(folder / "images" / "1.png"), os.stat
 
     def stat(p, *args, **kwargs):
@@ -882,23 +866,40 @@ def test_a_disk_that_fails_is_no_pictures_fault(folder, monkeypatch, capfd):
             raise OSError(116, "Stale file handle")
         return real(p, *args, **kwargs)
     monkeypatch.setattr(caption_llava.os, "stat", stat)
-    pool = SimpleNamespace(submit=lambda f, *call: SimpleNamespace(result=lambda: f(*call)))
-    calls = [([name], str(folder / "images"), prompt) for name in ("0.png", "1.png")]
-    batches = caption_llava.ahead(pool, caption_llava.prepare_batch, calls, 0)
-    assert next(batches)[1] == {}
+    units = [SimpleNamespace(todo=[(0, {"image": name})]) for name in ("0.png", "1.png")]
+    batches = caption_llava.read_ahead(units, SimpleNamespace(batch_size=4, workers=0), images)
+    assert next(batches)[-1][1] == {}
     with pytest.raises(SystemExit):
         next(batches)
     assert "Stale file handle. Nothing is lost" in capfd.readouterr().err
 
 
+def test_the_workers_do_not_wait_for_a_unit_to_be_written(folder):
+    """The images of the next units are on their way before the first one is done; all come in order."""
+    _, _, images = load_caption(folder)
+    read = []
+
+    def units():
+        for i in range(5):
+            read.append(i)
+            yield SimpleNamespace(number=i, todo=[(0, {"image": f"{i}.png"})] * i)
+
+    batches = caption_llava.read_ahead(units(), SimpleNamespace(batch_size=3, workers=2), images)
+    got = [next(batches)]
+    assert len(read) > 2
+    got += batches
+    assert [(unit.number, len(rows), last) for unit, rows, last, _ in got] == [
+        (0, 0, True), (1, 1, True), (2, 2, True), (3, 3, True), (4, 3, False), (4, 1, True)]
+
+
 def test_a_processor_that_cannot_work_is_found_before_the_first_row(folder, tmp_path, capfd):
-    """Without patch_size, as old LLaVA folders are, every single picture would fail."""
+    """Without patch_size, as old LLaVA folders are, every single image would fail."""
     broken = shutil.copytree(folder / "llava", tmp_path / "llava")
     config = json.loads((broken / "processor_config.json").read_text())
     del config["patch_size"]
     (broken / "processor_config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit):
-        caption_llava.load_processor(str(broken), caption_llava.PROMPT)
+        load_caption(folder, model=broken)
     assert "no working processor" in capfd.readouterr().err
 
 
@@ -925,31 +926,14 @@ def test_reasons_go_with_what_they_explain():
         assert list(row.items()) == [("error", own), ("alt", "a"), ("vec", "a red bike")]
 
 
-@pytest.mark.parametrize("text, bare", [('"a red bike"', "a red bike"), ("\u201ca bike\u201d", "a bike"), ("", ""), ('"', '"'), ('""', ""),
-                                        ('A sign that says "Stop"', 'A sign that says "Stop"'),
-                                        ('"Stop" and "Go"', '"Stop" and "Go"')])
-def test_only_quotation_marks_around_an_answer_go(text, bare):
-    assert fuse_vicuna.unquote(text) == bare
-
-
-def test_a_launch_with_other_settings_meanwhile(tmp_path, capfd):
-    """Loading a model takes minutes: what another launch has begun since the first look is checked again."""
-    (tmp_path / "in").write_bytes(b'{"alt": "red bike"}\n')
-    args = SimpleNamespace(input=str(tmp_path / "in"), output=str(tmp_path / "out"))
-    header = {"end": 20, "blocks_per_shard": 1, "seed": 0}
-
-    def process(block, rows, progress):
-        for _, row in rows:
-            row["vec"] = "text"
-
-    assert not rewrite_llama.is_finished(args, header)
-    rewrite_llama.run_blocks(args, {**header, "seed": 1}, process, Counter())
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    capfd.readouterr()
-    with pytest.raises(SystemExit):
-        rewrite_llama.run_blocks(args, header, process, Counter())
-    assert "begun with seed = 1" in capfd.readouterr().err
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+@pytest.mark.parametrize("text, bare", [('"a red bike"', "a red bike"), ("\u201ca bike\u201d", "a bike"), ('"', '"'),
+                                        ('A sign that says "Stop"', 'A sign that says "Stop"'), ("half \ufffd", "half"),
+                                        ('"Stop" and "Go"', '"Stop" and "Go"'), (" a\nb", "a"), ('""', None), ("\ufffd\ufffd ", None)])
+def test_what_is_kept_of_an_answer(text, bare):
+    """The first line, without quotation marks around all of it and without half a character."""
+    counts = Counter()
+    assert fuse_vicuna.fuse(lambda given: [(text, None)], [("a", "b")], ("i am sorry",), counts) == [(bare, None if bare else "empty")]
+    assert counts == {"fused" if bare else "empty": 1}
 
 
 # === C. faults ==============================================================================================
@@ -957,7 +941,7 @@ def test_a_launch_with_other_settings_meanwhile(tmp_path, capfd):
 NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 BROKEN = [b"{not json", b'["a", "list"]', b'"text"', b"7", b"null", b"", b'{"alt": "\xff\xfe"}', NESTED,
           b'{"alt": "cut', b'{"a": 1} {"b": 2}', b"\xed\xa0\x80", b"\0\0", b"\r",
-          b'{"n": ' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}"]
+          b'{"n": ' + b"9" * 5000 + b"}"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -971,7 +955,7 @@ def test_broken_lines_stay_in_their_place(stage, arguments, start, tmp_path):
     assert_rows_kept([good[0]] + [good[i % 10] for i in range(len(BROKEN))], rows[::2])
     for line, row in zip(BROKEN, rows[1::2], strict=True):
         assert set(row) == {"error", "line"} and list(row["error"]) == ["line"], row
-        assert row["line"] == line.decode("utf-8", "backslashreplace")
+        assert row["line"] == line.rstrip(b"\r").decode("utf-8", "backslashreplace")
         assert row["error"]["line"].startswith("not ") and "\n" not in row["error"]["line"]
 
 
@@ -981,9 +965,8 @@ def test_rows_as_deep_as_the_parser_takes():
         for line in (b'{"a":' * depth + b"1" + b"}" * depth, b'{"a":' + b"[" * depth + b"]" * depth + b"}"):
             row, good = rewrite_llama.parse_row(line)
             rewrite_llama.put_texts(row, "vec", None, [("text", None)])
-            written = rewrite_llama.dump_row(row)
-            assert written.endswith(b"\n") and b'"vec": "text"' in written
-            assert good != (b"not JSON" in written)
+            written = json.dumps(row, ensure_ascii=False)
+            assert '"vec": "text"' in written and good != ("not JSON" in written)
 
 
 HOSTILE = [
@@ -1047,7 +1030,11 @@ def test_fusing_hostile_texts(style, model, field, folder, arguments, start, tmp
         assert {row["vecap"] for row in after if "id" not in row} == {BOTH}
 
 
-@pytest.mark.parametrize("clean", [rewrite_llama.clean, fuse_vicuna.clean], ids=["rewrite", "fuse"])
+MARKERS = re.compile("|".join(map(re.escape, SPECIAL)))
+
+
+@pytest.mark.parametrize("clean", [partial(rewrite_llama.clean, markers=MARKERS), partial(fuse_vicuna.clean, markers=MARKERS)],
+                         ids=["rewrite", "fuse"])
 @pytest.mark.parametrize("text", [text for text in HOSTILE if isinstance(text, str)],
                          ids=lambda text: ascii(text[:20]))
 def test_cleaned_texts_cannot_break_a_prompt(clean, text):
@@ -1056,81 +1043,33 @@ def test_cleaned_texts_cannot_break_a_prompt(clean, text):
     assert "=>" not in cleaned
     cleaned.encode("utf-8")
     assert clean(cleaned) == cleaned
-    if clean is fuse_vicuna.clean:
+    assert not MARKERS.search(cleaned)
+    if clean.func is fuse_vicuna.clean:
         assert not re.search(r"(USER|ASSISTANT|SYSTEM)\s*:", cleaned)
 
 
-@pytest.fixture
-def seen_ids():
-    """seen_ids(model) -> a list that gets the token ids of every prompt it reads, without padding."""
-    def watch(model):
-        prompts = []
-
-        def hook(module, args, kwargs):
-            ids = kwargs.get("input_ids", args[0] if args else None)
-            mask = kwargs.get("attention_mask")
-            if ids.shape[1] > 1:
-                mask = torch.ones_like(ids) if mask is None else mask
-                prompts.extend(row[keep[-len(row):].bool()].tolist() for row, keep in zip(ids, mask))
-        model.register_forward_pre_hook(hook, with_kwargs=True)
-        return prompts
-    return watch
-
-
-def test_rewriting_reads_no_special_token_from_data(folder, seen_ids):
-    model, tokenizer = load_llama(folder)
-    generator = rewrite_llama.Generator(model, tokenizer, 2, 0.9, 0.95)
-    prompts = seen_ids(model)
-    texts = [rewrite_llama.clean(text) for text in HOSTILE if isinstance(text, str)]
-    seeds = [[i] for i in range(len(texts))]
-    results = rewrite_llama.rewrite_texts(generator, "a => b\n", [("a", "b")], texts, seeds, 16,
-                                          rewrite_llama.Counter())
+def test_rewriting_reads_no_special_token_from_data(folder):
+    """From neither the texts nor the pairs, which may be captions of a data set too (coco)."""
+    ours = completer(folder, 2, 0.9, 0.95)
+    markers, prompts = rewrite_llama.special_markers(ours.tokenizer), seen_by(ours.model)
+    texts = [rewrite_llama.clean(text, markers) for text in HOSTILE if isinstance(text, str)]
+    prompt, pairs = rewrite_llama.draw_prompt([("a </s> b", "<|im_end|> c"), ("<im<s>age>", "d")], 2, np.random.default_rng(0), markers)
+    results = rewrite_llama.rewrite(ours.complete, prompt, pairs, texts, [[i] for i in range(len(texts))], Counter())
     assert len(results) == len(texts) and len(prompts) > 20
-    assert prompts.pop(0)[0] == 0  # the prefix begins the text
-    assert all(token > 3 for ids in prompts for token in ids)
-    assert any(tokenizer.decode(ids) == "before </s> after =>" for ids in prompts)
-
-
-def test_pairs_bring_no_special_token(folder, seen_ids):
-    """Pairs may be captions of a data set too (coco)."""
-    model, tokenizer = load_llama(folder)
-    generator = rewrite_llama.Generator(model, tokenizer, 2, 0.9, 0.95)
-    prompts = seen_ids(model)
-    generator.set_prefix("a </s> b => <|im_end|>\n")
-    assert prompts[0][0] == 0 and all(token > 3 for token in prompts[0][1:])
-    assert generator.prefix_length == len(prompts[0])
-
-
-def test_added_tokens_that_are_not_flagged_are_special_too(folder, tmp_path):
-    from tokenizers import AddedToken
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "llama")
-    tokenizer.add_tokens([AddedToken("<|end|>", special=False), AddedToken("covid", special=False)])
-    end, word = tokenizer.convert_tokens_to_ids(["<|end|>", "covid"])
-    assert end in tokenizer("a <|end|> b", split_special_tokens=True).input_ids
-    shutil.copytree(folder / "llama", tmp_path / "llama")
-    tokenizer.save_pretrained(tmp_path / "llama")
-    for module in (rewrite_llama, fuse_vicuna):
-        _, loaded = module.load_model(str(tmp_path / "llama"), "cpu", torch.float32)
-        assert end not in loaded("a <|end|> b", split_special_tokens=True).input_ids
-        assert loaded.decode([end], skip_special_tokens=True) == ""
-        assert loaded.decode([word], skip_special_tokens=True) == "covid"  # a word that someone added is none
+    assert prompts[0][0] == 0 and all(token > 3 for ids in prompts for token in ids[ids[0] == 0:])
+    assert any(ours.tokenizer.decode(ids) == "before after =>" for ids in prompts)
 
 
 @pytest.mark.parametrize("style", ["chat", "pairs"])
-def test_fusing_reads_no_special_token_from_data(style, folder, seen_ids):
-    model, tokenizer = fuse_vicuna.load_model(str(folder / "llama"), "cpu", torch.float32)
-    prompts = seen_ids(model)
-    pairs, _ = fuse_vicuna.read_prompts()
-    texts = [fuse_vicuna.usable(text) for text in HOSTILE]
-    alts = [fuse_vicuna.cut(tokenizer, text, 16)[0] for text in texts]
-    assert all(alt is None or len(tokenizer.tokenize(alt, split_special_tokens=True)) <= 16 for alt in alts)
-    vecs = [text if text and len(text) < 1000 else None for text in texts]
-    given = [(alt, vec) for alt, vec in zip(alts, vecs) if alt or vec]
-    asked = [fuse_vicuna.chat_prompt(*texts) if style == "chat" else
-             fuse_vicuna.pairs_prompt(pairs[:4], *texts) for texts in given]
-    fuse_vicuna.answer(model, tokenizer, asked, fuse_vicuna.end_tokens(model, tokenizer, False), 8, 2, Counter())
+def test_fusing_reads_no_special_token_from_data(style, folder):
+    model, tokenizer = load_fuse(folder, 2, style)
+    prompts, pairs = seen_by(model), read_jsonl(ROOT / "data/prompts/fuse_pairs.jsonl")
+    args, markers = SimpleNamespace(alt_field="alt", vec_field="vec", max_alt_tokens=16), fuse_vicuna.special_markers(tokenizer)
+    rows = [{"alt": text, "vec": text if isinstance(text, str) and len(text) < 1000 else None} for text in HOSTILE]
+    given = [pair for row in rows for pair in fuse_vicuna.read_texts(row, args, tokenizer, markers, Counter()) if isinstance(pair, tuple)]
+    assert all(len(tokenizer(alt, add_special_tokens=False).input_ids) <= 17 for alt, _ in given) and len(given) > 20
+    asked = [fuse_vicuna.chat_prompt(*texts) if style == "chat" else fuse_vicuna.pairs_prompt(pairs[:4], *texts) for texts in given]
+    fuse_vicuna.answer(model, tokenizer, asked, 8, Counter())
     prefixes = [ids for ids in prompts if ids[0] == 0]  # what a batch has in common, read once
     assert len(prefixes) == -(-len(asked) // 8) and len(prompts) == len(asked) + len(prefixes)
     assert all(token > 3 for ids in prompts for token in ids[ids[0] == 0:])
@@ -1150,33 +1089,46 @@ def test_rejected_answers(answer, ended, reason):
 
 def test_an_unusable_answer_is_drawn_again_once(folder):
     """The second draw has other random numbers; what failed twice is null, with its reason."""
-    model, tokenizer = load_llama(folder)
-    texts, seeds = TEXTS * 8, [[i] for i in range(len(TEXTS) * 8)]
-    generator = rewrite_llama.Generator(model, tokenizer, 8, 0.9, 0.95)
-    notes = rewrite_llama.Counter()
-    results = rewrite_llama.rewrite_texts(generator, "a => b\n", [("a", "b")], texts, seeds, 64, notes)
-    draws = []
-    for attempt in range(2):
-        uniform = np.stack([np.random.default_rng([*seed, attempt]).random(8, "f4") for seed in seeds])
-        draws.append(complete(generator, texts, torch.from_numpy(uniform)))
+    texts, seeds, ours = TEXTS * 8, [[i] for i in range(len(TEXTS) * 8)], completer(folder, 8, 0.9, 0.95)
+    results = rewrite_llama.rewrite(ours.complete, "a => b\n", [("a", "b")], texts, seeds, notes := Counter())
+    draws = [ours.complete("a => b\n", texts, [[*seed, attempt] for seed in seeds]) for attempt in range(2)]
     expected = []
-    for first, second in zip(*draws):
-        answer, reason = first[0], rewrite_llama.reject(*first, [("a", "b")])
-        if reason:
-            answer, reason = second[0], rewrite_llama.reject(*second, [("a", "b")])
+    for both in zip(*draws):
+        for text, ended, _ in both:
+            answer = rewrite_llama.one_line(text.split("\n")[0]).rstrip("\ufffd ")
+            reason = rewrite_llama.reject(answer, ended, [("a", "b")])
+            if not reason:
+                break
         expected.append((None, reason) if reason else (answer, None))
     assert results == expected
-    again = sum(rewrite_llama.reject(*first, []) is not None for first in draws[0])
+    again = sum(not ended or rewrite_llama.reject(rewrite_llama.one_line(text.split("\n")[0]).rstrip("\ufffd "), True, [("a", "b")]) is not None
+                for text, ended, _ in draws[0])
     assert notes == {"drawn again": again} and 0 < sum(reason is not None for _, reason in results) < again
 
 
-def test_prefix_of_pairs_and_of_captions_of_one_image():
+def test_pairs_are_drawn_for_every_group_of_texts(folder, arguments, start, tmp_path):
+    """512 texts share their pairs, the next ones of the same unit have others."""
+    groups = []
+
+    def complete(prompt, texts, seeds):
+        groups.append((prompt, texts))
+        return [("a text", True, None)] * len(texts)
+
+    rows = [{"alt": f"red bike {i}"} for i in range(1200)]  # in one unit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewrite_llama.Completer, "complete", lambda self, *args: complete(*args))
+        rewrite_llama.main(list(map(str, arguments("rewrite", "--input", write_jsonl(tmp_path / "in", rows)))))
+    assert [len(texts) for _, texts in groups] == [512, 512, 176] * 2 and len({prompt for prompt, _ in groups}) == 6
+    assert [text for _, texts in groups[:3] for text in texts] == [row["alt"] for row in rows]
+
+
+def test_prompt_of_pairs_and_of_captions_of_one_image():
     rng = np.random.default_rng(0)
     examples = [("a => x", "b\nc"), ("d", "e"), ["one", "two", "three"]]
-    prefix, pairs = rewrite_llama.draw_prefix(examples, 3, rng)
+    prompt, pairs = rewrite_llama.draw_prompt(examples, 3, rng, MARKERS)
     assert sorted(map(len, pairs)) == [2, 2, 2] and ("a x", "b c") in pairs and ("d", "e") in pairs
     assert any(set(pair) < {"one", "two", "three"} and pair[0] != pair[1] for pair in pairs)
-    assert prefix == rewrite_llama.TASK + "\n\n" + "".join(f"{a} => {b}\n" for a, b in pairs)
+    assert prompt == rewrite_llama.TASK + "\n\n" + "".join(f"{a} => {b}\n" for a, b in pairs)
 
 
 # --- captioning: pictures -----------------------------------------------------------------------------------
@@ -1306,20 +1258,20 @@ def test_refusals_are_asked_again_with_the_vec_alone(folder, arguments, start, t
              ({"alt": ["old boat", "old boat", "sale"], "seen": ["a red wall", "a gun", None]}, [BOTH, None, ALONE],
               [None, "refused", None]),
              ({"alt": "old boat", "seen": "red wall " * 500}, None, "seen too long"),
-             ({"alt": [], "seen": "a red wall"}, [], None)]
+             ({"alt": [], "seen": "a red wall"}, ALONE, None)]
     finish_well(process := start("fuse", *arguments(
         "fuse", "--input", write_jsonl(tmp_path / "in", [row for row, _, _ in cases]), "--format", "chat",
         "--model", folder / "refuser")))
     for (row, text, reason), got in zip(cases, parse((tmp_path / "out.jsonl").read_bytes()), strict=True):
         assert got == {**row, "vecap": text, **({"error": {"vecap": reason}} if reason else {})}
     stdout = process.paths[0].read_text()
-    for number, what in ((4, "refused, asked again with the VeC alone"), (4, "refused"), (3, "fused"), (6, "VeC alone"),
+    for number, what in ((4, "refused, asked again with the VeC alone"), (4, "refused"), (3, "fused"), (7, "VeC alone"),
                          (5, "AltText alone"), (2, "neither alt nor seen"), (1, "seen too long")):
         assert re.search(rf"\b{number} +{what}\n", stdout), (number, what, stdout)
 
 
 def test_what_counts_as_a_refusal():
-    _, openings = fuse_vicuna.read_prompts()
+    openings = tuple((ROOT / "data/prompts/refusals.txt").read_text().splitlines())
     assert openings and all(opening and opening == opening.lower().strip() for opening in openings)
     for text in ("I'm sorry, but no.", "I\u2019m sorry", "As an AI language model, I", "I cannot do that"):
         assert fuse_vicuna.is_refusal(text, openings)
@@ -1448,25 +1400,25 @@ def begun(folder, start, tmp_path_factory):
     ("rewrite", "--seed 1"), ("rewrite", "--sources coco chatgpt"), ("rewrite", "--temperature 0.8"),
     ("rewrite", "--top-p 0.9"), ("rewrite", "--shots 2"), ("rewrite", "--batch-size 8"),
     ("rewrite", "--dtype bf16"), ("rewrite", "--limit 4"), ("rewrite", "--max-new-tokens 11"),
-    ("caption", "--prompt What?"),
+    ("caption", "--prompt What?"), ("caption", "--image-root tests"),
     ("caption", "--max-new-tokens 11"), ("fuse", "--format chat"), ("fuse", "--max-alt-tokens 9"),
-    ("fuse", "--alt-field note")])
+    ("fuse", "--alt-field note"), ("fuse", "--prompt Merge:")])
 def test_changed_settings(stage, flags, mistake, begun):
     flag, *values = flags.split()
-    name = "end" if flag == "--limit" else flag[2:].replace("-", "_")
-    mistake(stage, begun(stage, "--limit", 3, flag, *values), f"begun with {name} = ")
+    name = flag[2:].replace("-", "_")
+    mistake(stage, begun(stage, "--limit", 3, flag, *values), f"made with {name} = ")
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("change", ["longer", "first byte", "last byte"])
+@pytest.mark.parametrize("change", ["first byte", "last byte"])
 def test_changed_input(stage, change, begun, mistake):
     command = begun(stage, "--limit", 3)
     path = command[command.index("--input", 2) + 1]
     data = path.read_bytes()
-    path.write_bytes({"longer": data + b"\n{}", "first byte": b"\t" + data[1:],
-                      "last byte": data[:-1] + b" "}[change])
+    lines = data.splitlines(True)
+    path.write_bytes({"first byte": b"\t" + data[1:], "last byte": b"".join(lines[:2]) + lines[2][:-2] + b" \n"}[change])
     try:
-        mistake(stage, command, "begun with input_s")
+        mistake(stage, command, "made with input = ")
     finally:
         path.write_bytes(data)
 
