@@ -241,7 +241,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def die(message):
     """End with one line on stderr and exit status 2."""
     line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", message).split())
-    tqdm.write(f"{os.path.basename(__file__)}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -317,10 +317,10 @@ def special_markers(tokenizer):
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
-def one_line(text, markers=re.compile("(?!)")):
+def one_line(text, markers=None):
     """The text without control characters, line breaks of any kind and `markers`, runs of white space as one blank."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return one_line(markers.sub(" ", text), markers) if markers.search(text) else text
+    return one_line(markers.sub(" ", text), markers) if markers and markers.search(text) else text
 
 
 def as_list(value):

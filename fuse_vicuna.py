@@ -50,7 +50,7 @@ PROMPTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prom
 
 # --- the prompts ------------------------------------------------------------------------------------------------------
 
-def clean(text, markers):
+def clean(text, markers=None):
     """The text as one line that cannot break a prompt: no separator of --format pairs, no role of the conversation."""
     text = re.sub(r"=>|(?<=\s)\+(?=\s)", " ", one_line(text, markers))
     return one_line(re.sub(r"\b(USER|ASSISTANT|SYSTEM)[\s:]*:", r"\1", text), markers)
@@ -69,6 +69,11 @@ def pairs_prompt(pairs, alt, vec):
         f"{pair['vec']} + {pair['alt']} => {pair['output']}\n" for pair in pairs) + " + ".join(filter(None, (vec, alt))) + " =>"
 
 
+def unquote(text):
+    """The text without the quotation marks around it, if there are no others."""
+    return re.sub(r'^["\u201c]([^"\u201c\u201d]*)["\u201d]$', r"\1", text).strip()
+
+
 def is_refusal(text, openings):
     return text.lower().replace("\u2019", "'").startswith(openings)
 
@@ -82,8 +87,7 @@ def fuse(ask, given, openings, notes):
     while todo:
         answers, again = ask([*todo.values()]), {}
         for (i, (alt, vec)), (text, reason) in zip(todo.items(), answers):
-            text = one_line(text.strip().split("\n")[0]).rstrip("\ufffd ")
-            text = re.sub(r'^["\u201c]([^"\u201c\u201d]*)["\u201d]$', r"\1", text).strip()  # quotation marks around all of it
+            text = unquote(one_line(text.strip().split("\n")[0]).rstrip("\ufffd "))
             if is_refusal(text, openings) and alt and vec:
                 again[i] = "", vec
             else:
@@ -204,7 +208,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def die(message):
     """End with one line on stderr and exit status 2."""
     line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", message).split())
-    tqdm.write(f"{os.path.basename(__file__)}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -280,10 +284,10 @@ def special_markers(tokenizer):
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
-def one_line(text, markers=re.compile("(?!)")):
+def one_line(text, markers=None):
     """The text without control characters, line breaks of any kind and `markers`, runs of white space as one blank."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return one_line(markers.sub(" ", text), markers) if markers.search(text) else text
+    return one_line(markers.sub(" ", text), markers) if markers and markers.search(text) else text
 
 
 def as_list(value):

@@ -50,7 +50,7 @@ PAIRS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompt
 
 # --- the prompt -------------------------------------------------------------------------------------------------------
 
-def clean(text, markers):
+def clean(text, markers=None):
     """The text as one line that cannot break the prompt."""
     return one_line(text.replace("=>", " "), markers)
 
@@ -144,10 +144,11 @@ class Completer:
     batch at its line's end. test_stages.py compares it with `generate`, one row at a time."""
 
     def __init__(self, model, tokenizer, args):
-        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
         from transformers.masking_utils import eager_mask
 
         self.model, self.tokenizer, self.args, self.prefix = model, tokenizer, args, None
+        self.new_cache = partial(DynamicCache, config=model.config.get_text_config())
         self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
         pieces = tokenizer.batch_decode([[i] for i in range(model.get_input_embeddings().num_embeddings)])
         self.stops = torch.tensor(["\n" in piece for piece in pieces], device=model.device)  # [V]: tokens that end a line
@@ -189,10 +190,6 @@ class Completer:
         if cache.get_seq_length() != length + ids.shape[1]:  # forward swallows an argument that it does not know
             die(f"--model {self.args.model}: this version of transformers does not fill {self.cache_name}")
         return logits
-
-    def new_cache(self):
-        from transformers import DynamicCache
-        return DynamicCache(config=self.model.config.get_text_config())
 
     @torch.inference_mode()
     def set_prefix(self, ids):
@@ -337,7 +334,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def die(message):
     """End with one line on stderr and exit status 2."""
     line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", message).split())
-    tqdm.write(f"{os.path.basename(__file__)}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -413,10 +410,10 @@ def special_markers(tokenizer):
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
-def one_line(text, markers=re.compile("(?!)")):
+def one_line(text, markers=None):
     """The text without control characters, line breaks of any kind and `markers`, runs of white space as one blank."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return one_line(markers.sub(" ", text), markers) if markers.search(text) else text
+    return one_line(markers.sub(" ", text), markers) if markers and markers.search(text) else text
 
 
 def as_list(value):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from fuse_vicuna import unquote  # noqa: E402
-from rewrite_llama import DTYPES, at_least, clean, die, load_model, pick_device, pick_dtype  # noqa: E402
+from rewrite_llama import DTYPES, clean, die, load, number, pick_device, special_markers  # noqa: E402
 
 SENTENCE = "Rewrite this caption of an image vividly, and keep it less than thirty words:"  # paper
 MAX_WORDS = 30  # of a caption and of its rewrite: the sentence's
@@ -54,11 +54,14 @@ def fault(source, input, output, ended=True):
 def chatbot(args):
     """The model's answers to the paper's sentence, on one line and without the quotation marks that chatbots like."""
     captions = draw_captions(args, 8 * args.number)
-    model, tokenizer = load_model(args.model, device := pick_device(args.device), DTYPES[pick_dtype("auto", device)])
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device, tokenizer = pick_device(args), load(AutoTokenizer, args.model)
+    model = load(AutoModelForCausalLM, args.model, dtype=DTYPES[args.dtype], device_map=device).eval()
     tokenizer.chat_template or die(f"--model {args.model} has no chat template: expected an instruct model")
     torch.manual_seed(args.seed)
-    pairs, faults, special = [], Counter(), list(tokenizer.get_added_vocab())  # which only the template may contain
-    for caption in (caption for caption in captions if not any(token in caption for token in special)):
+    pairs, faults, markers = [], Counter(), special_markers(tokenizer)  # which only the template may contain
+    for caption in (caption for caption in captions if not markers.search(caption)):
         ids = tokenizer.apply_chat_template([{"role": "user", "content": f"{SENTENCE} {caption}"}], return_dict=True,
                                             add_generation_prompt=True, return_tensors="pt").to(model.device)
         for _ in range(2 if args.temperature else 1):  # greedy would say the same again
@@ -116,8 +119,8 @@ def main(argv=None):
         command.set_defaults(make=make)
         command.add_argument("--output", required=True, metavar="OUT.jsonl", help="must not exist yet")
         command.add_argument("--source", default=source, help="makes rewrite_SOURCE later (default: %(default)s)")
-        command.add_argument("--number", type=at_least(1), default=16, help="of pairs (default: %(default)s, paper)")
-        command.add_argument("--seed", type=at_least(0), default=0, help="of every draw (default: %(default)s)")
+        command.add_argument("--number", type=number(int, 1), default=16, help="of pairs (default: %(default)s, paper)")
+        command.add_argument("--seed", type=number(int, 0), default=0, help="of every draw (default: %(default)s)")
         command.error = die
         if make is coco:
             command.add_argument("json", metavar="JSON", help="captions_*.json, or Karpathy's dataset_coco.json")
@@ -129,8 +132,9 @@ def main(argv=None):
             rows.add_argument("--filled", metavar="FILE.jsonl", help="what the first run wrote, every output filled in")
             continue
         command.add_argument("--model", required=True, help="instruct model, folder or hub name")
-        command.add_argument("--temperature", type=at_least(0, float), default=0.9, help="0 is greedy (default: 0.9)")
+        command.add_argument("--temperature", type=number(float, 0), default=0.9, help="0 is greedy (default: 0.9)")
         command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+        command.set_defaults(server=None, dtype="auto")
     parser.error = die
     args = parser.parse_args(argv)
     if os.path.lexists(args.output) or not os.path.isdir(os.path.dirname(args.output) or "."):

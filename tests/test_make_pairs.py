@@ -161,7 +161,7 @@ def test_coco(karpathy, tmp_path, capsys):
     assert not karpathy or all(i % 4 < 2 for i in drawn)  # never an image on which retrieval is tested
     assert make(tmp_path, "coco", path, "--number", 8)[0] == groups
     assert make(tmp_path, "coco", path, "--number", 8, "--seed", 1)[0] != groups
-    prefix, pairs = rewrite_llama.draw_prefix(read, 3, np.random.default_rng(0))
+    prefix, pairs = rewrite_llama.draw_prompt(read, 3, np.random.default_rng(0), rewrite_llama.re.compile("(?!)"))
     assert len(pairs) == 3 and "Read them" in capsys.readouterr().out
 
 
