@@ -185,9 +185,15 @@ def read_ahead(units, args, dataset):
                 begun.append((unit, rows, rows is parts[-1]))
                 yield [row.get("image") for row in rows]
 
+    def begin(worker, stage=os.getpid()):
+        if os.getppid() != stage:  # it was killed meanwhile, which torch's own watch, from now on, would not notice
+            os._exit(1)
+
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches(), num_workers=args.workers, collate_fn=lambda batch: batch, worker_init_fn=begin,
+        multiprocessing_context="fork" if args.workers else None)
     try:
-        for batch in torch.utils.data.DataLoader(dataset, batch_sampler=batches(), num_workers=args.workers, collate_fn=lambda batch: batch,
-                                                 multiprocessing_context="fork" if args.workers else None):
+        for batch in loader:
             yield *begun.popleft(), batch
     except (OSError, RuntimeError) as e:
         die(f"images cannot be read: {str(e).strip().splitlines()[-1]}. Nothing is lost: the same command goes on from here "

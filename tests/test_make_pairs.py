@@ -83,8 +83,10 @@ class Script:
     def __init__(self, answers):
         self.answers, self.asked, self.settings = answers, [], []
 
-    def get_added_vocab(self):
-        return {"<|im_end|>": 2}
+    all_special_tokens, added_tokens_decoder = ["<|im_end|>"], {}
+
+    def eval(self):
+        return self
 
     def apply_chat_template(self, messages, **settings):
         self.asked.append(messages)
@@ -105,7 +107,7 @@ def test_unusable_answers_are_drawn_again_once(rows, tmp_path, monkeypatch, caps
                      (captions[1].upper() + ".", 5), ("w " * 31, 40),  # 2: twice unusable
                      ("cut at the limit", 77), (' "Two\nlines =>\u2028of it"\0', 9),  # 3: did not end, then good
                      ("w " * 30, 30)])  # 4: thirty words are allowed
-    monkeypatch.setattr(make_pairs, "load_model", lambda *_: (script, script))
+    monkeypatch.setattr(make_pairs, "load", lambda *_, **__: script)
     pairs, _ = make(tmp_path, "chatbot", "--captions", rows, "--model", "any", "--number", 3)
     assert [(pair["input"], pair["output"]) for pair in pairs] == [
         (captions[0], "fine"), (captions[2], "Two lines of it"), (captions[3], ("w " * 30).strip())]
@@ -116,7 +118,7 @@ def test_unusable_answers_are_drawn_again_once(rows, tmp_path, monkeypatch, caps
 
 def test_greedy_does_not_ask_the_same_again(rows, tmp_path, monkeypatch):
     script = Script([("", 1), ("", 1), ("fine", 5)])
-    monkeypatch.setattr(make_pairs, "load_model", lambda *_: (script, script))
+    monkeypatch.setattr(make_pairs, "load", lambda *_, **__: script)
     pairs, _ = make(tmp_path, "chatbot", "--captions", rows, "--model", "any", "--number", 1, "--temperature", 0)
     assert pairs[0]["input"] == draw(rows, 8)[2]
     assert pairs[0]["source"] == "chatgpt" and [settings["do_sample"] for settings in script.settings] == [False] * 3
@@ -124,7 +126,7 @@ def test_greedy_does_not_ask_the_same_again(rows, tmp_path, monkeypatch):
 
 def test_chatbot_that_gives_nothing(rows, tmp_path, monkeypatch, capsys):
     script = Script([("", 1)] * 1000)
-    monkeypatch.setattr(make_pairs, "load_model", lambda *_: (script, script))
+    monkeypatch.setattr(make_pairs, "load", lambda *_, **__: script)
     with pytest.raises(SystemExit):
         make(tmp_path, "chatbot", "--captions", rows, "--model", "any", "--number", 2)
     assert "gave 0 pairs, --number is 2; not used: {'empty': " in capsys.readouterr().err

@@ -653,7 +653,11 @@ def is_running(pid):
 
 
 def children(process):
-    return [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+    """Its children's pids; none if it has just ended."""
+    try:
+        return [int(pid) for task in Path(f"/proc/{process.pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
@@ -670,7 +674,7 @@ def test_kills_leave_no_trace(stage, arguments, start, whole, tmp_path):
             wait_for(lambda: (tmp_path / "out.jsonl.parts").is_dir(), processes[0])
             seconds = 2 * (time.monotonic() - begin)
         for process in processes:
-            workers += children(process) if process.is_alive() else []
+            workers += children(process)
             process.kill()
             process.join()
             kills += process.exitcode == -signal.SIGKILL
