@@ -141,34 +141,53 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 
 
 def open_image(root, name):
-    """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`."""
+    """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row cannot name what lies
+    outside; a link that lies inside is the user's own, and is followed."""
     member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name) if isinstance(name, str) else None
-    path = os.path.realpath(os.path.join(root, member[1] if member else name))
-    if not path.startswith(os.path.join(os.path.realpath(root), "")):
+    path = member[1] if member else name
+    if os.path.isabs(path) or ".." in path.split("/"):
         raise ValueError("outside --image-root")
+    path = os.path.join(root, path)
     status = os.stat(path)
     size = int(member[3]) if member else status.st_size
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("no file")
     if size > 1 << 28:
-        raise ValueError(f"{size} bytes are no picture")
+        raise ValueError(f"{size} bytes are no image")
     with open(path, "rb") as f:
         f.seek(int(member[2]) if member else 0)
         data = io.BytesIO(f.read(size))
     try:
         image = Image.open(data, formats=FORMATS)
     except UnidentifiedImageError:  # its own message has a memory address in it, another one in every run
-        raise ValueError(f"no picture in one of {', '.join(FORMATS)}") from None
+        raise ValueError(f"no image in one of {', '.join(FORMATS)}") from None
     if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
-        raise ValueError(f"{image.width} x {image.height} pixels are no picture")
+        raise ValueError(f"{image.width} x {image.height} pixels are no image")
     return image
 
 
+def orientation(image):
+    """How the image is turned, by its EXIF tag; broken metadata says nothing."""
+    try:
+        return image.getexif().get(0x0112)
+    except Exception:  # Pillow raises nearly everything there
+        return None
+
+
 def to_rgb(image):
-    """Any PIL image -> RGB, upright; transparency becomes white."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16"):  # convert("RGB") would clip at 255
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    """Any PIL image -> RGB, upright; transparency becomes white, grey of 9 to 16 bits is scaled."""
+    image.load()  # which turns a TIFF
+    tags = getattr(image, "tag_v2", {})  # a TIFF's; elsewhere Pillow gives grey of 8 or 16 bits
+    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+            8: "ROTATE_90"}.get(orientation(image))
+    if turn:
+        image = image.transpose(Image.Transpose[turn])
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # convert("RGB") would clip these at 255
+        bits = max(tags.get(258, (16,)))
+        if image.mode == "F" or bits > 16 or tags.get(339, (1,)) != (1,):
+            raise ValueError("grey of floats, signed or of more than 16 bits: the file does not say which value is white")
+        image = image.convert("I").point(lambda value: value * (255 / (2 ** bits - 1)) + 0.5).convert("L")
+        image = ImageOps.invert(image) if tags.get(262) == 0 else image  # white is zero
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -226,7 +245,7 @@ def augment_crop(image, S, rng, scale=(0.5, 1.0)):
 
     A JPEG of which the crop needs less than half the pixels a side is decoded at a half, a quarter or an eighth (DCT
     scaling). The box is that of the whole picture; pixel values differ a little from those of a full decode."""
-    w, h = image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size  # lies on its side
+    w, h = image.size[::-1] if orientation(image) in (5, 6, 7, 8) and image.format != "TIFF" else image.size  # on its side
     left, top, right, bottom = crop_box(w, h, rng, scale)
     shrink = max(1, min(right - left, bottom - top) // S)
     image.draft(None, (image.width // shrink, image.height // shrink))

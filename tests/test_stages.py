@@ -862,7 +862,7 @@ def test_a_disk_that_fails_is_no_images_fault(folder, monkeypatch, capfd):
     _, _, images = load_caption(folder)
     _, faults = images.__getitems__(["gone.png", "0.png/x", "a" * 300, "."])
     assert faults == {0: "FileNotFoundError: No such file or directory", 1: "NotADirectoryError: Not a directory",
-                      2: "OSError: File name too long", 3: "ValueError: outside --image-root"}  # no path of this machine
+                      2: "OSError: File name too long", 3: "ValueError: no file"}  # no path of this machine
     path, real = os.path.realpath(folder / "images" / "1.png"), os.stat
 
     def stat(p, *args, **kwargs):
@@ -911,7 +911,7 @@ def test_no_picture_starts_another_program(tmp_path):
     """Pillow would hand PostScript from the web to Ghostscript."""
     Image.new("RGB", (40, 40), "red").save(tmp_path / "x.eps")
     os.rename(tmp_path / "x.eps", tmp_path / "x.jpg")
-    with pytest.raises(ValueError, match="no picture in one of JPEG"):
+    with pytest.raises(ValueError, match="no image in one of JPEG"):
         caption_llava.open_image(str(tmp_path), "x.jpg")
 
 
@@ -1169,7 +1169,23 @@ def save_pictures(root):
     for name in ("one", "wide", "tall", "three"):
         Image.fromarray(np.ascontiguousarray(expected[f"{name}.png"][0])).save(root / f"{name}.png")
     os.symlink("rgb.png", root / "link.png")
-    expected["link.png"] = GRADIENT, 0
+    (root.parent / "elsewhere").mkdir()  # as a model hub's cache does: what the user linked there is the user's
+    rgb.save(root.parent / "elsewhere" / "blob.png")
+    os.symlink(root.parent / "elsewhere", root / "up")
+    os.symlink(root.parent / "elsewhere" / "blob.png", root / "blob.png")
+    expected |= {name: (GRADIENT, 0) for name in ("link.png", "blob.png", "up/blob.png")}
+    for name, tag in (("turned.webp", 6), ("turned.tif", 6), ("mirrored.avif", 2), ("turned.jpg", 8)):
+        exif[274] = tag
+        rgb.save(root / name, exif=exif, quality=95)
+        expected[name] = (GRADIENT[:, ::-1] if tag == 2 else np.rot90(GRADIENT, -1 if tag == 6 else 1)), 40
+    rgb.save(root / "broken-exif.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(9))  # says nothing of how it is turned
+    expected["broken-exif.png"] = GRADIENT, 0
+    wide = grey.astype(np.uint16) * 16  # 12 of 16 bits
+    Image.fromarray(wide).save(root / "12of16.tif")
+    Image.fromarray(wide).save(root / "white-is-zero.tif", tiffinfo={262: 0})
+    (root / "12bit.pgm").write_bytes(b"P5\n60 40\n4095\n" + wide.astype(">u2").tobytes())
+    for name, values in (("12of16.tif", wide / 257), ("white-is-zero.tif", 255 - wide / 257), ("12bit.pgm", wide / 4095 * 255)):
+        expected[name] = values[..., None].repeat(3, -1), 1
     with tarfile.open(root / "shard.tar", "w") as tar:
         for name in ("grey.png", "rgb.png"):
             tar.add(root / name, name)
@@ -1184,21 +1200,21 @@ def save_faults(root):
     data = (root / "rgb.png").read_bytes()
     Image.fromarray(GRADIENT).save(root.parent / "outside.png")
     Image.fromarray(GRADIENT).save(f"{root}-2.png")  # its path begins as the root's does
-    os.symlink(root.parent / "outside.png", root / "escape.png")
-    os.symlink(root.parent, root / "up")
+    Image.fromarray(GRADIENT[..., 0].astype(np.float32)).save(root / "float.tif")
+    Image.fromarray(GRADIENT[..., 0].astype(np.int32) * 99).save(root / "32bit.tif")
     for name, content in (("empty.png", b""), ("cut.png", data[:len(data) // 2]), ("text.jpg", b"hello"),
                           ("svg.svg", b"<svg/>"), ("bits.png", data[:60] + bytes(60) + data[120:])):
         (root / name).write_bytes(content)
     Image.new("RGB", (6000, 1)).save(root / "line.png")  # 28 pixels high it would be 168,000 wide
     size = (root / "shard.tar").stat().st_size
-    return {"../outside.png": "outside", "escape.png": "outside", "up/outside.png": "outside",
+    return {"../outside.png": "outside", "up/../../outside.png": "outside", "float.tif": "grey of floats", "32bit.tif": "grey of floats",
             "../root-2.png": "outside", str(root.parent / "outside.png"): "outside", "/etc/passwd": "outside",
-            ".": "outside", "../outside.png@0+500": "outside", "": "no image", None: "no image",
-            "missing.png": "FileNotFound", "empty.png": "no picture in one of JPEG, PNG", "cut.png": "OSError",
-            "text.jpg": "no picture in one of JPEG, PNG", "svg.svg": "no picture in one of JPEG, PNG", "bits.png": "Error", 7: "TypeError",
+            ".": "no file", "../outside.png@0+500": "outside", "": "no image", None: "no image",
+            "missing.png": "FileNotFound", "empty.png": "no image in one of JPEG, PNG", "cut.png": "OSError",
+            "text.jpg": "no image in one of JPEG, PNG", "svg.svg": "no image in one of JPEG, PNG", "bits.png": "Error", 7: "TypeError",
             "a\0b": "ValueError", "\ud800.png": "Error", "x" * 5000: "OSError", "line.png": "ValueError",
-            "shard.tar": "no picture in one of JPEG, PNG", f"shard.tar@{size}+10": "no picture in one of JPEG, PNG",
-            "shard.tar@512+0": "no picture in one of JPEG, PNG", "shard.tar@0+99999999999999999999": "Error",
+            "shard.tar": "no image in one of JPEG, PNG", f"shard.tar@{size}+10": "no image in one of JPEG, PNG",
+            "shard.tar@512+0": "no image in one of JPEG, PNG", "shard.tar@0+99999999999999999999": "Error",
             "shard.tar@99999999999999999999+5": "Error"}
 
 
