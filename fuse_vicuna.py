@@ -462,7 +462,7 @@ class Server:
     def __init__(self, args, units, path, **trial):
         """trial: a harmless request, which every server has to answer before the first row"""
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in args.server]
-        self.path, self.common = path, {"model": args.model, "max_tokens": args.max_new_tokens}
+        self.path, self.trial, self.common = path, trial, {"model": args.model, "max_tokens": args.max_new_tokens}
         self.pool = ThreadPoolExecutor(args.concurrency * len(self.urls))
         self.answered, self.turns, self.leaving = 0, itertools.count(), threading.Event()
         for url, (_, _, refusal) in zip(self.urls, self.map(lambda url: self.ask([url], **trial), self.urls)):
@@ -482,26 +482,33 @@ class Server:
             die(f"{e}. Nothing is lost: the same command goes on from here")
 
     def ask(self, urls=None, **request):
-        """-> (text, whether it ended by itself, None) or (None, False, why the request was refused)"""
-        urls, turn, failures, broken, answered = urls or self.urls, next(self.turns), 0, 0, self.answered
+        """-> (text, whether it ended by itself, None) or ("", False, why the request was refused)"""
+        urls, turn, failures, broken = urls or self.urls, next(self.turns), 0, 0
         data = json.dumps({**self.common, **request}).encode()
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
         while True:
-            url, before = urls[turn % len(urls)], self.answered
+            url, code, answered = urls[turn % len(urls)], 0, self.answered
             try:
-                with urllib.request.urlopen(urllib.request.Request(url + self.path, data, headers), timeout=300) as response:
-                    choice = json.load(response)["choices"][0]
-                text = choice["message"]["content"] if "message" in choice else choice["text"]
-                self.answered += 1
-                return text or "", choice.get("finish_reason") == "stop", None
-            except urllib.error.HTTPError as e:
-                code, fault = e.code, f"{e.code} {one_line(e.read(4000).decode('utf-8', 'replace'))[:200]}"
+                try:
+                    response = urllib.request.urlopen(urllib.request.Request(url + self.path, data, headers), timeout=300)
+                except urllib.error.HTTPError as e:
+                    code, response = e.code, e
+                with response:
+                    body = response.read()
+                if code == 0:
+                    choice = json.loads(body)["choices"][0]
+                    text = "" + ((choice["message"]["content"] if "message" in choice else choice["text"]) or "")
+                    self.answered += 1
+                    return text, choice.get("finish_reason") == "stop", None
+                fault = f"{code} {one_line(body.decode(errors='replace'))[:200]}"
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:  # or no answer of this kind
-                code, fault = 0, f"{type(e).__name__}: {e}"
+                fault = f"{type(e).__name__}: {e}"
             broken += code == 500
-            if code in (400, 413, 422) or broken == 3 and self.answered > answered:  # others pass
-                return None, False, f"refused by the server: {fault}"
-            failures += not (code in (429, 503) and self.answered > before)  # else it is only busy
+            if row_at_fault := broken == 3 and request != self.trial:
+                self.ask([url], **self.trial)  # ends the launch if this fails as well: it is the server then
+            if code in (400, 413, 422) or row_at_fault:
+                return "", False, f"refused by the server: {fault}"
+            failures += not (code in (429, 503) and self.answered > answered)  # else it is only busy
             if failures > 6 or 400 < code < 500 and code not in (408, 429) or self.leaving.wait(2 ** failures / 4):
                 raise ConnectionError(f"--server {url}: {fault}")
             turn += 1
