@@ -514,8 +514,8 @@ def batched(items, size):
 class Server:
     """Texts from OpenAI-compatible servers: one text a request, many requests at once.
 
-    A request that a server refuses (400, 413, 422) is its row's error. A server that is not there, busy or broken is asked
-    again, half a minute long, the next server in between. Everything else ends the launch with one line."""
+    A request that a server refuses (400, 413, 422) while it still answers a harmless one is its row's error. A server that is
+    not there, busy or broken is asked again for half a minute, in turn with the others. All else ends the launch."""
 
     def __init__(self, args, units, path, **trial):
         """trial: a harmless request, which every server has to answer before the first row"""
@@ -523,9 +523,8 @@ class Server:
         self.path, self.trial, self.common = path, trial, {"model": args.model, "max_tokens": args.max_new_tokens}
         self.pool = ThreadPoolExecutor(args.concurrency * len(self.urls))
         self.answered, self.turns, self.leaving = 0, itertools.count(), threading.Event()
-        for url, (_, _, refusal) in zip(self.urls, self.map(lambda url: self.ask([url], **trial), self.urls)):
-            if refusal:
-                die(f"--server {url}: {refusal}")
+        self.map(lambda url: self.ask([url], **trial), self.urls)
+        for url in self.urls:
             with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url + "/version", timeout=10) as response:
                 units.servers.append(json.load(response))  # vLLM says so; not a setting: a long run survives an update
 
@@ -534,10 +533,12 @@ class Server:
         futures = [self.pool.submit(function, item) for item in items]
         try:
             return [future.result() for future in futures]
-        except ConnectionError as e:
+        except BaseException as e:  # Ctrl-C too: what waits is not asked any more
             self.leaving.set()
             self.pool.shutdown(cancel_futures=True)
-            die(f"{e}. Nothing is lost: the same command goes on from here")
+            if isinstance(e, OSError):  # a server's, or a disk's under an image
+                die(f"{e}. Nothing is lost: the same command goes on from here")
+            raise
 
     def ask(self, urls=None, **request):
         """-> (text, whether it ended by itself, None) or ("", False, why the request was refused)"""
@@ -562,12 +563,11 @@ class Server:
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:  # or no answer of this kind
                 fault = f"{type(e).__name__}: {e}"
             broken += code == 500
-            if row_at_fault := broken == 3 and request != self.trial:
-                self.ask([url], **self.trial)  # ends the launch if this fails as well: it is the server then
-            if code in (400, 413, 422) or row_at_fault:
+            if (code in (400, 413, 422) or broken == 3) and request != self.trial:
+                self.ask([url], **self.trial)  # if even this is refused, it is not the row's fault, and the launch ends
                 return "", False, f"refused by the server: {fault}"
             failures += not (code in (429, 503) and self.answered > answered)  # else it is only busy
-            if failures > 6 or 400 < code < 500 and code not in (408, 429) or self.leaving.wait(2 ** failures / 4):
+            if failures > 6 or 400 <= code < 500 and code not in (408, 429) or self.leaving.wait(2 ** failures / 4):
                 raise ConnectionError(f"--server {url}: {fault}")
             turn += 1
 
