@@ -68,10 +68,10 @@ def load_model(args, device):
 def caption(model, tokenizer, inputs, notes):
     """Greedy captions of the B images that `inputs` holds, one line each."""
     inputs = {name: x.to(model.device, model.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
-    new = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:]  # [B, at most max_new_tokens]
-    ended = torch.isin(new, torch.tensor(model.generation_config.eos_token_id, device=new.device)).any(1)
-    notes.update(["cut off at --max-new-tokens"] * int((~ended).sum()))
-    return [one_line(text).rstrip("\ufffd ") for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    new = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, at most max_new_tokens]
+    answers = [until_end(ids, model.generation_config.eos_token_id) for ids in new]
+    notes.update("cut off at --max-new-tokens" for ids, answer in zip(new, answers) if answer == ids)
+    return [one_line(text).rstrip("\ufffd ") for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def caption_message(image, prompt):
@@ -332,13 +332,18 @@ def end_tokens(model, tokenizer):
     return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
 
 
+def until_end(ids, ends):
+    """The ids before the first end token"""
+    return list(itertools.takewhile(lambda i: i not in ends, ids))
+
+
 def special_markers(tokenizer):
-    """A pattern of all texts that the tokenizer reads as a special token, or, of an unknown one (None: a server's), of all
-    that look so."""
+    """A pattern of all texts that the tokenizer reads as a special token, flagged as one or not (<|end|>). Of an unknown
+    tokenizer (None: a server's), of all that look like one."""
     if tokenizer is None:
         return re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]")
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    names = {name for name in added if name[0] in "<[{" and name[-1] in ">]}"} | set(tokenizer.all_special_tokens)
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values()
+             if token.special or str(token)[0] in "<[{" and str(token)[-1] in ">]}"} | set(tokenizer.all_special_tokens)
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 

@@ -135,26 +135,32 @@ def load_model(args, device):
 @torch.inference_mode()
 def answer(model, tokenizer, prompts, batch_size, notes):
     """Greedy answers, one line each. Prompts of similar length share a batch, and what all of it begin with is computed once."""
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
-    answers, ids = [None] * len(prompts), [tokenizer(prompt).input_ids for prompt in prompts]
+    known = inspect.signature(model.forward).parameters
+    cache_name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
+    texts, ids = [None] * len(prompts), [tokenizer(prompt).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     for batch in batched(order, batch_size):
         rows, cache = [ids[i] for i in batch], DynamicCache(config=model.config.get_text_config())
         P, T = min(len(os.path.commonprefix(rows)), len(rows[0]) - 1), len(rows[-1])
-        if P and len(rows) > 1 and not any(cache.is_sliding):  # a window would count the padding behind the prefix
+        # the padding goes behind what all share: right for attention by position, wrong for a window or a recurrence
+        if "position_ids" not in known or len(rows) == 1 or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            P = 0
+        if P:
             model(input_ids=torch.tensor([rows[0][:P]], device=model.device), use_cache=True, logits_to_keep=1, **{cache_name: cache})
+            if cache.get_seq_length() != P:
+                die(f"--model: this version of transformers does not fill {cache_name}")
             cache.batch_repeat_interleave(len(rows))
-        P = cache.get_seq_length()
         inputs = torch.tensor([row[:P] + [0] * (T - len(row)) + row[P:] for row in rows], device=model.device)  # [B, T]
         mask = torch.tensor([[1] * P + [0] * (T - len(row)) + [1] * (len(row) - P) for row in rows], device=model.device)
-        new = model.generate(input_ids=inputs, attention_mask=mask, tokenizer=tokenizer, **{cache_name: cache} if P else {})[:, T:]
-        for i, row, text in zip(batch, new.tolist(), tokenizer.batch_decode(new, skip_special_tokens=True)):
-            ended = not set(row).isdisjoint(model.generation_config.eos_token_id) or model.generation_config.stop_strings and "\n" in text
-            notes.update(["cut off at --max-new-tokens"] * (not ended))
-            answers[i] = text
-    return [(text, None) for text in answers]
+        new = model.generate(input_ids=inputs, attention_mask=mask, tokenizer=tokenizer, **{cache_name: cache} if P else {})[:, T:].tolist()
+        answers = [until_end(row, model.generation_config.eos_token_id) for row in new]
+        for i, row, answer, text in zip(batch, new, answers, tokenizer.batch_decode(answers, skip_special_tokens=True)):
+            cut_off = answer == row and not (model.generation_config.stop_strings and "\n" in text)
+            notes.update(["cut off at --max-new-tokens"] * cut_off)
+            texts[i] = text
+    return [(text, None) for text in texts]
 
 
 # --- the stage --------------------------------------------------------------------------------------------------------
@@ -274,13 +280,18 @@ def end_tokens(model, tokenizer):
     return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
 
 
+def until_end(ids, ends):
+    """The ids before the first end token"""
+    return list(itertools.takewhile(lambda i: i not in ends, ids))
+
+
 def special_markers(tokenizer):
-    """A pattern of all texts that the tokenizer reads as a special token, or, of an unknown one (None: a server's), of all
-    that look so."""
+    """A pattern of all texts that the tokenizer reads as a special token, flagged as one or not (<|end|>). Of an unknown
+    tokenizer (None: a server's), of all that look like one."""
     if tokenizer is None:
         return re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]")
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    names = {name for name in added if name[0] in "<[{" and name[-1] in ">]}"} | set(tokenizer.all_special_tokens)
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values()
+             if token.special or str(token)[0] in "<[{" and str(token)[-1] in ">]}"} | set(tokenizer.all_special_tokens)
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 

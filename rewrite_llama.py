@@ -145,6 +145,7 @@ class Completer:
 
     def __init__(self, model, tokenizer, args):
         from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+        from transformers.cache_utils import DynamicLayer
         from transformers.masking_utils import eager_mask
 
         self.model, self.tokenizer, self.args, self.prefix = model, tokenizer, args, None
@@ -152,7 +153,10 @@ class Completer:
         self.cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
         pieces = tokenizer.batch_decode([[i] for i in range(model.get_input_embeddings().num_embeddings)])
         self.stops = torch.tensor(["\n" in piece for piece in pieces], device=model.device)  # [V]: tokens that end a line
-        self.stops[end_tokens(model, tokenizer)] = True
+        self.ends = end_tokens(model, tokenizer)
+        self.stops[self.ends] = True
+        if not all(isinstance(layer, DynamicLayer) for layer in self.new_cache().layers):
+            die(f"--model {args.model}: some layers have no attention, which is not supported here; use --server")
         AttentionInterface.register("shared_prefix", self.attend)
         AttentionMaskInterface.register("shared_prefix", eager_mask)
         if not self.try_sharing():
@@ -211,7 +215,7 @@ class Completer:
             self.set_prefix(ids[:, :8])
             logits = self.forward(own, torch.ones_like(own), position, self.new_cache())
             self.shares = not any(cache.is_sliding) and bool((logits - expected).abs().max() < 0.05 * expected.abs().max())
-        except (NotImplementedError, ValueError, TypeError, AttributeError):
+        except (RuntimeError, ValueError, TypeError, AttributeError):
             self.shares = False
         if not self.shares:
             self.model.set_attn_implementation(before)
@@ -229,7 +233,8 @@ class Completer:
         for _, same in itertools.groupby(order, lambda i: self.shares or len(ids[i])):  # a window would count the padding
             for batch in batched(list(same), self.args.batch_size):
                 new = self.decode([ids[i] for i in batch], torch.tensor(np.stack([uniform[i] for i in batch])))
-                for i, tokens, answer in zip(batch, new, self.tokenizer.batch_decode(new, skip_special_tokens=True)):
+                answers = [until_end(tokens, self.ends) for tokens in new]
+                for i, tokens, answer in zip(batch, new, self.tokenizer.batch_decode(answers, skip_special_tokens=True)):
                     results[i] = answer, self.stops[tokens[-1]].item(), None
         return results
 
@@ -400,13 +405,18 @@ def end_tokens(model, tokenizer):
     return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
 
 
+def until_end(ids, ends):
+    """The ids before the first end token"""
+    return list(itertools.takewhile(lambda i: i not in ends, ids))
+
+
 def special_markers(tokenizer):
-    """A pattern of all texts that the tokenizer reads as a special token, or, of an unknown one (None: a server's), of all
-    that look so."""
+    """A pattern of all texts that the tokenizer reads as a special token, flagged as one or not (<|end|>). Of an unknown
+    tokenizer (None: a server's), of all that look like one."""
     if tokenizer is None:
         return re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]")
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    names = {name for name in added if name[0] in "<[{" and name[-1] in ">]}"} | set(tokenizer.all_special_tokens)
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values()
+             if token.special or str(token)[0] in "<[{" and str(token)[-1] in ">]}"} | set(tokenizer.all_special_tokens)
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
