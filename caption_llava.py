@@ -448,7 +448,7 @@ class Units:
         self.save(unit.path, (line.encode(errors="backslashreplace") for line in lines))  # a lone surrogate stays an escape
         self.clock.append((self.clock[-1][0] + len(unit.rows), time.time()))
         self.progress.update(unit.size)
-        self.progress.set_postfix_str(f"{self.outcomes.total() / (time.time() - self.clock[0][1]):.1f} texts/s")
+        self.progress.set_postfix_str(f"{self.outcomes.total() / (time.time() - self.clock[0][1]):.1f} texts/s", refresh=False)
 
     def save(self, path, chunks):
         """Write a file whole or not at all: under a name of this host and process, synced, then renamed."""
@@ -525,9 +525,11 @@ class Server:
     def __init__(self, args, units, path, **trial):
         """trial: a harmless request, which every server has to answer before the first row"""
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in args.server]
+        if wrong := [url for url in self.urls if not url.startswith(("http://", "https://"))]:
+            die(f"--server {wrong[0]}: expected http://HOST:PORT")
         self.path, self.trial, self.common = path, trial, {"model": args.model, "max_tokens": args.max_new_tokens}
         self.pool = ThreadPoolExecutor(args.concurrency * len(self.urls))
-        self.answered, self.turns, self.leaving = 0, itertools.count(), threading.Event()
+        self.answered, self.refused, self.turns, self.leaving = 0, 0, itertools.count(), threading.Event()
         self.map(lambda url: self.ask([url], **trial), self.urls)
         for url in self.urls:
             with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url + "/version", timeout=10) as response:
@@ -562,7 +564,7 @@ class Server:
                 if code == 0:
                     choice = json.loads(body)["choices"][0]
                     text = "" + ((choice["message"]["content"] if "message" in choice else choice["text"]) or "")
-                    self.answered += 1
+                    self.answered, self.refused = self.answered + 1, self.refused if request == self.trial else 0
                     return text, choice.get("finish_reason") == "stop", None
                 fault = f"{code} {one_line(body.decode(errors='replace'))[:200]}"
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:  # or no answer of this kind
@@ -570,6 +572,9 @@ class Server:
             broken += code == 500
             if (code in (400, 413, 422) or broken == 3) and request != self.trial:
                 self.ask([url], **self.trial)  # if even this is refused, it is not the row's fault, and the launch ends
+                self.refused += 1  # one row after another, without an answer in between
+                if self.refused == 100:
+                    raise ConnectionError(f"--server {url} refuses every row: {fault}")
                 return "", False, f"refused by the server: {fault}"
             failures += not (code in (429, 503) and self.answered > answered)  # else it is only busy
             if failures > 6 or 400 <= code < 500 and code not in (408, 429) or self.leaving.wait(2 ** failures / 4):
