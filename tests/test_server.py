@@ -420,3 +420,18 @@ def test_a_real_server_gives_what_the_stage_gives_without_it(stage, real, folder
     rows, expected = (read_jsonl(out / "out.jsonl") for out in (tmp_path, tmp_path / "here"))
     assert_rows_kept(read_jsonl(folder / "rows.jsonl"), rows)
     assert len(set(texts_of(rows))) > 4 and sum(map(operator.eq, rows, expected)) >= 20, (models / "log").read_text()[-5000:]
+
+
+def test_every_row_refused(folder, tmp_path):
+    """The harmless request passes, but no row does: after a hundred of them the launch ends."""
+    stub = Stub(lambda text, _: None if "dog" in text else (400, b"too long"))
+    rows = [{"alt": f"red bike {i}", "seen": "a wall"} for i in range(150)]
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = launch(folder, tmp_path, "fuse", [stub], "--input", path)
+    assert_ended(done, "refuses every row", "too long")
+
+
+def test_a_url_without_a_scheme(folder, tmp_path):
+    done = run("fuse_vicuna.py", "--input", folder / "rows.jsonl", "--output", tmp_path / "o", "--vec-field", "seen", "--server", "localhost:8000")
+    assert_mistake(done, "--server localhost:8000", "http://")
