@@ -559,7 +559,11 @@ class Units:
     def join(self):
         """Join the units if all are there, and say what this launch did."""
         self.progress.close()
-        if not self.finished() and all(map(os.path.exists, self.paths)):
+        there = set(os.listdir(self.parts)) if os.path.isdir(self.parts) else set()
+        missing = {os.path.basename(path) for path in self.paths} - there
+        if not self.finished() and missing:
+            print(f"{len(missing)} of {len(self.paths)} units are not there yet: the last rank joins all (if none is at work, repeat the command)")
+        elif not os.path.exists(self.output):
             record = json.dumps({**self.settings, "input": self.input_hash.hexdigest(), "servers": self.servers}, indent=1)
             self.save(self.output + ".settings.json", [record.encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
