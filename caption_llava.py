@@ -9,7 +9,7 @@ The model sees the image and one fixed prompt. No caption field is read, so a Ve
 
 Row in:  {"image": "photos/1.jpg", "alt": "IMG_0123 sale!!"}
 Row out: the same and "vec": "a red bicycle leaning on a wall"; null for an image that cannot be read, with the reason in
-"error". The same command goes on after any interruption, and its result is the same to the byte.
+"error". The same command resumes after any interruption. Without --server, its output is then identical byte for byte.
 
 Read caption and Images, then main. What follows main is the same in all three captioning scripts: rows, resuming, servers.
 """
@@ -75,7 +75,7 @@ def caption(model, tokenizer, inputs, notes):
 
 
 def caption_message(image, prompt):
-    """The image and the prompt as a chat message. It is encoded again: servers differ in the formats that they read."""
+    """The image and the prompt as a chat message. The image is encoded again as JPEG, which every server reads."""
     image.save(data := io.BytesIO(), "JPEG", quality=95)
     url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
     return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]}
@@ -94,7 +94,7 @@ def caption_by_server(server, args, row):
 # --- images, in worker processes --------------------------------------------------------------------------------------
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # of Pillow's; EPS would run Ghostscript
-MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}  # one image's fault
+MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}  # these are one image's fault, not the disk's
 
 
 def open_image(root, name):
@@ -174,7 +174,7 @@ class Images(torch.utils.data.Dataset):
                                    add_special_tokens=not (bos and self.prompt.startswith(bos)))) if images else {}
 
     def __getitems__(self, names):
-        """-> (inputs of the images that can be read, {number of a name: why it cannot be}). A worker outlives any file."""
+        """-> (inputs of the images that can be read, {number of a name: why it cannot be})"""
         images, faults = {}, {}
         for i, name in enumerate(names):
             try:
@@ -183,7 +183,7 @@ class Images(torch.utils.data.Dataset):
                 faults[i] = image_fault(e) if name else "no image"
         try:
             return self.prepare([*images.values()]), faults
-        except Exception:  # which one is it?
+        except Exception:  # find out which image fails
             for i, image in images.items():
                 try:
                     self.prepare([image])
@@ -199,13 +199,13 @@ def read_ahead(units, args, dataset):
 
     def batches():
         for unit in units:
-            parts = batched([row for _, row in unit.todo], args.batch_size) or [[]]  # the last one's end writes the unit
+            parts = batched([row for _, row in unit.todo], args.batch_size) or [[]]  # an empty unit gets one empty batch, so that it is written
             for rows in parts:
                 begun.append((unit, rows, rows is parts[-1]))
                 yield [row.get("image") for row in rows]
 
     def begin(worker, stage=os.getpid()):
-        if os.getppid() != stage:  # it was killed meanwhile, which torch's own watch, from now on, would not notice
+        if os.getppid() != stage:  # it died before torch's own watch began
             os._exit(1)
 
     loader = torch.utils.data.DataLoader(
@@ -214,7 +214,7 @@ def read_ahead(units, args, dataset):
     try:
         for batch in loader:
             yield *begun.popleft(), batch
-    except (OSError, RuntimeError) as e:
+    except Exception as e:
         die(f"images cannot be read: {str(e).strip().splitlines()[-1]}. Nothing is lost: the same command goes on from here "
             "(if a worker was killed for want of memory, with fewer --workers, or in a container with more --shm-size)")
 
@@ -287,30 +287,30 @@ def stage_parser(description, **defaults):
     add("--input", required=True, help="JSONL, one row an image (data/README.md)")
     add("--output", required=True, help="JSONL, one row for every row of --input, in its order")
     add("--model", help="folder or hub name; with --server the name that it serves (default: %(default)s)")
-    add("--max-new-tokens", type=number(int, 1), help="an answer's limit (default: %(default)s)")
-    add("--batch-size", type=number(int, 1), help="answers generated at a time (default: %(default)s)")
+    add("--max-new-tokens", type=number(int, 1), help="longest answer, in tokens (default: %(default)s)")
+    add("--batch-size", type=number(int, 1), help="prompts a batch (default: %(default)s)")
     add("--limit", type=number(int, 0), help="only the first N lines, and an estimate for whole data sets (default: all)")
     add("--dtype", default="auto", choices=["auto", *DTYPES],
         help="auto: bf16 where the hardware computes in it, else fp32 (fp16 for GPUs before Ampere)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
-    add("--seed", type=number(int, 0), default=0, help="of everything drawn at random (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="seed of all random draws (default: %(default)s)")
     add("--server", nargs="+", metavar="URL", help="OpenAI-compatible servers (vLLM, SGLang) that generate the texts and share "
-        "the work; whether a second run gives the same bytes is their matter (default: generate here)")
-    add("--concurrency", type=number(int, 1), default=64, help="requests under way to each server (default: %(default)s)")
+        "the work; a second run may give other texts (default: generate here)")
+    add("--concurrency", type=number(int, 1), default=64, help="open requests per server (default: %(default)s)")
     parser.set_defaults(**defaults)
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     return parser
 
 
 def pick_device(args):
-    """-> the device for the model; args.dtype becomes its dtype, since this changes texts and is one of OUT's settings."""
+    """Return the model's device. Set args.dtype to the dtype in use: it changes the texts, so it is one of OUT's settings."""
     if args.server:
         args.dtype = args.batch_size = "the server's"
         return None
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in found if found[name]) if args.device == "auto" else args.device
     if not found[device]:
-        die(f"--device {device}: torch finds none here")
+        die(f"--device {device}: torch finds no such device")
     if args.dtype == "auto":
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
                   device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
@@ -322,7 +322,7 @@ def load(auto_class, name, **options):
     """auto_class.from_pretrained, or one line that says what is wrong with --model."""
     try:
         return auto_class.from_pretrained(name, **options)
-    except Exception as e:  # transformers raises nearly everything for a folder that is none
+    except Exception as e:  # transformers raises nearly everything for a folder without a model
         die(f"--model {name}: {auto_class.__name__} cannot load it: {type(e).__name__}: {e}")
 
 
@@ -361,7 +361,7 @@ def as_list(value):
 def put_texts(row, field, source, results):
     """Put [(text or None, reason or None)] into row[field]: a list if `source`, what they were made from, is one. The
     reasons go to row["error"][field]."""
-    if row.get(field) is not None:  # further down than Units looked
+    if row.get(field) is not None:  # Units checks only the first 1,000 rows
         source, results = None, [(row[field], "was there before, kept")]
     texts, reasons = ([result[i] for result in results] for i in (0, 1))
     row[field], reason = (texts, reasons) if as_list(source) is source else (texts[0], reasons[0])
@@ -369,19 +369,19 @@ def put_texts(row, field, source, results):
     if any(reasons):
         error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # the user's own: kept
         row["error"] = {**error, field: reason}
-    elif isinstance(error, dict):
-        error.pop(field, None)  # of a launch before, and no longer true
+    elif isinstance(error, dict) and error.pop(field, None) and not error:  # from an earlier run, no longer true
+        del row["error"]
 
 
 def parse_row(line):
-    """The line's object and True. If the line is no JSON object: a row that keeps its text and the reason, and False."""
+    """The line's object and True. If the line is not a JSON object: a row that keeps its text and the reason, and False."""
     try:
         row = json.loads(line.decode("utf-8-sig"))  # which skips a byte order mark
-        reason = None if isinstance(row, dict) else "not a JSON object"
+        if isinstance(row, dict):
+            return row, True
+        reason = "not a JSON object"
     except (ValueError, RecursionError) as e:
         reason = f"not JSON: {e}"
-    if reason is None:
-        return row, True
     return {"error": {"line": reason}, "line": line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")}, False
 
 
@@ -394,7 +394,7 @@ class Units:
     whoever else is at work; one that is not there is made. No locks, no process group, nothing else to remember."""
 
     def __init__(self, args, settings, reads, makes):
-        """reads, makes: fields of which the first rows must have one, and none"""
+        """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
         self.args, self.output, self.parts, self.servers = args, args.output, args.output + ".parts", []
         self.settings = {name: getattr(args, name) for name in ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
@@ -425,9 +425,10 @@ class Units:
             unit_size *= 2
         self.progress = tqdm(total=size if self.args.limit is None else None, unit="B", unit_scale=True,
                              delay=1, disable=self.rank > 0)
+        left = sys.maxsize if self.args.limit is None else self.args.limit
         with open(self.args.input, "rb") as f:
-            lines = itertools.islice(f, self.args.limit)
-            while unit := take(lines, unit_size):
+            while unit := f.readlines(unit_size - 1)[:left]:  # the next lines, until they are unit_size together
+                left -= len(unit)
                 offsets = list(itertools.accumulate(map(len, unit), initial=end))
                 content = hashlib.sha256(b"".join(unit)).hexdigest()
                 key = hashlib.sha256(json.dumps([self.settings, end, content], sort_keys=True).encode()).hexdigest()
@@ -439,7 +440,7 @@ class Units:
                     self.progress.update(size)
                     continue
                 rows = [parse_row(line) for line in unit]
-                self.notes.update("no JSON object, kept as text" for _, good in rows if not good)
+                self.notes.update("not a JSON object, kept as text" for _, good in rows if not good)
                 yield SimpleNamespace(path=path, size=size, rows=[row for row, _ in rows],
                                       todo=[(offset, row) for offset, (row, good) in zip(offsets, rows) if good])
 
@@ -480,13 +481,13 @@ class Units:
         for key, value in {**self.settings, "input": self.input_hash.hexdigest()}.items():
             if made.get(key) != value:
                 die(f"{self.output} was made with {key} = {made.get(key)!r}, now it is {value!r}: choose another --output")
-        shutil.rmtree(self.parts, ignore_errors=True)  # of a launch that was killed before it could
+        shutil.rmtree(self.parts, ignore_errors=True)  # if the launch that joined them was killed before it could
         return True
 
     def join(self):
         """Join the units if all are there, and say what this launch did."""
         self.progress.close()
-        there = set(os.listdir(self.parts)) if os.path.isdir(self.parts) else set()
+        clock, there = self.clock, set(os.listdir(self.parts)) if os.path.isdir(self.parts) else set()
         missing = {os.path.basename(path) for path in self.paths} - there
         if not self.finished() and missing:
             print(f"{len(missing)} of {len(self.paths)} units are not there yet: the last rank joins all (if none is at work, repeat the command)")
@@ -495,25 +496,16 @@ class Units:
             self.save(self.output + ".settings.json", [record.encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
             shutil.rmtree(self.parts, ignore_errors=True)
-        rows, seconds = self.clock[-1][0], self.clock[-1][1] - self.clock[0][1]
+        rows, seconds = clock[-1][0], clock[-1][1] - clock[0][1]
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
               f"{rows / max(seconds, 1e-9):.2f} rows a second")
         for what, count in self.outcomes.most_common() + self.notes.most_common():
             print(f"{count:9d}  {what}")
         if self.args.limit is not None and rows:
-            first, begun = self.clock[len(self.clock) > 2]  # behind the first unit, in which all warms up
+            first, begun = clock[len(clock) > 2]  # after the first unit, which includes the warm-up
             for millions in (1, 12, 300):
-                days = millions * 1e6 * (self.clock[-1][1] - begun) / (rows - first) / self.world / 86400
+                days = millions * 1e6 * (clock[-1][1] - begun) / (rows - first) / self.world / 86400
                 print(f"{millions:6d} M rows would take {days:10,.2f} days at this rate on {self.world} rank(s)")
-
-
-def take(lines, size):
-    """The next lines, until they are `size` bytes together."""
-    taken = []
-    while size > 0 and (line := next(lines, b"")):
-        taken.append(line)
-        size -= len(line)
-    return taken
 
 
 def batched(items, size):
@@ -537,7 +529,7 @@ class Server:
         self.map(lambda url: self.ask([url], **trial), self.urls)
         for url in self.urls:
             with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url + "/version", timeout=10) as response:
-                units.servers.append(json.load(response))  # vLLM says so; not a setting: a long run survives an update
+                units.servers.append(json.load(response))  # vLLM reports it; not a setting: a long run survives an update
 
     def map(self, function, items):
         """[function(item) for item in items], many at a time"""
@@ -547,7 +539,7 @@ class Server:
         except BaseException as e:  # Ctrl-C too: what waits is not asked any more
             self.leaving.set()
             self.pool.shutdown(cancel_futures=True)
-            if isinstance(e, OSError):  # a server's, or a disk's under an image
+            if isinstance(e, OSError):  # from a server, or from the disk that holds an image
                 die(f"{e}. Nothing is lost: the same command goes on from here")
             raise
 
@@ -577,7 +569,7 @@ class Server:
             if (code in (400, 413, 422) or broken == 3) and request != self.trial:
                 self.ask([url], **self.trial)  # if even this is refused, it is not the row's fault, and the launch ends
                 self.refused += 1  # one row after another, without an answer in between
-                if self.refused == 100:
+                if self.refused >= 100:
                     raise ConnectionError(f"--server {url} refuses every row: {fault}")
                 return "", False, f"refused by the server: {fault}"
             failures += not (code in (429, 503) and self.answered > answered)  # else it is only busy

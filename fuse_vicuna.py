@@ -8,7 +8,7 @@
 Row in:  {"image": "photos/1.jpg", "alt": "IMG_0123 sale!!", "vec": "a red bicycle leaning on a wall"}
 Row out: the same and "vecap": "..."; a list of AltTexts gives a list. A refusal is asked again with the VeC alone. An
 AltText over --max-alt-tokens is cut, a VeC never. Where one of the two is missing, the other is rewritten alone.
-The same command goes on after any interruption, and its result is the same to the byte.
+The same command resumes after any interruption. Without --server, its output is then identical byte for byte.
 
 Read chat_prompt, fuse and answer, then main. What follows main is the same in all three captioning scripts: rows, resuming,
 servers.
@@ -30,7 +30,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,7 +43,7 @@ INSTRUCTION = ("Rephrase the following two sentences into one short sentence whi
                "attributes before noun entities without introducing new meaning. Do not start with \"The image\".")
 ALONE = INSTRUCTION.replace("two sentences", "sentence")
 SHOTS = 4  # pairs in the prompt of --format pairs
-MAX_VEC_TOKENS = 256  # a longer VeC is no caption, and is never cut: its row is left null; assumed
+MAX_VEC_TOKENS = 256  # a longer VeC is not a caption, and is never cut: its result is null; our choice
 PROMPTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompts")
 
 
@@ -65,7 +64,7 @@ def chat_prompt(alt, vec, instruction=INSTRUCTION):
 
 def pairs_prompt(pairs, alt, vec):
     """The deviation for base models and small ones, which do not follow the instruction but continue a list."""
-    return "Merge two texts about one picture into one short caption.\n\n" + "".join(
+    return "Merge two texts about one image into one short caption.\n\n" + "".join(
         f"{pair['vec']} + {pair['alt']} => {pair['output']}\n" for pair in pairs) + " + ".join(filter(None, (vec, alt))) + " =>"
 
 
@@ -99,12 +98,17 @@ def fuse(ask, given, openings, notes):
     return results
 
 
+def source_list(row, args):
+    """The list that the result follows: of AltTexts or, if there is none, of VeCs; None if there is none either"""
+    return next((value for value in (row.get(args.alt_field), row.get(args.vec_field)) if value and isinstance(value, list)), None)
+
+
 def read_texts(row, args, tokenizer, markers, notes):
-    """For every AltText of a row: (AltText, VeC), or why there is nothing to ask"""
-    vecs = row.get(args.vec_field)
-    for i, alt in enumerate(as_list(row.get(args.alt_field))):
-        vec = (vecs[i] if i < len(vecs) else None) if isinstance(vecs, list) else vecs
-        alt, vec = (clean(text, markers) if isinstance(text, str) else "" for text in (alt, vec))
+    """For every AltText of a row: (AltText, VeC) to be asked, or the reason why not"""
+    values = [row.get(args.alt_field), row.get(args.vec_field)]
+    for i, _ in enumerate(as_list(source_list(row, args))):
+        texts = [(value[i] if i < len(value) else None) if isinstance(value, list) else value for value in values]
+        alt, vec = (clean(text, markers) if isinstance(text, str) else "" for text in texts)
         short = cut(tokenizer, alt, args.max_alt_tokens)
         notes.update(["AltText cut"] * (short != alt))
         yield (f"{args.vec_field} too long" if cut(tokenizer, vec, MAX_VEC_TOKENS) != vec else
@@ -116,7 +120,7 @@ def cut(tokenizer, text, limit):
     if tokenizer is None:
         return text.encode()[:4 * limit].decode(errors="ignore").strip()
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    return tokenizer.decode(ids[:limit]).rstrip("\ufffd").strip() if len(ids) > limit else text  # no half of a character
+    return tokenizer.decode(ids[:limit]).rstrip("\ufffd").strip() if len(ids) > limit else text  # drops a character cut in half
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -137,16 +141,18 @@ def answer(model, tokenizer, prompts, batch_size, notes):
     """Greedy answers, one line each. Prompts of similar length share a batch, and what all of it begin with is computed once."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    known = inspect.signature(model.forward).parameters
+    known, layers = inspect.signature(model.forward).parameters, DynamicCache(config=model.config.get_text_config()).layers
     cache_name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
+    can_share = "position_ids" in known and all(type(layer) is DynamicLayer for layer in layers)  # no window, no recurrence
+    can_pad = all(isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers)  # no recurrence
     texts, ids = [None] * len(prompts), [tokenizer(prompt).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
-    for batch in batched(order, batch_size):
+    groups = [list(same) for _, same in itertools.groupby(order, lambda i: can_pad or len(ids[i]))]
+    for batch in (batch for group in groups for batch in batched(group, batch_size)):
         rows, cache = [ids[i] for i in batch], DynamicCache(config=model.config.get_text_config())
-        P, T = min(len(os.path.commonprefix(rows)), len(rows[0]) - 1), len(rows[-1])
-        # the padding goes behind what all share: right for attention by position, wrong for a window or a recurrence
-        if "position_ids" not in known or len(rows) == 1 or any(type(layer) is not DynamicLayer for layer in cache.layers):
-            P = 0
+        T, P = len(rows[-1]), 0
+        if can_share and len(rows) > 1:  # the prefix is computed once; the padding goes behind it
+            P = min(len(os.path.commonprefix(rows)), len(rows[0]) - 1)
         if P:
             model(input_ids=torch.tensor([rows[0][:P]], device=model.device), use_cache=True, logits_to_keep=1, **{cache_name: cache})
             if cache.get_seq_length() != P:
@@ -155,9 +161,9 @@ def answer(model, tokenizer, prompts, batch_size, notes):
         inputs = torch.tensor([row[:P] + [0] * (T - len(row)) + row[P:] for row in rows], device=model.device)  # [B, T]
         mask = torch.tensor([[1] * P + [0] * (T - len(row)) + [1] * (len(row) - P) for row in rows], device=model.device)
         new = model.generate(input_ids=inputs, attention_mask=mask, tokenizer=tokenizer, **{cache_name: cache} if P else {})[:, T:].tolist()
-        answers = [until_end(row, model.generation_config.eos_token_id) for row in new]
-        for i, row, answer, text in zip(batch, new, answers, tokenizer.batch_decode(answers, skip_special_tokens=True)):
-            cut_off = answer == row and not (model.generation_config.stop_strings and "\n" in text)
+        until = [until_end(row, model.generation_config.eos_token_id) for row in new]
+        for i, row, kept, text in zip(batch, new, until, tokenizer.batch_decode(until, skip_special_tokens=True)):
+            cut_off = kept == row and not (model.generation_config.stop_strings and "\n" in text)
             notes.update(["cut off at --max-new-tokens"] * cut_off)
             texts[i] = text
     return [(text, None) for text in texts]
@@ -168,7 +174,7 @@ def answer(model, tokenizer, prompts, batch_size, notes):
 def main(argv=None):
     parser = stage_parser(__doc__, model="lmsys/vicuna-13b-v1.1", batch_size=32, max_new_tokens=77)  # 77: assumed
     parser.add_argument("--alt-field", default="alt", help="AltText, a text or a list of them (default: %(default)s)")
-    parser.add_argument("--vec-field", default="vec", help="what the image shows (default: %(default)s)")
+    parser.add_argument("--vec-field", default="vec", help="the VeC, as caption_llava.py writes it (default: %(default)s)")
     parser.add_argument("--prompt", default=INSTRUCTION, help="the instruction before \"1. AltText 2. VeC\" (default: the paper's)")
     parser.add_argument("--max-alt-tokens", type=number(int, 0), default=128, help="AltText is cut there, VeC never (default: %(default)s)")
     parser.add_argument("--format", default="chat", choices=["chat", "pairs"],
@@ -177,10 +183,10 @@ def main(argv=None):
     with open(os.path.join(PROMPTS, "fuse_pairs.jsonl"), encoding="utf-8-sig") as f:
         pairs = [json.loads(line) for line in f]
     with open(os.path.join(PROMPTS, "refusals.txt"), encoding="utf-8-sig") as f:
-        openings = tuple(f.read().splitlines())  # in lower case
+        openings = tuple(filter(None, f.read().splitlines()))  # in lower case
     device = pick_device(args)
     settings = {name: getattr(args, name) for name in ("alt_field", "vec_field", "prompt", "max_alt_tokens", "format")}
-    settings["prompts_sha256"] = hashlib.sha256(json.dumps([SYSTEM, ALONE, pairs, openings]).encode()).hexdigest()
+    settings["prompts_sha256"] = hashlib.sha256(json.dumps([SYSTEM, ALONE, pairs_prompt(pairs, "", ""), openings]).encode()).hexdigest()
     units = Units(args, settings, reads=[args.alt_field, args.vec_field], makes=["vecap"])
     if units.finished():
         return print(f"{args.output} is finished")
@@ -188,7 +194,11 @@ def main(argv=None):
     if args.server:
         tokenizer, how = None, {"temperature": 0, "top_p": 1, "seed": args.seed, "stop": ["\n"]}
         server = Server(args, units, "/v1/completions", prompt=chat_prompt("a photo of a dog", "a brown dog", args.prompt), **how)
-        ask_prompts = lambda prompts: [(text, reason) for text, _, reason in server.map(lambda prompt: server.ask(prompt=prompt, **how), prompts)]
+
+        def ask_prompts(prompts):
+            answers = server.map(lambda prompt: server.ask(prompt=prompt, **how), prompts)
+            units.notes.update("cut off at --max-new-tokens" for text, ended, refusal in answers if not (ended or refusal or "\n" in text))
+            return [(text, refusal) for text, _, refusal in answers]
     else:
         model, tokenizer = load_model(args, device)
         ask_prompts = lambda prompts: answer(model, tokenizer, prompts, args.batch_size, units.notes)
@@ -201,7 +211,7 @@ def main(argv=None):
         given = [[*read_texts(row, args, tokenizer, markers, units.notes)] for _, row in unit.todo]
         results = iter(fuse(ask, [pair for texts in given for pair in texts], openings, units.outcomes))
         for (_, row), texts in zip(unit.todo, given):
-            put_texts(row, "vecap", row.get(args.alt_field), [next(results) for _ in texts])
+            put_texts(row, "vecap", source_list(row, args), [next(results) for _ in texts])
         units.write(unit)
     units.join()
 
@@ -235,30 +245,30 @@ def stage_parser(description, **defaults):
     add("--input", required=True, help="JSONL, one row an image (data/README.md)")
     add("--output", required=True, help="JSONL, one row for every row of --input, in its order")
     add("--model", help="folder or hub name; with --server the name that it serves (default: %(default)s)")
-    add("--max-new-tokens", type=number(int, 1), help="an answer's limit (default: %(default)s)")
-    add("--batch-size", type=number(int, 1), help="answers generated at a time (default: %(default)s)")
+    add("--max-new-tokens", type=number(int, 1), help="longest answer, in tokens (default: %(default)s)")
+    add("--batch-size", type=number(int, 1), help="prompts a batch (default: %(default)s)")
     add("--limit", type=number(int, 0), help="only the first N lines, and an estimate for whole data sets (default: all)")
     add("--dtype", default="auto", choices=["auto", *DTYPES],
         help="auto: bf16 where the hardware computes in it, else fp32 (fp16 for GPUs before Ampere)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
-    add("--seed", type=number(int, 0), default=0, help="of everything drawn at random (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="seed of all random draws (default: %(default)s)")
     add("--server", nargs="+", metavar="URL", help="OpenAI-compatible servers (vLLM, SGLang) that generate the texts and share "
-        "the work; whether a second run gives the same bytes is their matter (default: generate here)")
-    add("--concurrency", type=number(int, 1), default=64, help="requests under way to each server (default: %(default)s)")
+        "the work; a second run may give other texts (default: generate here)")
+    add("--concurrency", type=number(int, 1), default=64, help="open requests per server (default: %(default)s)")
     parser.set_defaults(**defaults)
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     return parser
 
 
 def pick_device(args):
-    """-> the device for the model; args.dtype becomes its dtype, since this changes texts and is one of OUT's settings."""
+    """Return the model's device. Set args.dtype to the dtype in use: it changes the texts, so it is one of OUT's settings."""
     if args.server:
         args.dtype = args.batch_size = "the server's"
         return None
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in found if found[name]) if args.device == "auto" else args.device
     if not found[device]:
-        die(f"--device {device}: torch finds none here")
+        die(f"--device {device}: torch finds no such device")
     if args.dtype == "auto":
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
                   device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
@@ -270,7 +280,7 @@ def load(auto_class, name, **options):
     """auto_class.from_pretrained, or one line that says what is wrong with --model."""
     try:
         return auto_class.from_pretrained(name, **options)
-    except Exception as e:  # transformers raises nearly everything for a folder that is none
+    except Exception as e:  # transformers raises nearly everything for a folder without a model
         die(f"--model {name}: {auto_class.__name__} cannot load it: {type(e).__name__}: {e}")
 
 
@@ -309,7 +319,7 @@ def as_list(value):
 def put_texts(row, field, source, results):
     """Put [(text or None, reason or None)] into row[field]: a list if `source`, what they were made from, is one. The
     reasons go to row["error"][field]."""
-    if row.get(field) is not None:  # further down than Units looked
+    if row.get(field) is not None:  # Units checks only the first 1,000 rows
         source, results = None, [(row[field], "was there before, kept")]
     texts, reasons = ([result[i] for result in results] for i in (0, 1))
     row[field], reason = (texts, reasons) if as_list(source) is source else (texts[0], reasons[0])
@@ -317,19 +327,19 @@ def put_texts(row, field, source, results):
     if any(reasons):
         error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # the user's own: kept
         row["error"] = {**error, field: reason}
-    elif isinstance(error, dict):
-        error.pop(field, None)  # of a launch before, and no longer true
+    elif isinstance(error, dict) and error.pop(field, None) and not error:  # from an earlier run, no longer true
+        del row["error"]
 
 
 def parse_row(line):
-    """The line's object and True. If the line is no JSON object: a row that keeps its text and the reason, and False."""
+    """The line's object and True. If the line is not a JSON object: a row that keeps its text and the reason, and False."""
     try:
         row = json.loads(line.decode("utf-8-sig"))  # which skips a byte order mark
-        reason = None if isinstance(row, dict) else "not a JSON object"
+        if isinstance(row, dict):
+            return row, True
+        reason = "not a JSON object"
     except (ValueError, RecursionError) as e:
         reason = f"not JSON: {e}"
-    if reason is None:
-        return row, True
     return {"error": {"line": reason}, "line": line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")}, False
 
 
@@ -342,7 +352,7 @@ class Units:
     whoever else is at work; one that is not there is made. No locks, no process group, nothing else to remember."""
 
     def __init__(self, args, settings, reads, makes):
-        """reads, makes: fields of which the first rows must have one, and none"""
+        """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
         self.args, self.output, self.parts, self.servers = args, args.output, args.output + ".parts", []
         self.settings = {name: getattr(args, name) for name in ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
@@ -373,9 +383,10 @@ class Units:
             unit_size *= 2
         self.progress = tqdm(total=size if self.args.limit is None else None, unit="B", unit_scale=True,
                              delay=1, disable=self.rank > 0)
+        left = sys.maxsize if self.args.limit is None else self.args.limit
         with open(self.args.input, "rb") as f:
-            lines = itertools.islice(f, self.args.limit)
-            while unit := take(lines, unit_size):
+            while unit := f.readlines(unit_size - 1)[:left]:  # the next lines, until they are unit_size together
+                left -= len(unit)
                 offsets = list(itertools.accumulate(map(len, unit), initial=end))
                 content = hashlib.sha256(b"".join(unit)).hexdigest()
                 key = hashlib.sha256(json.dumps([self.settings, end, content], sort_keys=True).encode()).hexdigest()
@@ -387,7 +398,7 @@ class Units:
                     self.progress.update(size)
                     continue
                 rows = [parse_row(line) for line in unit]
-                self.notes.update("no JSON object, kept as text" for _, good in rows if not good)
+                self.notes.update("not a JSON object, kept as text" for _, good in rows if not good)
                 yield SimpleNamespace(path=path, size=size, rows=[row for row, _ in rows],
                                       todo=[(offset, row) for offset, (row, good) in zip(offsets, rows) if good])
 
@@ -428,13 +439,13 @@ class Units:
         for key, value in {**self.settings, "input": self.input_hash.hexdigest()}.items():
             if made.get(key) != value:
                 die(f"{self.output} was made with {key} = {made.get(key)!r}, now it is {value!r}: choose another --output")
-        shutil.rmtree(self.parts, ignore_errors=True)  # of a launch that was killed before it could
+        shutil.rmtree(self.parts, ignore_errors=True)  # if the launch that joined them was killed before it could
         return True
 
     def join(self):
         """Join the units if all are there, and say what this launch did."""
         self.progress.close()
-        there = set(os.listdir(self.parts)) if os.path.isdir(self.parts) else set()
+        clock, there = self.clock, set(os.listdir(self.parts)) if os.path.isdir(self.parts) else set()
         missing = {os.path.basename(path) for path in self.paths} - there
         if not self.finished() and missing:
             print(f"{len(missing)} of {len(self.paths)} units are not there yet: the last rank joins all (if none is at work, repeat the command)")
@@ -443,25 +454,16 @@ class Units:
             self.save(self.output + ".settings.json", [record.encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
             shutil.rmtree(self.parts, ignore_errors=True)
-        rows, seconds = self.clock[-1][0], self.clock[-1][1] - self.clock[0][1]
+        rows, seconds = clock[-1][0], clock[-1][1] - clock[0][1]
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
               f"{rows / max(seconds, 1e-9):.2f} rows a second")
         for what, count in self.outcomes.most_common() + self.notes.most_common():
             print(f"{count:9d}  {what}")
         if self.args.limit is not None and rows:
-            first, begun = self.clock[len(self.clock) > 2]  # behind the first unit, in which all warms up
+            first, begun = clock[len(clock) > 2]  # after the first unit, which includes the warm-up
             for millions in (1, 12, 300):
-                days = millions * 1e6 * (self.clock[-1][1] - begun) / (rows - first) / self.world / 86400
+                days = millions * 1e6 * (clock[-1][1] - begun) / (rows - first) / self.world / 86400
                 print(f"{millions:6d} M rows would take {days:10,.2f} days at this rate on {self.world} rank(s)")
-
-
-def take(lines, size):
-    """The next lines, until they are `size` bytes together."""
-    taken = []
-    while size > 0 and (line := next(lines, b"")):
-        taken.append(line)
-        size -= len(line)
-    return taken
 
 
 def batched(items, size):
@@ -485,7 +487,7 @@ class Server:
         self.map(lambda url: self.ask([url], **trial), self.urls)
         for url in self.urls:
             with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url + "/version", timeout=10) as response:
-                units.servers.append(json.load(response))  # vLLM says so; not a setting: a long run survives an update
+                units.servers.append(json.load(response))  # vLLM reports it; not a setting: a long run survives an update
 
     def map(self, function, items):
         """[function(item) for item in items], many at a time"""
@@ -495,7 +497,7 @@ class Server:
         except BaseException as e:  # Ctrl-C too: what waits is not asked any more
             self.leaving.set()
             self.pool.shutdown(cancel_futures=True)
-            if isinstance(e, OSError):  # a server's, or a disk's under an image
+            if isinstance(e, OSError):  # from a server, or from the disk that holds an image
                 die(f"{e}. Nothing is lost: the same command goes on from here")
             raise
 
@@ -525,7 +527,7 @@ class Server:
             if (code in (400, 413, 422) or broken == 3) and request != self.trial:
                 self.ask([url], **self.trial)  # if even this is refused, it is not the row's fault, and the launch ends
                 self.refused += 1  # one row after another, without an answer in between
-                if self.refused == 100:
+                if self.refused >= 100:
                     raise ConnectionError(f"--server {url} refuses every row: {fault}")
                 return "", False, f"refused by the server: {fault}"
             failures += not (code in (429, 503) and self.answered > answered)  # else it is only busy

@@ -10,7 +10,7 @@ prompt is a task line, three pairs drawn from the set, and the caption; the lang
 
 Row in:  {"image": "photos/1.jpg", "alt": "red bike"}
 Row out: the same and "rewrite_chatgpt": "...", ...; null where no usable answer came, with the reason in "error".
-The same command goes on after any interruption, and its result is the same to the byte.
+The same command resumes after any interruption. Without --server, its output is then identical byte for byte.
 
 Read draw_prompt, rewrite, Completer.complete and sample, in this order, then main. What follows main is the same in all
 three captioning scripts: rows, resuming, servers.
@@ -44,7 +44,7 @@ from tqdm import tqdm
 SOURCES = ["chatgpt", "bard", "coco", "human"]  # M = 4 rewrites a caption (paper, section 3.1)
 TASK = "Rewrite each image caption in other words, keeping its meaning."  # ours; the release's: "write image captions differently,"
 GROUP = 512  # texts that share their three pairs; ours (the release draws pairs for every text)
-MAX_INPUT_TOKENS = 256  # a longer text is no caption: its rewrite is null; assumed
+MAX_INPUT_TOKENS = 256  # a longer text is not a caption: its rewrite is null; our choice
 PAIRS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompts", "meta_pairs.jsonl")
 
 
@@ -155,7 +155,7 @@ class Completer:
         self.stops = torch.tensor(["\n" in piece for piece in pieces], device=model.device)  # [V]: tokens that end a line
         self.ends = end_tokens(model, tokenizer)
         self.stops[self.ends] = True
-        if not all(isinstance(layer, DynamicLayer) for layer in self.new_cache().layers):
+        if not all(isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in self.new_cache().layers):
             die(f"--model {args.model}: some layers have no attention, which is not supported here; use --server")
         AttentionInterface.register("shared_prefix", self.attend)
         AttentionMaskInterface.register("shared_prefix", eager_mask)
@@ -205,7 +205,7 @@ class Completer:
     @torch.inference_mode()
     def try_sharing(self):
         """Whether attention over shared and own tokens gives what the model's own attention gives, tried on twelve tokens.
-        A sliding window can not be shared, nor can attention with a softcap or sinks."""
+        A sliding window cannot be shared, nor can attention with a softcap or sinks."""
         ids = torch.arange(12, device=self.model.device)[None] + 5
         own, position = ids[:, 8:], torch.arange(8, 12, device=ids.device)[None]
         before = self.model.config._attn_implementation
@@ -222,7 +222,7 @@ class Completer:
         return self.shares
 
     def complete(self, prompt, texts, seeds):
-        """-> for each text (answer, whether its line ended, None), or (None, False, why it cannot be asked)"""
+        """-> for each text (answer, whether its line ended, None), or ("", False, why it cannot be asked)"""
         self.set_prefix(torch.tensor([self.tokenizer(prompt).input_ids], device=self.model.device))
         encode = partial(self.tokenizer, add_special_tokens=False)
         newline = len(encode("\n").input_ids)  # the text follows one; without it LLaMA's tokenizer adds a blank
@@ -230,7 +230,7 @@ class Completer:
         uniform = [np.random.default_rng(seed).random(self.args.max_new_tokens, "f4") for seed in seeds]
         results = [("", False, "input too long")] * len(texts)
         order = sorted((i for i in range(len(texts)) if len(ids[i]) <= MAX_INPUT_TOKENS), key=lambda i: len(ids[i]))
-        for _, same in itertools.groupby(order, lambda i: self.shares or len(ids[i])):  # a window would count the padding
+        for _, same in itertools.groupby(order, lambda i: self.shares or len(ids[i])):  # without sharing, only texts of one length: a window would count the padding
             for batch in batched(list(same), self.args.batch_size):
                 new = self.decode([ids[i] for i in batch], torch.tensor(np.stack([uniform[i] for i in batch])))
                 answers = [until_end(tokens, self.ends) for tokens in new]
@@ -291,6 +291,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not 0 < args.top_p <= 1:
         die(f"--top-p {args.top_p}: expected more than 0 and at most 1")
+    args.sources = list(dict.fromkeys(args.sources))
     examples = load_pairs(args.pairs, args.sources)
     for source, found in examples.items():
         if len(found) < args.shots:
@@ -360,30 +361,30 @@ def stage_parser(description, **defaults):
     add("--input", required=True, help="JSONL, one row an image (data/README.md)")
     add("--output", required=True, help="JSONL, one row for every row of --input, in its order")
     add("--model", help="folder or hub name; with --server the name that it serves (default: %(default)s)")
-    add("--max-new-tokens", type=number(int, 1), help="an answer's limit (default: %(default)s)")
-    add("--batch-size", type=number(int, 1), help="answers generated at a time (default: %(default)s)")
+    add("--max-new-tokens", type=number(int, 1), help="longest answer, in tokens (default: %(default)s)")
+    add("--batch-size", type=number(int, 1), help="prompts a batch (default: %(default)s)")
     add("--limit", type=number(int, 0), help="only the first N lines, and an estimate for whole data sets (default: all)")
     add("--dtype", default="auto", choices=["auto", *DTYPES],
         help="auto: bf16 where the hardware computes in it, else fp32 (fp16 for GPUs before Ampere)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
-    add("--seed", type=number(int, 0), default=0, help="of everything drawn at random (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="seed of all random draws (default: %(default)s)")
     add("--server", nargs="+", metavar="URL", help="OpenAI-compatible servers (vLLM, SGLang) that generate the texts and share "
-        "the work; whether a second run gives the same bytes is their matter (default: generate here)")
-    add("--concurrency", type=number(int, 1), default=64, help="requests under way to each server (default: %(default)s)")
+        "the work; a second run may give other texts (default: generate here)")
+    add("--concurrency", type=number(int, 1), default=64, help="open requests per server (default: %(default)s)")
     parser.set_defaults(**defaults)
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     return parser
 
 
 def pick_device(args):
-    """-> the device for the model; args.dtype becomes its dtype, since this changes texts and is one of OUT's settings."""
+    """Return the model's device. Set args.dtype to the dtype in use: it changes the texts, so it is one of OUT's settings."""
     if args.server:
         args.dtype = args.batch_size = "the server's"
         return None
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name in found if found[name]) if args.device == "auto" else args.device
     if not found[device]:
-        die(f"--device {device}: torch finds none here")
+        die(f"--device {device}: torch finds no such device")
     if args.dtype == "auto":
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
                   device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
@@ -395,7 +396,7 @@ def load(auto_class, name, **options):
     """auto_class.from_pretrained, or one line that says what is wrong with --model."""
     try:
         return auto_class.from_pretrained(name, **options)
-    except Exception as e:  # transformers raises nearly everything for a folder that is none
+    except Exception as e:  # transformers raises nearly everything for a folder without a model
         die(f"--model {name}: {auto_class.__name__} cannot load it: {type(e).__name__}: {e}")
 
 
@@ -434,7 +435,7 @@ def as_list(value):
 def put_texts(row, field, source, results):
     """Put [(text or None, reason or None)] into row[field]: a list if `source`, what they were made from, is one. The
     reasons go to row["error"][field]."""
-    if row.get(field) is not None:  # further down than Units looked
+    if row.get(field) is not None:  # Units checks only the first 1,000 rows
         source, results = None, [(row[field], "was there before, kept")]
     texts, reasons = ([result[i] for result in results] for i in (0, 1))
     row[field], reason = (texts, reasons) if as_list(source) is source else (texts[0], reasons[0])
@@ -442,19 +443,19 @@ def put_texts(row, field, source, results):
     if any(reasons):
         error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # the user's own: kept
         row["error"] = {**error, field: reason}
-    elif isinstance(error, dict):
-        error.pop(field, None)  # of a launch before, and no longer true
+    elif isinstance(error, dict) and error.pop(field, None) and not error:  # from an earlier run, no longer true
+        del row["error"]
 
 
 def parse_row(line):
-    """The line's object and True. If the line is no JSON object: a row that keeps its text and the reason, and False."""
+    """The line's object and True. If the line is not a JSON object: a row that keeps its text and the reason, and False."""
     try:
         row = json.loads(line.decode("utf-8-sig"))  # which skips a byte order mark
-        reason = None if isinstance(row, dict) else "not a JSON object"
+        if isinstance(row, dict):
+            return row, True
+        reason = "not a JSON object"
     except (ValueError, RecursionError) as e:
         reason = f"not JSON: {e}"
-    if reason is None:
-        return row, True
     return {"error": {"line": reason}, "line": line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")}, False
 
 
@@ -467,7 +468,7 @@ class Units:
     whoever else is at work; one that is not there is made. No locks, no process group, nothing else to remember."""
 
     def __init__(self, args, settings, reads, makes):
-        """reads, makes: fields of which the first rows must have one, and none"""
+        """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
         self.args, self.output, self.parts, self.servers = args, args.output, args.output + ".parts", []
         self.settings = {name: getattr(args, name) for name in ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
@@ -498,9 +499,10 @@ class Units:
             unit_size *= 2
         self.progress = tqdm(total=size if self.args.limit is None else None, unit="B", unit_scale=True,
                              delay=1, disable=self.rank > 0)
+        left = sys.maxsize if self.args.limit is None else self.args.limit
         with open(self.args.input, "rb") as f:
-            lines = itertools.islice(f, self.args.limit)
-            while unit := take(lines, unit_size):
+            while unit := f.readlines(unit_size - 1)[:left]:  # the next lines, until they are unit_size together
+                left -= len(unit)
                 offsets = list(itertools.accumulate(map(len, unit), initial=end))
                 content = hashlib.sha256(b"".join(unit)).hexdigest()
                 key = hashlib.sha256(json.dumps([self.settings, end, content], sort_keys=True).encode()).hexdigest()
@@ -512,7 +514,7 @@ class Units:
                     self.progress.update(size)
                     continue
                 rows = [parse_row(line) for line in unit]
-                self.notes.update("no JSON object, kept as text" for _, good in rows if not good)
+                self.notes.update("not a JSON object, kept as text" for _, good in rows if not good)
                 yield SimpleNamespace(path=path, size=size, rows=[row for row, _ in rows],
                                       todo=[(offset, row) for offset, (row, good) in zip(offsets, rows) if good])
 
@@ -553,13 +555,13 @@ class Units:
         for key, value in {**self.settings, "input": self.input_hash.hexdigest()}.items():
             if made.get(key) != value:
                 die(f"{self.output} was made with {key} = {made.get(key)!r}, now it is {value!r}: choose another --output")
-        shutil.rmtree(self.parts, ignore_errors=True)  # of a launch that was killed before it could
+        shutil.rmtree(self.parts, ignore_errors=True)  # if the launch that joined them was killed before it could
         return True
 
     def join(self):
         """Join the units if all are there, and say what this launch did."""
         self.progress.close()
-        there = set(os.listdir(self.parts)) if os.path.isdir(self.parts) else set()
+        clock, there = self.clock, set(os.listdir(self.parts)) if os.path.isdir(self.parts) else set()
         missing = {os.path.basename(path) for path in self.paths} - there
         if not self.finished() and missing:
             print(f"{len(missing)} of {len(self.paths)} units are not there yet: the last rank joins all (if none is at work, repeat the command)")
@@ -568,25 +570,16 @@ class Units:
             self.save(self.output + ".settings.json", [record.encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
             shutil.rmtree(self.parts, ignore_errors=True)
-        rows, seconds = self.clock[-1][0], self.clock[-1][1] - self.clock[0][1]
+        rows, seconds = clock[-1][0], clock[-1][1] - clock[0][1]
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
               f"{rows / max(seconds, 1e-9):.2f} rows a second")
         for what, count in self.outcomes.most_common() + self.notes.most_common():
             print(f"{count:9d}  {what}")
         if self.args.limit is not None and rows:
-            first, begun = self.clock[len(self.clock) > 2]  # behind the first unit, in which all warms up
+            first, begun = clock[len(clock) > 2]  # after the first unit, which includes the warm-up
             for millions in (1, 12, 300):
-                days = millions * 1e6 * (self.clock[-1][1] - begun) / (rows - first) / self.world / 86400
+                days = millions * 1e6 * (clock[-1][1] - begun) / (rows - first) / self.world / 86400
                 print(f"{millions:6d} M rows would take {days:10,.2f} days at this rate on {self.world} rank(s)")
-
-
-def take(lines, size):
-    """The next lines, until they are `size` bytes together."""
-    taken = []
-    while size > 0 and (line := next(lines, b"")):
-        taken.append(line)
-        size -= len(line)
-    return taken
 
 
 def batched(items, size):
@@ -610,7 +603,7 @@ class Server:
         self.map(lambda url: self.ask([url], **trial), self.urls)
         for url in self.urls:
             with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url + "/version", timeout=10) as response:
-                units.servers.append(json.load(response))  # vLLM says so; not a setting: a long run survives an update
+                units.servers.append(json.load(response))  # vLLM reports it; not a setting: a long run survives an update
 
     def map(self, function, items):
         """[function(item) for item in items], many at a time"""
@@ -620,7 +613,7 @@ class Server:
         except BaseException as e:  # Ctrl-C too: what waits is not asked any more
             self.leaving.set()
             self.pool.shutdown(cancel_futures=True)
-            if isinstance(e, OSError):  # a server's, or a disk's under an image
+            if isinstance(e, OSError):  # from a server, or from the disk that holds an image
                 die(f"{e}. Nothing is lost: the same command goes on from here")
             raise
 
@@ -650,7 +643,7 @@ class Server:
             if (code in (400, 413, 422) or broken == 3) and request != self.trial:
                 self.ask([url], **self.trial)  # if even this is refused, it is not the row's fault, and the launch ends
                 self.refused += 1  # one row after another, without an answer in between
-                if self.refused == 100:
+                if self.refused >= 100:
                     raise ConnectionError(f"--server {url} refuses every row: {fault}")
                 return "", False, f"refused by the server: {fault}"
             failures += not (code in (429, 503) and self.answered > answered)  # else it is only busy

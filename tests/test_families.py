@@ -25,13 +25,15 @@ SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_att
 OLD = dict(num_key_value_heads=4, n_embd=64, n_layer=2, n_head=4, d_model=64, n_layers=2, n_heads=4)  # other names for the same
 GEMMA = dict(head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16)
 TEXT = {  # family: its configuration; windows are smaller than the prompts
-    "Llama": {}, "Qwen2": {}, "Mistral": dict(sliding_window=8), "Gemma2": GEMMA, "Gemma3Text": GEMMA,
+    "Llama": {}, "Qwen2": {}, "Mistral": dict(sliding_window=16), "Gemma2": GEMMA, "Gemma3Text": GEMMA,
     "GptOss": dict(head_dim=16, sliding_window=8, num_local_experts=4, num_experts_per_tok=2),  # attention sinks
     "DeepseekV3": dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16),
     "GPT2": OLD, "Bloom": OLD, "Mpt": OLD, "Mamba": dict(state_size=8), "Lfm2": dict(layer_types=["conv", "full_attention"]),
     "Qwen3_5Text": dict(head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
                         layer_types=["linear_attention", "full_attention"]),
-    "Jamba": dict(num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=8, use_mamba_kernels=False)}
+    "Jamba": dict(num_experts=2, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=8, use_mamba_kernels=False),
+    "RecurrentGemma": dict(num_hidden_layers=3, head_dim=16, lru_width=64, attention_window_size=8),
+    "FalconH1": dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8)}
 MUST = list(TEXT)[:7]  # the others: right, or one line that they cannot be
 IMAGE = ["llava", "LlavaNext", "Qwen2_5_VL", "Qwen3VL", "Idefics3", "Gemma3"]  # SmolVLM is Idefics3 with a package more
 

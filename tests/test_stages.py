@@ -328,8 +328,9 @@ def assert_rows_kept(before, after, like="alt"):
             {key: old[key] for key in old if key != "error"}
         for field, value in made.items():
             reason = new.get("error", {}).get(field)
-            if isinstance(old.get(like), list) and old[like] and field != "vec":
-                assert isinstance(value, list) and len(value) == len(old[like])
+            source = next((v for v in (old.get(like), old.get("seen")) if v and isinstance(v, list)), None)
+            if source and field != "vec" and (field == "vecap" or source is old.get(like)):
+                assert isinstance(value, list) and len(value) == len(source)
                 reason = reason or [None] * len(value)
                 assert isinstance(reason, list) and len(reason) == len(value)
             else:
@@ -847,7 +848,7 @@ def test_a_unit_that_cannot_be_written_ends_the_launch(tmp_path, capfd, monkeypa
 
 def test_lines_that_are_no_row_are_counted(tmp_path, capfd):
     make_units(tmp_path, b'{"alt": "red bike"}\nnot json\n[1]\n')
-    assert "2  no JSON object, kept as text" in capfd.readouterr().out and len(read_jsonl(tmp_path / "out")) == 3
+    assert "2  not a JSON object, kept as text" in capfd.readouterr().out and len(read_jsonl(tmp_path / "out")) == 3
 
 
 def test_utf16_and_slurm_are_named(tmp_path, capfd):
