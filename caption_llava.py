@@ -86,7 +86,7 @@ def caption_by_server(server, args, row):
     try:
         message = caption_message(to_rgb(open_image(args.image_root, row.get("image"))), args.prompt)
     except Exception as e:
-        return None, image_fault(e) if row.get("image") else "no image"
+        return None, image_fault(e)
     text, _, refusal = server.ask(messages=[message], temperature=0, seed=args.seed)
     return one_line(text).rstrip("\ufffd "), refusal
 
@@ -100,7 +100,9 @@ MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.
 def open_image(root, name):
     """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row cannot name what lies
     outside; a link that lies inside is the user's own, and is followed."""
-    member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        raise ValueError("no image")
+    member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name)
     path = member[1] if member else name
     if os.path.isabs(path) or ".." in path.split("/"):
         raise ValueError("outside --image-root")
@@ -180,7 +182,7 @@ class Images(torch.utils.data.Dataset):
             try:
                 images[i] = to_rgb(open_image(self.root, name))
             except Exception as e:
-                faults[i] = image_fault(e) if name else "no image"
+                faults[i] = image_fault(e)
         try:
             return self.prepare([*images.values()]), faults
         except Exception:  # find out which image fails

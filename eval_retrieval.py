@@ -11,7 +11,6 @@ the first k, text to image if its image is (VeCLIP, section 4.1). Beside the rec
 An image that cannot be read is named and counts as not found. The similarity matrix is never whole in memory, and any
 number of ranks gives the same figures. --hits writes what `data/page.py hits` shows as a gallery.
 """
-import argparse
 import json
 import math
 import os
@@ -20,11 +19,12 @@ from functools import partial
 
 import torch
 
-from train_clip import all_reduce, die, load_checkpoint, open_image, pick_device, start_ranks, texts_of
+from train_clip import (all_reduce, die, load_checkpoint, new_file, new_parser, number, one_line_for_workers, open_image, pick_device,
+                        start_ranks, texts_of)
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "data"))
 from clip_scores import write_scores  # noqa: E402
-from features import at_least, blocks, encode_images, encode_texts, label_of, read_rows  # noqa: E402
+from features import blocks, encode_images, encode_texts, label_of, read_rows, tell_left_out  # noqa: E402
 
 KS = (1, 5, 10)
 NEVER = 2 ** 62  # the rank of what is not found
@@ -34,18 +34,17 @@ SHOWN = 10  # images a query in --hits
 
 def read_captions(path, field):
     """-> (image paths [N], texts [T], the image that each text belongs to [T]); rows of the same image are one."""
-    number, texts, owner, without = {}, [], [], 0
+    place, texts, owner, without = {}, [], [], []
     for row in read_rows(path):
-        found = texts_of(row.get(field))
-        without += not found
-        if found:
-            owner += [number.setdefault(str(row.get("image")), len(number))] * len(found)
+        if found := texts_of(row.get(field)):
+            owner += [place.setdefault(str(row["image"]), len(place))] * len(found)
             texts += found
+        else:
+            without.append((row["image"], row.get(field)))
     if not texts:
         die(f"--captions {path}: no row has a text in {field!r}")
-    if without:
-        print(f"{without} rows have no text in {field}, left out", file=sys.stderr)
-    return list(number), texts, torch.tensor(owner)
+    tell_left_out(without, field)
+    return list(place), texts, torch.tensor(owner)
 
 
 # === figures ==========================================================================================================
@@ -124,7 +123,7 @@ def best_images(queries, images, k=SHOWN, leave_out=False):
 
 def search(args, encode_names, encode, rank):
     """Prints the five best images of --captions for every --query."""
-    names = list(dict.fromkeys(str(row.get("image")) for row in read_rows(args.captions)))
+    names = list(dict.fromkeys(str(row["image"]) for row in read_rows(args.captions)))
     images, queries = encode_names(names), encode(args.query)
     if rank > 0:
         return
@@ -157,13 +156,15 @@ def text_retrieval(args, encode_names, encode, rank):
 
 def image_retrieval(args, encode_names, rank):
     """-> {"map": ..., and of every domain}"""
-    rows = [row for row in read_rows(args.captions) if label_of(row.get("label"))]
+    every = list(read_rows(args.captions))
+    rows = [row for row in every if label_of(row.get("label"))]
     if not rows:
         die(f"--captions {args.captions}: no row has a label")
-    names, keys = [row.get("image") for row in rows], [label_of(row["label"]) for row in rows]
-    number = {key: i for i, key in enumerate(sorted(set(keys)))}
+    tell_left_out([(row["image"], row.get("label")) for row in every if not label_of(row.get("label"))], "label")
+    names, keys = [row["image"] for row in rows], [label_of(row["label"]) for row in rows]
+    number_of = {key: i for i, key in enumerate(sorted(set(keys)))}
     images = encode_names(names)
-    found = average_precisions(images, torch.tensor([number[key] for key in keys]))
+    found = average_precisions(images, torch.tensor([number_of[key] for key in keys]))
     if found.isnan().all():
         die(f"--captions {args.captions}: no two images have the same label")
     groups = {"map": found}
@@ -172,14 +173,14 @@ def image_retrieval(args, encode_names, rank):
     figures = {name: values.nanmean().item() for name, values in groups.items() if not values.isnan().all()}
     if rank > 0:
         return
-    print(f"{len(names)} images of {len(number)} labels, {int(found.isnan().sum())} the only one of its label, no query")
+    print(f"{len(names)} images of {len(number_of)} labels, {int(found.isnan().sum())} the only one of its label, no query")
     for name, value in figures.items():
         print(f"{name:24}{100 * value:8.2f} %")
     if args.hits:
         write_hits(args.hits, ({"image": name, "truth": key, "average_precision": None if math.isnan(ap) else ap} for
                                name, key, ap in zip(names, keys, found.tolist())),
                    best_images(images, images, leave_out=True), names, keys, keys)
-    return {**figures, "images": len(names), "labels": len(number), "alone": int(found.isnan().sum())}
+    return {**figures, "images": len(names), "labels": len(number_of), "alone": int(found.isnan().sum())}
 
 
 def write_hits(path, queries, found, names, keys=None, own=None):
@@ -193,9 +194,10 @@ def write_hits(path, queries, found, names, keys=None, own=None):
             f.write(json.dumps({**query, "hits": hits}) + "\n")
 
 
+@one_line_for_workers()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = die, parser.add_argument
+    parser = new_parser(__doc__)
+    add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of train_clip.py, or of data/convert_checkpoint.py")
     add("--captions", required=True, help="JSONL with image and texts")
     add("--image-root", required=True, help="the folder that the rows' image paths start from")
@@ -205,15 +207,14 @@ def main(argv=None):
     what("--query", nargs="+", metavar="TEXT", help="print the best images for these texts")
     what("--score", metavar="OUT.jsonl", help="write the rows with clip_score, for --alt-choice best and filter_captions.py")
     add("--hits", metavar="OUT.jsonl", help="write every query with its best images, for `data/page.py hits`")
-    add("--batch-size", type=at_least(1), default=64)
-    add("--workers", type=at_least(0), default=2, help="processes that read images (default: %(default)s)")
+    add("--batch-size", type=number(int, 1), default=64)
+    add("--workers", type=number(int, 0), default=2, help="processes that read images (default: %(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--seed", type=int, default=0, help="nothing is drawn")
+    add("--seed", type=number(int, 0), default=0, help="nothing is drawn")
     add("--json", help="write the figures there too, as fractions of 1")
     args = parser.parse_args(argv)
     for path in filter(None, (args.json, args.hits, args.score)):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            die(f"{path}: no such folder")
+        new_file(path, args.captions, args.checkpoint)
     if args.score and (args.hits or args.json) or args.query and args.json:
         die("--score writes neither --hits nor --json, --query no --json")
     if not os.path.isdir(args.image_root):

@@ -14,7 +14,6 @@ linear      logistic regression on the frozen features, its penalty chosen on a 
 An image that cannot be read is named and counts as wrong. Beside the accuracy stands what guessing and what always
 answering the largest class would score. Any number of ranks gives the same figures.
 """
-import argparse
 import json
 import os
 import sys
@@ -22,12 +21,12 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from train_clip import die, load_checkpoint, pick_device, start_ranks
+from train_clip import die, load_checkpoint, new_file, new_parser, number, one_line_for_workers, pick_device, start_ranks
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
 sys.path.insert(0, DATA)
 from classification_sets import FOLDERS, SUITES, TORCHVISION, class_names, read_set, read_templates  # noqa: E402
-from features import at_least, encode_images, encode_texts  # noqa: E402
+from features import encode_images, encode_texts  # noqa: E402
 
 QUERIES = 6  # images a class that an episode classifies; assumed
 PENALTIES = [10.0 ** -i for i in range(1, 8)]  # of the linear probe, from the strongest on; assumed
@@ -180,9 +179,10 @@ def evaluate(spec, parts, args, model, tokenizer, transform):
     return figures
 
 
+@one_line_for_workers()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = die, parser.add_argument
+    parser = new_parser(__doc__)
+    add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of train_clip.py, or of data/convert_checkpoint.py")
     add("--dataset", nargs="+", required=True, metavar="NAME|imagefolder:DIR|jsonl:FILE", help="a folder of one folder a "
         f"class; rows with image and label; or, under --data-root: {', '.join([*SUITES, *FOLDERS, *TORCHVISION])}")
@@ -195,17 +195,16 @@ def main(argv=None):
     add("--classes", metavar="FILE|openai", help="JSON object, folder or label -> class name or names; openai: the published "
         "names (default: with published templates these, else the set's own)")
     add("--train", metavar="imagefolder:DIR|jsonl:FILE", help="what linear learns from, if --dataset is no NAME")
-    add("--ways", type=at_least(2), default=5, help="classes of an episode (default: %(default)s)")
-    add("--shots", type=at_least(1), default=5, help="images a class to learn from (default: %(default)s)")
-    add("--episodes", type=at_least(2), default=600, help="default: %(default)s")
-    add("--batch-size", type=at_least(1), default=64)
-    add("--workers", type=at_least(0), default=2, help="processes that read images (default: %(default)s)")
+    add("--ways", type=number(int, 2), default=5, help="classes of an episode (default: %(default)s)")
+    add("--shots", type=number(int, 1), default=5, help="images a class to learn from (default: %(default)s)")
+    add("--episodes", type=number(int, 2), default=600, help="default: %(default)s")
+    add("--batch-size", type=number(int, 1), default=64)
+    add("--workers", type=number(int, 0), default=2, help="processes that read images (default: %(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--seed", type=int, default=0, help="of the episodes")
+    add("--seed", type=number(int, 0), default=0, help="of the episodes")
     add("--json", help="write the figures there too, as fractions of 1")
     args = parser.parse_args(argv)
-    if not os.path.isdir(os.path.dirname(args.json or "") or "."):
-        die(f"--json {args.json}: no such folder")
+    new_file(args.json or "", args.checkpoint, args.classes or "", args.templates, *(spec.partition(":")[2] for spec in args.dataset))
     specs = [name for spec in args.dataset for name in SUITES.get(spec, [spec])]
     if "linear" in args.protocol and not args.train and (own := [spec for spec in specs if ":" in spec]):
         die(f"--protocol linear on {own[0]} needs --train, a set of the same classes")

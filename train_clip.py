@@ -16,7 +16,9 @@ OUT holds checkpoint.pt (the newest), metrics.jsonl, settings.json and bad_image
 data meets the code: rows, pictures, tokenizer, batches, model, losses, the loop.
 """
 import argparse
+import fcntl
 import hashlib
+import html
 import io
 import json
 import math
@@ -27,8 +29,9 @@ import stat
 import struct
 import sys
 import time
+import zipfile
 from array import array
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -52,29 +55,73 @@ def die(message):
 
 # === rows =============================================================================================================
 
-def index_rows(path):
-    """Write PATH.idx: the size and time of the file, then the byte offset of every line, all uint64. Made once, in one
-    pass; afterwards a row costs two preads, and memory grows neither with rows nor with workers."""
-    stat = os.stat(path)
-    stamp = array("Q", [stat.st_size, stat.st_mtime_ns])
-    if os.path.exists(path + ".idx"):
-        with open(path + ".idx", "rb") as f:
-            if f.read(16) == stamp.tobytes():
-                return
-    temporary = f"{path}.idx.{os.environ.get('RANK', 0)}.{os.getpid()}"  # two nodes may share the disk
+class BadRow(Exception):
+    """A row that cannot be trained on, and why; another one takes its place and it is named in bad_images.jsonl."""
+
+
+def parse_row(line):
+    """The object of a JSONL line; a byte order mark before it is skipped."""
     try:
-        with open(path, "rb") as f, open(temporary, "wb") as out:
-            stamp.tofile(out)
-            offsets, at = array("Q"), 0
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as e:
+        raise BadRow(f"not JSON: {e}") from None
+    if not isinstance(row, dict):
+        raise BadRow("not a JSON object")
+    return row
+
+
+def open_rows(path):
+    """A JSONL file, open as bytes, or one line that says why not."""
+    try:
+        f = open(path, "rb")
+    except OSError as e:
+        die(f"{path}: {e.strerror}")
+    if f.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        die(f"{path} is UTF-16; expected UTF-8")
+    return f
+
+
+INDEX_HEADER = 5  # numbers before the offsets: the rows' file as it was indexed, and how many rows there are
+
+
+def read_index(path):
+    """The rows' number and a hash of the file's content, if PATH.idx was made of it and is whole; else None."""
+    with suppress(OSError), open(path + ".idx", "rb") as f:
+        header, now = np.fromfile(f, "<u8", INDEX_HEADER).tolist(), os.stat(path)
+        if len(header) == INDEX_HEADER:
+            *file, rows, content = header
+            if file == [now.st_size, now.st_mtime_ns, now.st_ctime_ns] and os.fstat(f.fileno()).st_size == 8 * (INDEX_HEADER + rows):
+                return rows, content
+    return None
+
+
+def index_rows(path):
+    """Write PATH.idx: size, time and change time of the file, number of rows, hash of the content, then the byte offset of
+    every line, all uint64. Made once, in one pass (every write to a file renews its change time, which nobody can set
+    back); afterwards a row costs two preads, and memory grows neither with rows nor with workers."""
+    if read_index(path):
+        return
+    temporary = f"{path}.idx.{os.uname().nodename}.{os.getpid()}"  # two nodes may share the disk
+    try:
+        with open_rows(path) as f, open(temporary, "wb") as out:
+            now, content = os.fstat(f.fileno()), hashlib.sha256()
+            out.write(bytes(8 * INDEX_HEADER))
+            offsets, at, rows = array("Q"), 0, 0
             for line in tqdm(f, desc=f"indexing {path}", unit="row", unit_scale=True, delay=2):
                 offsets.append(at)
+                content.update(line)
                 at += len(line)
                 if len(offsets) == 1 << 20:
                     offsets.tofile(out)
-                    offsets = array("Q")
+                    rows, offsets = rows + len(offsets), array("Q")
             offsets.tofile(out)
+            out.seek(0)
+            array("Q", [now.st_size, now.st_mtime_ns, now.st_ctime_ns, rows + len(offsets),
+                        int.from_bytes(content.digest()[:8])]).tofile(out)
         os.replace(temporary, path + ".idx")
     except OSError as e:
+        with suppress(OSError):
+            os.remove(temporary)
         die(f"the rows' offsets cannot be written beside {path}: {e}")
 
 
@@ -84,7 +131,8 @@ class Rows:
     def __init__(self, paths):
         self.paths, self.files = paths, None
         self.sizes = [os.path.getsize(path) for path in paths]
-        self.ends = np.cumsum([os.path.getsize(path + ".idx") // 8 - 2 for path in paths])
+        counts, self.contents = zip(*(read_index(path) or die(f"{path} changes while it is read") for path in paths))
+        self.ends = np.cumsum(counts)
 
     def __len__(self):
         return int(self.ends[-1])
@@ -92,25 +140,22 @@ class Rows:
     def __getstate__(self):  # a worker opens its own files
         return {**self.__dict__, "files": None}
 
+    def place(self, i):
+        """Row i -> (number of its file, its number in this file)"""
+        number = int(np.searchsorted(self.ends, i, side="right"))
+        return number, i - (int(self.ends[number - 1]) if number else 0)
+
+    def name(self, i):
+        number, i = self.place(i)
+        return f"{self.paths[number]}, line {i + 1}"
+
     def __getitem__(self, i):
         if self.files is None:
             self.files = [(open(path, "rb"), open(path + ".idx", "rb")) for path in self.paths]
-        number = int(np.searchsorted(self.ends, i, side="right"))
-        i -= int(self.ends[number - 1]) if number else 0
+        number, i = self.place(i)
         rows, index = (f.fileno() for f in self.files[number])
-        start, *end = np.frombuffer(os.pread(index, 16, 16 + 8 * i), "<u8").tolist()
-        line = os.pread(rows, (end[0] if end else self.sizes[number]) - start, start)
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise BadRow(f"{self.paths[number]}, byte {start}: not JSON: {e}")
-        if not isinstance(row, dict):
-            raise BadRow(f"{self.paths[number]}, byte {start}: not a JSON object")
-        return row
-
-
-class BadRow(Exception):
-    """A row that cannot be trained on, and why; another one takes its place and it is named in bad_images.jsonl."""
+        start, *end = np.frombuffer(os.pread(index, 16, 8 * (INDEX_HEADER + i)), "<u8").tolist()
+        return parse_row(os.pread(rows, (end[0] if end else self.sizes[number]) - start, start))
 
 
 def shuffled(i, n, key):
@@ -135,7 +180,18 @@ def texts_of(value):
     return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text.strip()]
 
 
-# === pictures =========================================================================================================
+# Han, hiragana; katakana, a word a run; Thai, Lao, Burmese, Khmer: scripts that have no blanks between words
+TWOS = "\u3005-\u3007\u3040-\u309f\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+NO_BLANKS = re.compile(f"([{TWOS}]{{1,2}}|[\u30a0-\u30ff\uff66-\uff9f]+|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]{{1,4}})")
+
+
+def words_of(text):
+    """The words of a text in any script: what stands between blanks and holds a letter or a digit. Where a script has no
+    blanks, two characters count as a word, of Thai and its like four, as long as words are there on average."""
+    return [word for word in NO_BLANKS.sub(r" \1 ", text).split() if any(map(str.isalnum, word))]
+
+
+# === images ===========================================================================================================
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # of Pillow's; EPS would run Ghostscript
 
@@ -143,7 +199,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 def open_image(root, name):
     """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row cannot name what lies
     outside; a link that lies inside is the user's own, and is followed."""
-    member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        raise ValueError("no image")
+    member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name)
     path = member[1] if member else name
     if os.path.isabs(path) or ".." in path.split("/"):
         raise ValueError("outside --image-root")
@@ -164,6 +222,17 @@ def open_image(root, name):
     if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
         raise ValueError(f"{image.width} x {image.height} pixels are no image")
     return image
+
+
+def check_images(where, n, read):
+    """One line and the end, if of a thousand of `n` images, taken evenly, read(i) can open none."""
+    for i in range(0, n, -(-n // 1000) or 1):
+        try:
+            return read(i)
+        except Exception as e:  # as in Samples
+            fault = f"{type(e).__name__}: {e}"
+    if n:
+        die(f"{where}: none of the images that were tried can be read, the last one for this reason: {fault}")
 
 
 def orientation(image):
@@ -297,8 +366,8 @@ class Tokenizer:
     """texts -> LongTensor [B, L] of ids, start ... end, 0 behind; L is the longest of the batch, at most
     `context_length`. Holds any tokenizers.Tokenizer whose own post-processor adds the start and end tokens."""
 
-    def __init__(self, json_text, context_length=77):
-        self.json_text, self.context_length = json_text, context_length
+    def __init__(self, json_text, context_length=77, mend=False):
+        self.json_text, self.context_length, self.mend = json_text, context_length, mend
         self.tokenizer = tokenizers.Tokenizer.from_str(json_text)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(context_length)  # keeps the end token the last
@@ -325,17 +394,27 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of one text. A hundred kilobytes are no caption: their first twenty are read."""
-        *ids, end = self.tokenizer.encode(text[:20_000].encode("utf-8", "replace").decode()).ids
+        text = text[:20_000].encode("utf-8", "replace").decode()
+        *ids, end = self.tokenizer.encode(mended(text) if self.mend else text).ids
         return [i for i in ids if i != end] + [end]  # T5's vocabulary has "</s>" as a piece of text, too
 
     def __call__(self, texts):
         return pad([self.encode(text) for text in texts])
 
     def __getstate__(self):
-        return self.json_text, self.context_length
+        return self.json_text, self.context_length, self.mend
 
     def __setstate__(self, state):
         self.__init__(*state)
+
+
+def mended(text):
+    """What OpenAI's tokenizer does first, and open_clip's and LaCLIP's after it: broken Unicode, curly quotes, HTML entities."""
+    try:
+        import ftfy
+    except ImportError:
+        die("this checkpoint was trained on texts that ftfy had mended: pip install ftfy")
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 def pad(ids):
@@ -359,16 +438,16 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         """-> dict: images uint8 [1, 3, S, S], or with ssl [3, ...], two more views; ids, one text's or (multitext) all
-        M + 1; drawn, the index of the drawn one; filled, how many were missing; bad, [(name, reason)] of rows that
-        this one replaced."""
+        M + 1; drawn, the index of the drawn one; filled, how many were missing; short, whether alt took the place of
+        one word; bad, [(name, reason)] of rows that this one replaced."""
         epoch, place = divmod(position, self.per_epoch)
         rng = np.random.default_rng([self.seed, epoch, place])
         index, bad = shuffled(place, len(self.rows), self.seed << 32 | epoch), []
         while True:
-            name = f"row {index}"
+            name = None
             try:
                 row = self.rows[index]
-                name = row.get("image", name)
+                name = row.get("image")
                 sample = self.draw_texts(row, rng)
                 image = open_image(self.image_root, name)
                 image = to_rgb(image) if self.ssl else image  # one decode for three crops
@@ -376,67 +455,65 @@ class Samples(torch.utils.data.Dataset):
                 views += [augment_slip(image, self.image_size, rng) for _ in range(2 * self.ssl)]
                 return {**sample, "images": torch.stack([to_uint8(view) for view in views]), "bad": bad}
             except Exception as e:  # Pillow's decoders raise nearly everything; a month's run must outlive any file
-                bad.append((name, f"{type(e).__name__}: {e}"))
+                bad.append((name or self.rows.name(index), f"{type(e).__name__}: {e}"))
                 index = int(rng.integers(len(self.rows)))
                 if len(bad) == 100:
-                    raise RuntimeError(f"a hundred rows in a row are unusable, the last one: {bad[-1]}")
+                    raise BadRow(f"a hundred rows in a row are unusable, the last one is {': '.join(map(str, bad[-1]))}") from None
 
     def draw_texts(self, row, rng):
-        """aug_T of LaCLIP (eq. 2), mix of VeCLIP (eq. 2): a field by weight among those that the row has.
-
-        Of an image with several AltTexts one is chosen first, the same for alt and all that was made from it."""
+        """aug_T of LaCLIP (eq. 2), mix of VeCLIP (eq. 2): a field by weight among those that the row has, then one of its
+        texts. Lists of the same length belong together entry by entry, as alt and the vecap that was made of it."""
         values = [row.get(field) for field in self.fields]
-        entries = max([len(value) for value in values if isinstance(value, list)], default=1)
-        versions = [[text_at(value, i) for value in values] for i in range(entries)]
-        weights = [np.array([text is not None for text in texts]) * self.weights for texts in versions]
-        usable = [i for i in range(entries) if weights[i].sum() > 0]
-        if not usable:
+        there = np.array([bool(texts_of(value)) for value in values], float)
+        if not there.any():
             raise BadRow(f"no text in {', '.join(self.fields)}")
-        at = rng.random()
-        i = usable[int(at * len(usable))]  # VeCLIP: one at random beats the one of the highest CLIP score
-        if self.alt_choice == "first":
-            i = usable[0]
-        elif self.alt_choice == "best" and len(usable) > 1:
-            i = max(usable, key=clip_scores(row, self.fields).__getitem__)
-        texts = versions[i]
-        drawn = int(rng.choice(len(texts), p=weights[i] / weights[i].sum()))
-        if len(texts[drawn].split()) < 2 and (alt := text_at(row.get("alt"), i)):
-            texts[drawn] = alt  # LaCLIP's release: one word says too little
+        weights = there * self.weights if (there * self.weights).any() else there
+        drawn, at, chosen = int(rng.choice(len(values), p=weights / weights.sum())), rng.random(), {}
+
+        def version(value):
+            texts = value if isinstance(value, list) else [value]
+            n, usable = len(texts), [i for i, text in enumerate(texts) if texts_of(text)]
+            if usable and n not in chosen:
+                chosen[n] = usable[int(at * len(usable))]  # VeCLIP: one at random beats the one of the highest CLIP score
+                if self.alt_choice == "first":
+                    chosen[n] = usable[0]
+                elif self.alt_choice == "best" and len(usable) > 1:
+                    chosen[n] = max(usable, key=clip_scores(row, self.fields, n).__getitem__)
+            return texts[chosen[n]] if usable and texts_of(texts[chosen[n]]) else None
+
+        text = version(values[drawn])
+        short = len(words_of(text)) < 2 and version(row.get("alt"))  # LaCLIP's release: one word says too little
+        text = short or text
         if not self.multitext:
-            return {"ids": [self.tokenizer.encode(texts[drawn])], "drawn": 0, "filled": 0}
-        first = next(filter(None, texts))
-        ids = [self.tokenizer.encode(text or first) for text in texts]
-        return {"ids": ids, "drawn": drawn, "filled": sum(text is None for text in texts)}
+            return {"ids": [self.tokenizer.encode(text)], "drawn": 0, "filled": 0, "short": bool(short)}
+        texts = [text if i == drawn else version(value) for i, value in enumerate(values)]
+        ids = [self.tokenizer.encode(version or next(filter(None, texts))) for version in texts]
+        return {"ids": ids, "drawn": drawn, "filled": texts.count(None), "short": bool(short)}
 
 
-def text_at(value, i):
-    """Entry i of a caption field, None if there is no text; one text stands for every entry."""
-    text = value if not isinstance(value, list) else value[i] if i < len(value) else None
-    return text if isinstance(text, str) and text.strip() else None
-
-
-def clip_scores(row, fields):
-    """One number an entry: the `clip_score` that eval_retrieval.py --score wrote for the first list among the fields."""
+def clip_scores(row, fields, n):
+    """One number an entry: the `clip_score` that eval_retrieval.py --score wrote for the first list of n among the fields."""
     scores = row.get("clip_score")
-    scores = scores if isinstance(scores, dict) else {}
-    for field in fields:
-        if isinstance(row.get(field), list) and len(scores.get(field) or []) == len(row[field]):
+    for field in fields if isinstance(scores, dict) else ():
+        if isinstance(row.get(field), list) and len(row[field]) == len(scores.get(field) or []) == n:
             return [-math.inf if score is None else score for score in scores[field]]
     raise BadRow("several texts, but no clip_score: eval_retrieval.py --score writes it")
 
 
 def collate(samples):
-    """-> images uint8 [n, 1 or 3, 3, S, S], tokens [n, 1 or M + 1, L], drawn [n], filled, bad"""
+    """-> images uint8 [n, 1 or 3, 3, S, S], tokens [n, 1 or M + 1, L], drawn [n], filled, short, bad"""
     texts, K = pad([ids for sample in samples for ids in sample["ids"]]), len(samples[0]["ids"])
     return {"images": torch.stack([sample["images"] for sample in samples]),
             "tokens": texts.view(len(samples), K, -1),
             "drawn": torch.tensor([sample["drawn"] for sample in samples]),
-            "filled": sum(sample["filled"] for sample in samples),
+            "filled": sum(sample["filled"] for sample in samples), "short": sum(sample["short"] for sample in samples),
             "bad": [bad for sample in samples for bad in sample["bad"]]}
 
 
-def one_thread(worker):
+def begin_worker(parent, worker):
     torch.set_num_threads(1)
+    if os.getppid() != parent:  # which died before torch's own watch began
+        os._exit(1)
 
 
 class Pieces:
@@ -463,7 +540,7 @@ def join(pieces, device):
     return {"images": torch.cat([piece["images"].to(device, non_blocking=True) for piece in pieces]),
             "tokens": torch.cat([F.pad(piece["tokens"], (0, length - piece["tokens"].shape[-1])) for piece in pieces]),
             "drawn": torch.cat([piece["drawn"] for piece in pieces]).to(device),
-            "filled": sum(piece["filled"] for piece in pieces), "bad": [bad for piece in pieces for bad in piece["bad"]]}
+            "filled": sum(piece["filled"] for piece in pieces), "short": sum(piece["short"] for piece in pieces), "bad": [bad for piece in pieces for bad in piece["bad"]]}
 
 
 # === model: OpenAI CLIP's, parameter names included ===================================================================
@@ -493,6 +570,7 @@ class Config:
     mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of the training pictures, R, G, B in [0, 1]
     std: tuple = (0.26862954, 0.26130258, 0.27577711)
     resize: str = "bicubic"  # see EvalTransform
+    mend_texts: bool = False  # see mended; of OpenAI, open_clip and LaCLIP True
 
 
 PRESETS = {  # as open_clip has them; parameters with OpenAI's vocabulary
@@ -749,14 +827,25 @@ def save_checkpoint(path, model, tokenizer, **more):
         die(f"{path} could not be written, the one before it is kept: {e}")
 
 
+def reason(error):
+    """An exception in one short line; torch's have escape codes, and advice to read the file unsafely."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
+    foreign = re.search(r"(?:GLOBAL|class|type) ([\w.]+)(?: was not an allowed|.*? not allowed)", text)
+    return f"it holds {foreign[1]}, which is neither a tensor nor a plain value" if foreign else \
+        f"{type(error).__name__}: {text.strip().splitlines()[0][:200] if text.strip() else ''}"
+
+
 def read_checkpoint(path, device="cpu"):
     """The checkpoint's dict; only tensors and plain values are unpickled."""
     if not os.path.isfile(path):
         die(f"{path}: no such checkpoint")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            if damaged := archive.testzip():
+                die(f"{path} is damaged: {damaged} is not what was written")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # torch raises a different class for every way in which a file is not one of its own
-        die(f"{path} is not a checkpoint of train_clip.py: {type(e).__name__}: {e}")
+        die(f"{path} is not a checkpoint of train_clip.py: {reason(e)}")
     if missing := {"model", "config", "tokenizer"} - set(checkpoint):
         die(f"{path} is not a checkpoint of train_clip.py: it has no {', '.join(sorted(missing))}")
     return checkpoint
@@ -770,7 +859,7 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(state["model"])
     except (TypeError, RuntimeError) as e:
         die(f"{path} does not fit its own config: {e}")
-    tokenizer = Tokenizer(state["tokenizer"], model.config.context_length)
+    tokenizer = Tokenizer(state["tokenizer"], model.config.context_length, model.config.mend_texts)
     return model.eval(), tokenizer, EvalTransform(model.config)
 
 
@@ -792,8 +881,9 @@ def parse_text(specs):
     return fields
 
 
-def check_rows(rows, fields):
-    """Stop before training if the first thousand rows of a file have none of the fields, or those of all files lack one."""
+def check_rows(rows, fields, image_root):
+    """Stop before training if the first thousand rows of a file have none of the fields, or those of all files lack one, or
+    if of a thousand rows all over the files none has an image that can be read."""
     missing = set(fields)
     for path, start, end in zip(rows.paths, [0, *rows.ends], rows.ends):
         found = set()
@@ -807,6 +897,7 @@ def check_rows(rows, fields):
         missing -= found
     if missing:
         die(f"--text {' '.join(sorted(missing))}: no text in the first 1,000 rows of {' '.join(rows.paths)}")
+    check_images(f"--image-root {image_root}", len(rows), lambda i: open_image(image_root, rows[i].get("image")))
 
 
 def learning_rate(step, peak, warmup, steps):
@@ -816,9 +907,39 @@ def learning_rate(step, peak, warmup, steps):
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))))
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def new_parser(description):
+    """argparse's, with mistakes in one line; a terminal that is not UTF-8 gets escapes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = die
+    sys.stdout.reconfigure(errors="backslashreplace")
+    return parser
+
+
+def number(kind, low, below=math.inf, above=-math.inf):
+    """For argparse: low <= x < below, and x > above"""
+    def parse(text):
+        if not (low <= (value := kind(text)) < below and value > above):
+            bounds = [f"{low} or more"] * (low > -math.inf) + [f"more than {above}"] * (above > -math.inf) + [f"less than {below}"] * (below < math.inf)
+            raise argparse.ArgumentTypeError(f"{text}: expected {', '.join(bounds)}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive = number(float, -math.inf, above=0)
+
+
+def new_file(path, *inputs):
+    """A path to write to, or one line: its folder must be there, and it must not be one of the files that are read."""
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        die(f"{path}: no such folder")
+    for other in inputs:
+        if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+            die(f"{path} is read: expected another file to write to")
+
+
+def parse_args(argv):
+    parser = new_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--captions", nargs="+", required=True, metavar="JSONL", help="one or more files, together one data set")
     add("--image-root", required=True, help="the folder that the rows' image paths start from")
@@ -826,34 +947,34 @@ def parse_args(argv):
     add("--alt-choice", choices=["random", "first", "best"], default="random",
         help="of an image with several AltTexts; best: the highest clip_score (default: %(default)s)")
     add("--augment", choices=AUGMENTATIONS, default="crop", help="crop: LaCLIP's; strong: for small sets of drawings")
-    add("--workers", type=int, default=4, help="processes a rank that read pictures, 0: none (default: %(default)s)")
-    add("--max-bad", type=float, default=0.01, help="stop above this share of unusable rows (default: %(default)s)")
+    add("--workers", type=number(int, 0), default=4, help="processes a rank that read images, 0: none (default: %(default)s)")
+    add("--max-bad", type=number(float, 0), default=0.01, help="stop above this share of unusable rows (default: %(default)s)")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=PRESETS, default="ViT-B/16")
-    add("--image-size", type=int, help="pixels a side (default: 224, nano 48)")
+    add("--image-size", type=number(int, 1), help="pixels a side (default: 224, nano 48)")
     add("--tokenizer", default="openai/clip-vit-base-patch32", help="hub name, folder or tokenizer.json")
     add = parser.add_argument_group("training; defaults are LaCLIP's release for CC3M and CC12M").add_argument
     add("--loss", choices=["infonce", "multitext"], default="infonce", help="multitext: LaCLIP-MT")
     add("--ssl", action="store_true", help="add SLIP's loss on two more views of every image (SLIP, LaSLIP)")
-    add("--batch-size", type=int, default=8192, help="global, over all ranks (default: %(default)s)")
-    add("--micro-batch", type=int, metavar="N", help="images that a rank holds at a time; same loss and gradients, a second "
+    add("--batch-size", type=number(int, 1), default=8192, help="global, over all ranks (default: %(default)s)")
+    add("--micro-batch", type=number(int, 1), metavar="N", help="images that a rank holds at a time; same loss and gradients, a second "
         "forward pass (GradCache; default: all of its share)")
-    add("--epochs", type=float, default=40, help="passes over the rows, without the last partial batch (default: 40)")
-    add("--steps", type=int, help="steps, instead of --epochs")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
-    add("--wd", type=float, default=0.5, help="weight decay, not on parameters of <= 1 dimension (default: %(default)s)")
-    add("--beta2", type=float, default=0.98)
-    add("--eps", type=float, default=1e-8)
-    add("--warmup", type=int, help="steps of linear warm-up (default: one epoch)")
+    add("--epochs", type=positive, default=40, help="passes over the rows, without the last partial batch (default: 40)")
+    add("--steps", type=number(int, 1), help="steps, instead of --epochs")
+    add("--lr", type=positive, default=1e-3, help="peak learning rate (default: %(default)s)")
+    add("--wd", type=number(float, 0), default=0.5, help="weight decay, not on parameters of <= 1 dimension (default: %(default)s)")
+    add("--beta2", type=number(float, 0, below=1), default=0.98)
+    add("--eps", type=positive, default=1e-8)
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up (default: one epoch, of a run that is no longer a tenth)")
     add("--precision", choices=["fp32", "bf16"], default="bf16", help="bf16: autocast; weights and loss stay fp32")
     add("--grad-checkpointing", action="store_true", help="keep no activations inside blocks, compute them again")
     add("--compile", action="store_true", help="torch.compile the image tower; the text tower's shapes change every step")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(int, 0, below=2 ** 31), default=0)
     add = parser.add_argument_group("run").add_argument
     add("--out", required=True, help="folder of checkpoint, metrics and settings")
     add("--resume", metavar="auto|PATH", help="auto: go on from OUT's checkpoint, or begin; PATH: from that checkpoint")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
-    add("--log-every", type=int, default=10, help="steps between lines of metrics.jsonl (default: %(default)s)")
+    add("--save-every", type=number(int, 1), default=1000, help="steps between checkpoints (default: %(default)s)")
+    add("--log-every", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (default: %(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     return parser.parse_args(argv)
 
@@ -873,7 +994,11 @@ def start_ranks(device):
     if "cuda" in device:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+            die("several SLURM tasks without RANK would all do the same: start torchrun in one task a node")
         return 0, 1
+    if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        die(f"RANK is set, {' and '.join(missing)} not: torchrun sets them all")
     dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo")  # gloo: what CPUs tell each other
     return dist.get_rank(), dist.get_world_size()
 
@@ -884,10 +1009,36 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
     return x
 
 
+@contextmanager
+def one_line_for_workers():
+    """What loader workers cannot end well by themselves, in one line: a death, or rows of which none can be used."""
+    try:
+        yield
+    except BadRow as e:
+        die(str(e).strip().split("\n")[-1])
+    except (RuntimeError, ConnectionError, EOFError) as e:  # the latter two while its batch was being fetched
+        if isinstance(e, RuntimeError) and ("DataLoader worker" not in str(e) or "Caught" in str(e)):
+            raise
+        die(f"a worker that reads images was killed, for want of memory perhaps (then try fewer --workers): {reason(e)}")
+
+
+def lock(folder):
+    """Keep other launches out of `folder` until this process ends. The kernel holds the lock for the process, on a network
+    disk its server does; when the process ends, however it ends, so does the lock. What lies in OUT/lock says nothing."""
+    f = open(os.path.join(folder, "lock"), "a")
+    try:
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        die(f"--out {folder}: another launch is at work in it")
+    except OSError as e:
+        print(f"--out {folder}: no lock ({e.strerror}): see to it yourself that no second launch writes there", file=sys.stderr)
+    return f
+
+
 def resumed_state(args, settings, tokenizer):
     """The checkpoint to go on from, or None for a new run; one that was made otherwise is a user's mistake."""
     newest = os.path.join(args.out, "checkpoint.pt")
-    if not args.resume and os.path.isdir(args.out) and os.listdir(args.out):
+    if not args.resume and os.path.isdir(args.out) and set(os.listdir(args.out)) - {"lock"}:
         die(f"--out {args.out} is not empty: --resume auto goes on with it, or choose another folder")
     if not args.resume or args.resume == "auto" and not os.path.exists(newest):
         return None
@@ -915,7 +1066,17 @@ def open_log(path, step):
         end += len(line)
     f.truncate(end)
     f.close()
-    return open(path, "a", buffering=1)  # line by line; all ranks append to the same file
+    return open(path, "ab", buffering=0)  # line by line; all ranks append to the same file
+
+
+def log_line(f, entry, faults):
+    """One line of JSON; what the disk says against it goes to `faults`, and the run saves its state and leaves."""
+    try:
+        line = json.dumps(entry).encode() + b"\n"
+        if f.write(line) < len(line):
+            raise OSError(0, "no space left")
+    except OSError as e:
+        faults.append(f"{f.name}: {e.strerror}")
 
 
 def backward(model, towers, objective, batch, micro_batch, autocast):
@@ -949,10 +1110,8 @@ def backward(model, towers, objective, batch, micro_batch, autocast):
 def read_settings(args, world):
     """The user's mistakes, before anything is written. -> rows, fields, tokenizer, config, and the settings that change
     the mathematics: a run goes on only with the same."""
-    if args.batch_size < 1 or args.batch_size % world:
+    if args.batch_size % world:
         die(f"--batch-size {args.batch_size} does not divide by the number of ranks, {world}")
-    if args.micro_batch is not None and args.micro_batch < 1:
-        die(f"--micro-batch {args.micro_batch}: expected 1 or more")
     for path in args.captions:
         if not os.path.isfile(path):
             die(f"--captions {path}: no such file")
@@ -960,28 +1119,47 @@ def read_settings(args, world):
             index_rows(path)
     if not os.path.isdir(args.image_root):
         die(f"--image-root {args.image_root}: no such folder")
+    if args.resume not in (None, "auto") and not os.path.isfile(args.resume):
+        die(f"--resume {args.resume}: no such checkpoint")
     all_reduce(torch.zeros(1))  # the others wait for the index
     rows, fields, tokenizer = Rows(args.captions), parse_text(args.text), Tokenizer.load(args.tokenizer)
     steps_per_epoch = len(rows) // args.batch_size
     if not steps_per_epoch:
         die(f"--batch-size {args.batch_size} is more than the {len(rows)} rows of {' '.join(args.captions)}")
-    check_rows(rows, fields)
+    check_rows(rows, fields, args.image_root)
     config = Config(**PRESETS[args.model], vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
     config.image_size = args.image_size or config.image_size
-    settings = {"rows": len(rows), "bytes": rows.sizes, "text": fields, "image_size": config.image_size,
-                "steps": args.steps if args.steps is not None else round(args.epochs * steps_per_epoch),
-                "warmup": args.warmup if args.warmup is not None else steps_per_epoch}
+    if config.image_size % config.patch_size:
+        die(f"--image-size {config.image_size}: expected a multiple of {args.model}'s patch size, {config.patch_size}")
+    steps = args.steps if args.steps is not None else round(args.epochs * steps_per_epoch)
+    if not steps:
+        die(f"--epochs {args.epochs}: no step, since an epoch has {steps_per_epoch}")
+    warmup = args.warmup if args.warmup is not None else steps_per_epoch
+    if warmup >= steps and args.warmup is not None:
+        die(f"--warmup {warmup} is as long as the run of {steps} steps: --lr would never be used")
+    if warmup >= steps:
+        warmup = steps // 10
+        print(f"note: a warm-up of one epoch would be the whole run of {steps} steps; it is {warmup} (--warmup)", file=sys.stderr)
+    settings = {"rows": len(rows), "bytes": rows.sizes, "contents": list(rows.contents), "text": fields,
+                "image_size": config.image_size, "steps": steps, "warmup": warmup}
     settings |= {name: getattr(args, name) for name in ("model", "loss", "ssl", "alt_choice", "augment", "batch_size", "lr",
                                                         "wd", "beta2", "eps", "precision", "seed")}
     return rows, fields, tokenizer, config, settings
 
 
+@one_line_for_workers()
 def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     rank, world = start_ranks(device)
     rows, fields, tokenizer, config, settings = read_settings(args, world)
     steps, steps_per_epoch = settings["steps"], len(rows) // args.batch_size
+    if rank == 0:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            locked = lock(args.out)  # noqa: F841  held until main returns
+        except OSError as e:
+            die(f"--out {args.out}: {e.strerror}")
     state = resumed_state(args, settings, tokenizer)
     start = state["step"] if state else 0
     if start >= steps:
@@ -1011,7 +1189,7 @@ def main(argv=None):
     pieces = Pieces(start, steps, args.batch_size, rank, world)
     loader = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=pieces, num_workers=args.workers, collate_fn=collate, pin_memory="cuda" in device,
-        worker_init_fn=one_thread, prefetch_factor=1 + -(-pieces.per_step // args.workers) if args.workers else None))
+        worker_init_fn=partial(begin_worker, os.getpid()), prefetch_factor=1 + -(-pieces.per_step // args.workers) if args.workers else None))
 
     autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -1020,7 +1198,6 @@ def main(argv=None):
             clip_loss(images, texts[:, 0], scale)
         return loss + simclr_loss(autocast()(head.forward), views) if args.ssl else loss  # SLIP: weight 1
 
-    os.makedirs(args.out, exist_ok=True)
     if rank == 0:
         with open(os.path.join(args.out, "settings.json"), "w") as f:
             json.dump({**settings, "command": sys.argv, "torch": torch.__version__, "ranks": world}, f, indent=1)
@@ -1030,12 +1207,12 @@ def main(argv=None):
               f"{math.log(args.batch_size):.2f}", file=sys.stderr)
         open_log(os.path.join(args.out, "bad_images.jsonl"), start).close()
     all_reduce(torch.zeros(1))  # bad_images.jsonl is cut back before anybody appends
-    bad_images = open(os.path.join(args.out, "bad_images.jsonl"), "a", buffering=1)
+    bad_images = open(os.path.join(args.out, "bad_images.jsonl"), "ab", buffering=0)
     progress = tqdm(total=steps, initial=start, unit="step", desc=os.path.basename(args.out), disable=rank > 0)
 
-    stopping = []  # SIGTERM (a preempted node): save at the next step boundary and leave
+    stopping, faults = [], []  # SIGTERM (a preempted node), a full disk: save at the next step boundary and leave
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    seen = bad = filled = 0  # since the start of this process, on this rank
+    seen = bad = filled = short = 0  # since the start of this process, on this rank
     wait, since, timed, losses = 0.0, time.time(), start, []
     for step in range(start, steps):
         asked = time.time()
@@ -1052,12 +1229,13 @@ def main(argv=None):
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # tau >= 0.01 (CLIP; LaCLIP's release)
 
-        seen, bad, filled = seen + len(batch["images"]), bad + len(batch["bad"]), filled + batch["filled"]
-        for name, reason in batch["bad"]:
-            bad_images.write(json.dumps({"step": step + 1, "image": name, "reason": reason}) + "\n")
-        if bad > args.max_bad * max(seen, 1000):
-            die(f"{bad} of {seen} rows were unusable, more than --max-bad {args.max_bad}: {bad_images.name} names them")
-        leave = bool(all_reduce(torch.tensor(len(stopping)), dist.ReduceOp.MAX)) or step + 1 == steps
+        seen, bad = seen + len(batch["images"]), bad + len(batch["bad"])
+        filled, short = filled + batch["filled"], short + batch["short"]
+        for name, why in batch["bad"]:
+            log_line(bad_images, {"step": step + 1, "image": name, "reason": why}, faults)
+        if bad > args.max_bad * max(seen + bad, 1000):
+            die(f"{bad} of {seen + bad} rows were unusable, more than --max-bad {args.max_bad}: {bad_images.name} names them")
+        leave = bool(all_reduce(torch.tensor(len(stopping + faults)), dist.ReduceOp.MAX)) or step + 1 == steps
         save = leave or (step + 1) % args.save_every == 0
         log = step in (0, steps - 1) or (step + 1) % args.log_every == 0
         if save or log:
@@ -1070,10 +1248,10 @@ def main(argv=None):
                 entry = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), "loss": losses[-1],
                          "lr": optimizer.param_groups[0]["lr"], "logit_scale": model.logit_scale.exp().item(),
                          "samples_per_s": float(f"{(step + 1 - timed) * args.batch_size / (now - since):.4g}"),
-                         "data_wait_s": round(wait, 3)}
+                         "data_wait_s": round(wait, 3), "replaced": round(short / seen, 4)}  # share of texts of one word
                 if args.loss == "multitext":
                     entry["filled"] = round(filled / (seen * len(fields)), 4)  # share of versions that were missing
-                metrics.write(json.dumps(entry) + "\n")
+                log_line(metrics, entry, faults)
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", samples_per_s=entry["samples_per_s"])
                 timed, since, wait = step + 1, now, 0.0
             losses = []
@@ -1086,6 +1264,8 @@ def main(argv=None):
         if leave:
             break
     progress.close()
+    if faults:
+        die(f"{faults[0]}; the state of step {step + 1} is saved")
     if dist.is_initialized():
         dist.destroy_process_group()
 

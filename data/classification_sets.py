@@ -4,7 +4,6 @@
 
 Nothing is downloaded. A set without an official split is divided 6 : 2 : 2 by a hash of the image's path.
 """
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -16,8 +15,9 @@ from functools import partial
 from PIL import Image
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from features import label_of, read_rows  # noqa: E402
-from train_clip import die, open_image, texts_of  # noqa: E402
+from features import label_of, read_rows, tell_left_out  # noqa: E402
+from import_captions import image_files  # noqa: E402
+from train_clip import FORMATS, die, new_parser, open_image, open_rows, texts_of  # noqa: E402
 
 # clip-benchmark's names. What torchvision reads: its class, and its arguments for train, validation (None: every fifth
 # of train) and test
@@ -46,6 +46,13 @@ FOLDERS = {
     "eurosat": ("eurosat/2750", "eurosat/2750", "torchvision.datasets.EuroSAT"),
     "resisc45": ("NWPU-RESISC45", "NWPU-RESISC45", "NWPU-RESISC45.rar"),
 }
+# Their folders, where the published name is another one
+CALTECH101 = {"background": "BACKGROUND_Google", "off-center face": "Faces", "centered face": "Faces_easy", "leopard": "Leopards",
+              "motorbike": "Motorbikes", "airplane": "airplanes", "side of a car": "car_side", "body of a cougar cat": "cougar_body",
+              "face of a cougar cat": "cougar_face", "head of a  crocodile": "crocodile_head",
+              "head of a flamingo": "flamingo_head", "snoopy (cartoon beagle)": "snoopy", "yin and yang symbol": "yin_yang"}
+EUROSAT = ["AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop", "Residential",
+           "River", "SeaLake"]  # in the order of their published names
 SUITES = {
     "laclip15": ["food101", "cifar10", "cifar100", "sun397", "cars", "fgvc_aircraft", "dtd", "pets", "caltech101", "flowers",
                  "stl10", "eurosat", "resisc45", "gtsrb", "country211"],
@@ -72,30 +79,30 @@ def part_of(name):
 
 
 def read_folder(spec, path, source=""):
-    """The images in `path`, links followed; the class of one is the folder that holds it, relative to `path`."""
+    """The images in `path`, links followed; the class of one is the folder that holds it, relative to `path`, without a last
+    part that is the same for all."""
     if not os.path.isdir(path):
         die(f"--dataset {spec}: no folder {path}" + (f"; it comes from {source}" if source else ""))
-    kinds = tuple(Image.registered_extensions())
-    names = sorted(os.path.relpath(os.path.join(folder, file), path) for folder, _, files in os.walk(path, followlinks=True)
-                   if folder != path for file in files if file.lower().endswith(kinds) and not file.startswith("."))
+    names = [name for name in image_files(path) if "/" in name]
     labels = [os.path.dirname(name) for name in names]
+    while len(set(labels)) > 1 and len({os.path.basename(label) for label in labels}) == 1 and all(map(os.path.dirname, labels)):
+        labels = [os.path.dirname(label) for label in labels]  # CLASS/images/x.png, the same folder in every class
     words = {label: re.sub("^[a-z]/", "", label).replace("_", " ").replace("/", " ") for label in labels}  # a/abbey
     return Part(names, partial(open_file, path), labels, words)
 
 
 def open_file(root, name):
-    return Image.open(os.path.join(root, name))  # named by the disk, not by a row: it may be a link to anywhere
+    return Image.open(os.path.join(root, name), formats=FORMATS)
 
 
 def read_jsonl(spec, path, args):
     if not args.image_root or not os.path.isdir(args.image_root):
         die(f"--dataset {spec} needs --image-root, the folder that its image paths start from; got {args.image_root}")
-    rows = [(row.get("image"), row.get(args.label)) for row in read_rows(path)]
+    rows = [(row["image"], row.get(args.label)) for row in read_rows(path)]
     found = [(name, label_of(label), texts_of(label)) for name, label in rows if label_of(label)]
     if not found:
-        die(f"--dataset {spec}: no row has the field {args.label!r}")
-    if len(found) < len(rows):
-        print(f"{spec}: {len(rows) - len(found)} of {len(rows)} rows have no {args.label}, left out", file=sys.stderr)
+        die(f"--dataset {spec}: no row has a text or a whole number in the field {args.label!r}")
+    tell_left_out([(name, label) for name, label in rows if not label_of(label)], args.label)
     names, labels, synonyms = zip(*found)
     return Part(names, partial(open_image, args.image_root), labels, {y: words or y for y, words in zip(labels, synonyms)})
 
@@ -175,21 +182,23 @@ def packaged(package, file):
 
 
 def published_names(spec, part):
-    """OpenAI's class names as clip-benchmark has them -> {key: name}; ImageNet's by synset, so any subset of it works."""
+    """OpenAI's class names as clip-benchmark has them -> {key: name}, by what a class is called, never by its place in a sort:
+    ImageNet's by synset or number, torchvision's sets by number, Caltech-101 and EuroSAT by folder."""
     names = json.loads(packaged("clip_benchmark", "datasets/en_classnames.json"))
-    synsets = packaged("timm", "data/_info/imagenet_synsets.txt").split()  # timm comes with open_clip
-    if spec == "imagenetv2":
-        return {str(i): name for i, name in enumerate(names["imagenet1k"])}
+    imagenet, synsets = names["imagenet1k"], packaged("timm", "data/_info/imagenet_synsets.txt").split()  # timm: with open_clip
     if set(part.labels) <= set(synsets):
-        return dict(zip(synsets, names["imagenet1k"]))
-    keys = sorted(set(part.labels))
-    if spec == "caltech101" and keys[0] != "BACKGROUND_Google":  # torchvision leaves it out
-        keys.insert(0, "BACKGROUND_Google")
+        return dict(zip(synsets, imagenet))
+    if spec in ("imagenet1k", "imagenetv2"):
+        return {key: imagenet[int(key)] for key in part.labels if key.isdecimal() and int(key) < len(imagenet)}
+    if spec == "caltech101":
+        return {CALTECH101.get(name, name.replace(" ", "_")): name for name in names[spec]}
+    if spec == "eurosat":
+        return dict(zip(EUROSAT, names[spec]))
     if spec not in names:
         return part.words  # published are the folders' or torchvision's own
-    if len(names[spec]) != len(keys):
-        die(f"--dataset {spec}: {len(keys)} classes, published are the names of {len(names[spec])}")
-    return dict(zip(keys, names[spec]))
+    if len(names[spec]) <= max(map(int, part.labels)):
+        die(f"--dataset {spec}: {max(map(int, part.labels)) + 1} classes, published are the names of {len(names[spec])}")
+    return {f"{i:04}": name for i, name in enumerate(names[spec])}
 
 
 def read_templates(path, spec):
@@ -204,7 +213,7 @@ def read_templates(path, spec):
         sets = json.loads(packaged("clip_benchmark", "datasets/en_zeroshot_classification_templates.json"))
         return [template.replace("{c}", "{}") for template in sets.get(spec, sets["imagenet1k"])]
     try:
-        with open(path, encoding="utf-8") as f:
+        with open_rows(path), open(path, encoding="utf-8-sig") as f:
             templates = [line.rstrip("\n") for line in f if line.strip()]
     except (OSError, ValueError) as e:
         die(f"--templates {path}: {e}")
@@ -221,10 +230,12 @@ def class_names(spec, part, keys, args):
         words = published_names(spec, part)
     elif args.classes:
         try:
-            with open(args.classes, encoding="utf-8") as f:
+            with open_rows(args.classes), open(args.classes, encoding="utf-8-sig") as f:
                 words = json.load(f)
         except (OSError, ValueError) as e:
             die(f"--classes {args.classes}: {e}")
+    elif all(re.fullmatch(r"\d+|n\d{8}|[0-9a-f-]{16,}", key) for key in keys) and words == part.words and spec not in TORCHVISION:
+        print(f"note: the class names of {spec} look like ids ({keys[0]!r}): --classes FILE or openai gives names", file=sys.stderr)
     missing = [key for key in keys if not isinstance(words, dict) or not texts_of(words.get(key))]
     if missing:
         die(f"--dataset {spec}: no name for {len(missing)} classes, {missing[0]!r} the first: --classes FILE or openai")
@@ -232,8 +243,7 @@ def class_names(spec, part, keys, args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = die
+    parser = new_parser(__doc__)
     parser.add_argument("--data-root", default="datasets", help="where the sets lie (default: %(default)s)")
     args = parser.parse_args(argv)
     for spec in sorted([*FOLDERS, *TORCHVISION]):

@@ -13,8 +13,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from features import parse_row  # noqa: E402
-from train_clip import all_reduce, die  # noqa: E402
+from train_clip import BadRow, all_reduce, die, open_rows, parse_row  # noqa: E402
 
 
 def caption_fields(row):
@@ -36,6 +35,13 @@ def add_scores(rows, images, encode):
     for row in rows:
         row["clip_score"] = {field: [next(scores) for _ in row[field]] if isinstance(row[field], list) else next(scores)
                              for field in caption_fields(row)}
+
+
+def row_or_none(line):
+    try:
+        return parse_row(line)
+    except BadRow:
+        return None
 
 
 def write_scores(args, encode_names, encode, rank, chunk=8192):
@@ -60,12 +66,12 @@ def write_scores(args, encode_names, encode, rank, chunk=8192):
             rows.seek(0)
             rows.truncate(sum(map(len, islice(rows, done))))
     done = int(all_reduce(torch.tensor(done)))
-    with open(args.captions, "rb") as f:
+    with open_rows(args.captions) as f:
         lines, progress = islice(f, done, None), tqdm(desc="rows", unit="row", initial=done, disable=rank > 0)
         while some := list(islice(lines, chunk)):
-            rows = [parse_row(line) for line in some]
+            rows = [row_or_none(line) for line in some]
             found = [row for row in rows if row is not None]
-            add_scores(found, encode_names([row.get("image") for row in found]), encode)
+            add_scores(found, encode_names([row.get("image") for row in found], all_may_fail=True), encode)
             if rank == 0:
                 with open(partial, "ab") as out:
                     out.writelines(line.rstrip(b"\n") + b"\n" if row is None else json.dumps(row).encode() + b"\n"

@@ -2,15 +2,12 @@
 
     python data/convert_checkpoint.py openai ViT-B-32.pt clip.pt                   # OpenAI's archive
     python data/convert_checkpoint.py openai open_clip_model.safetensors clip.pt   # open_clip; LaCLIP's LAION-400M
+    python data/convert_checkpoint.py openai FOLDER clip.pt                        # with open_clip_config.json
     python data/convert_checkpoint.py hf clip-vit-large-patch14-336 clip.pt        # a folder of transformers' CLIPModel
     python data/convert_checkpoint.py veclip vecapdfn_clip_h14_336 clip.pt         # VeCLIP's release, unzipped
     python data/convert_checkpoint.py laclip cc12m_laclip.pt clip.pt               # LaCLIP's CC3M, CC12M, RedCaps; SLIP
     python data/convert_checkpoint.py to-hf runs/veclip/checkpoint.pt FOLDER
-
-Ours into open_clip needs no tool, the names are the same:
-
-    weights = torch.load("checkpoint.pt", weights_only=True)["model"]
-    open_clip.create_model("ViT-B-32").load_state_dict(weights, strict=True)
+    python data/convert_checkpoint.py to-open-clip runs/veclip/checkpoint.pt FILE.pt
 
 All families are one model under different names. What else differs is not in the weights, and with another family's
 settings a model still gives features, only worse ones:
@@ -25,9 +22,13 @@ settings a model still gives features, only worse ones:
 (1) --quick-gelu for models that open_clip calls ...-quickgelu, and for OpenAI's weights after somebody's fine-tuning.
 (2) 2, wrong in the first configs, means the highest id there; texts are pooled at the first such id (CLIPTextModel).
 (3) Its image tower is timm's: no LayerNorm before the blocks, a bias in the patch embedding and, but for SLIP's own, a
-    LayerNorm on every head's queries and keys. Its tokenizer mends broken Unicode and HTML entities first (ftfy).
+    LayerNorm on every head's queries and keys.
+
+The tokenizers of OpenAI, open_clip and LaCLIP mend broken Unicode, curly quotes and HTML entities first; a converted
+checkpoint says so, and its tokenizer does the same (by ftfy). A folder from to-hf does not.
 """
 import argparse
+import codecs
 import json
 import math
 import os
@@ -36,11 +37,12 @@ import sys
 import warnings
 import zipfile
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from train_clip import CLIP, PRESETS, Config, Tokenizer, die, load_checkpoint, save_checkpoint  # noqa: E402
+from train_clip import CLIP, PRESETS, Config, Tokenizer, die, load_checkpoint, new_parser, reason, save_checkpoint  # noqa: E402
 
 
 # === names: ours, which are OpenAI's, -> theirs =======================================================================
@@ -77,7 +79,7 @@ LACLIP = {"visual.class_embedding": "visual.cls_token",
           "visual.ln_post": "visual.norm",
           "visual.proj": "image_projection"}  # the text tower is OpenAI's
 LACLIP_SETTINGS = {field: PRESETS["ViT-B/16-laclip"][field] for field in (
-    "pre_norm", "patch_bias", "vision_eps", "text_quick_gelu", "mean", "std", "resize")}
+    "pre_norm", "patch_bias", "vision_eps", "text_quick_gelu", "mean", "std", "resize")} | {"mend_texts": True}
 VISION_HEADS = {p["vision_width"]: p["vision_heads"] for p in PRESETS.values() if "vision_heads" in p}  # ViT-H: 80 each
 SLIP_HEADS = {384: 12, 768: 12, 1024: 16}  # by width, SLIP's release; LaCLIP's follow from q_norm
 NO_WEIGHTS = (r"^(input_resolution|context_length|vocab_size)$"  # in OpenAI's archives, nowhere else
@@ -136,14 +138,19 @@ def ours_from(state, config, table, path):
 
 # === files ============================================================================================================
 
+SCALAR = np.float64(0).__reduce__()[0]  # under both names that NumPy gave it
+NUMPY = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
+         *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}, codecs.encode]
+
+
 def read_state(path):
     """{name: tensor} of a .safetensors file, a TorchScript archive, a state dict or a trainer's {"state_dict": ...}.
 
-    Of a pickle only tensors and plain values are read, and the argparse.Namespace that LaCLIP's trainer saved."""
+    Of a pickle only tensors and plain values are read, NumPy's numbers, and the argparse.Namespace that LaCLIP's trainer saved."""
     if not os.path.isfile(path):
         die(f"{path}: no such file")
     try:
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace, *NUMPY]):
             if path.endswith(".safetensors"):
                 state = load_file(path)
             elif zipfile.is_zipfile(path) and any("constants.pkl" in name for name in zipfile.ZipFile(path).namelist()):
@@ -153,11 +160,33 @@ def read_state(path):
                 state = state.get("state_dict", state)
         state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in state.items()}  # DDP, torch.compile
     except Exception as e:  # there is a different class for every way in which a file is not one of weights
-        die(f"{path} is no file of weights: {type(e).__name__}: {e}")
+        die(f"{path} is no file of weights: {reason(e)}")
     for name, x in state.items():
         if not isinstance(x, torch.Tensor):
             die(f"{path}: {name} is no tensor: expected a state dict, or one under the key state_dict")
+        if not x.isfinite().all():
+            die(f"{path}: {name} has values that are not finite")
     return state
+
+
+def read_folder(folder, *stems):
+    """The weights of a folder: one file, or several and the index that names them. -> (state, path for messages)"""
+    there = set(os.listdir(folder))
+    names = [stem + ending for stem in stems for ending in (".safetensors", ".bin")]
+    for name in names:
+        if name in there:
+            return read_state(os.path.join(folder, name)), os.path.join(folder, name)
+        if (index := name + ".index.json") in there:
+            try:
+                with open(os.path.join(folder, index), encoding="utf-8") as f:
+                    shards = sorted(set(json.load(f)["weight_map"].values()))
+            except (ValueError, LookupError, TypeError, AttributeError) as e:
+                die(f"{os.path.join(folder, index)}: {reason(e)}")
+            state = {}
+            for shard in shards:
+                state |= read_state(os.path.join(folder, os.path.basename(shard)))
+            return state, folder
+    die(f"{folder}: no weights in it, expected one of {', '.join(names)}")
 
 
 def fitting_tokenizer(name, config):
@@ -205,10 +234,37 @@ def infer_config(state, table, path, known_heads, **settings):
 
 
 def from_openai(args):
-    state = read_state(args.input)
-    quick = args.quick_gelu or "input_resolution" in state
-    config = infer_config(state, OPENAI, args.input, VISION_HEADS, vision_quick_gelu=quick, text_quick_gelu=quick)
-    return ours_from(state, config, OPENAI, args.input), args.tokenizer
+    folder, settings, tokenizer = os.path.isdir(args.input), {}, args.tokenizer
+    if folder:
+        state, path = read_folder(args.input, "open_clip_model", "open_clip_pytorch_model")
+        settings, quick = read_open_clip_config(args.input)
+        if tokenizer is None and {"tokenizer.json", "vocab.json"} & set(os.listdir(args.input)):
+            tokenizer = args.input
+    else:
+        state, path = read_state(args.input), args.input
+        quick = "input_resolution" in state
+    quick = quick or args.quick_gelu
+    config = infer_config(state, OPENAI, path, VISION_HEADS, vision_quick_gelu=quick, text_quick_gelu=quick, mend_texts=True, **settings)
+    return ours_from(state, config, OPENAI, path), tokenizer or "openai/clip-vit-base-patch32"
+
+
+def read_open_clip_config(folder):
+    """open_clip_config.json -> (the settings of ours that it changes, is its activation QuickGELU?)"""
+    path = os.path.join(folder, "open_clip_config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        model, pixels = content["model_cfg"], content.get("preprocess_cfg", {})
+        settings = {name: tuple(pixels[name]) for name in ("mean", "std") if name in pixels}
+        settings["resize"] = pixels.get("interpolation", "bicubic")
+        if settings["resize"] not in RESAMPLE or pixels.get("resize_mode", "shortest") != "shortest":
+            raise ValueError(f"its images are resized otherwise, {pixels}: expected shortest, bicubic or bilinear")
+        if set(model) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"} or \
+                isinstance(model["vision_cfg"], dict) and "timm_model_name" in model["vision_cfg"]:
+            raise ValueError("another kind of model than OpenAI's")
+        return settings, bool(model.get("quick_gelu"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        die(f"{path}: {reason(e)}")
 
 
 def from_laclip(args):
@@ -236,7 +292,7 @@ def read_hf_config(path):
             raise ValueError(f"model_type is {content['model_type']}, expected clip")
         hf = quiet_transformers().CLIPConfig.from_dict(content)
     except Exception as e:  # as many classes as there are ways to be wrong
-        die(f"{path} is no config of a CLIPModel: {type(e).__name__}: {e}")
+        die(f"{path} is no config of a CLIPModel: {reason(e)}")
     values = {"embed_dim": hf.projection_dim, "eot_id": hf.text_config.eos_token_id}
     for tower, fields in HF_FIELDS.items():
         theirs = getattr(hf, tower)
@@ -261,7 +317,7 @@ def read_hf_pictures(folder, config):
         sides = {theirs.size.shortest_edge, theirs.crop_size.height, theirs.crop_size.width}
         steps = theirs.do_resize and theirs.do_center_crop and theirs.do_rescale and theirs.do_normalize
     except Exception as e:
-        die(f"{folder}: preprocessor_config.json cannot be read: {type(e).__name__}: {e}")
+        die(f"{folder}: preprocessor_config.json cannot be read: {reason(e)}")
     if sides != {S} or theirs.resample not in RESAMPLE.values() or not steps:
         die(f"{folder}: expected a preprocessor_config.json that resizes the shorter side to {S}, bicubic (3) or bilinear "
             "(2), crops the centre and normalises")
@@ -280,8 +336,8 @@ def from_hf(args):
         read_hf_pictures(args.input, config)
     if not args.tokenizer and not there & {"tokenizer.json", "vocab.json"}:
         die(f"{args.input} has no tokenizer: name one with --tokenizer")  # transformers would make up an empty one
-    weights = os.path.join(args.input, "model.safetensors")
-    return ours_from(read_state(weights), config, HF, weights), args.tokenizer or args.input
+    state, path = read_folder(args.input, "model", "pytorch_model")
+    return ours_from(state, config, HF, path), args.tokenizer or args.input
 
 
 def to_hf(args):
@@ -315,14 +371,36 @@ def to_hf(args):
     return model
 
 
+def to_open_clip(args):
+    """open_clip loads a plain state dict, under the names that are ours, too. What it must be told beside is printed."""
+    model, _, _ = load_checkpoint(args.input)
+    c = model.config
+    if c.qk_norm or c.patch_bias or not c.pre_norm or c.vision_quick_gelu != c.text_quick_gelu or (c.vision_eps, c.text_eps) != (1e-5, 1e-5):
+        die(f"{args.input}: its config has what open_clip's CLIP cannot express (qk_norm, patch_bias, no pre_norm, two activations or "
+            "another LayerNorm eps)")
+    if c.eot_id not in (-1, c.vocab_size - 1):
+        die(f"{args.input}: its texts end with id {c.eot_id}, open_clip pools at the highest id")
+    temporary = args.output + ".tmp"
+    torch.save(model.state_dict(), temporary)
+    os.rename(temporary, args.output)
+    config = {"embed_dim": c.embed_dim, "quick_gelu": c.vision_quick_gelu, "vision_cfg": {
+        "image_size": c.image_size, "layers": c.vision_layers, "width": c.vision_width, "head_width": c.vision_width // c.vision_heads,
+        "patch_size": c.patch_size}, "text_cfg": {
+        "context_length": c.context_length, "vocab_size": c.vocab_size, "width": c.text_width, "heads": c.text_heads, "layers": c.text_layers}}
+    print(f"open_clip.create_model(NAME, pretrained={args.output!r}), for one of its own names, or of this config: {json.dumps(config)}")
+    print(f"image_mean={c.mean}, image_std={c.std}, image_interpolation={c.resize!r}")
+    return model
+
+
 # === the command line =================================================================================================
 
 COMMANDS = {  # function, default tokenizer, help
-    "openai": (from_openai, "openai/clip-vit-base-patch32", "OpenAI's or open_clip's file of weights"),
+    "openai": (from_openai, None, "OpenAI's or open_clip's file of weights, or a folder with open_clip_config.json"),
     "hf": (from_hf, None, "a folder of Hugging Face's CLIPModel"),
     "veclip": (from_hf, "t5-base", "a folder of VeCLIP's release"),
     "laclip": (from_laclip, "openai/clip-vit-base-patch32", "LaCLIP's or SLIP's file of weights"),
-    "to-hf": (to_hf, None, "a checkpoint of ours, into a folder of Hugging Face's CLIPModel")}
+    "to-hf": (to_hf, None, "a checkpoint of ours, into a folder of Hugging Face's CLIPModel"),
+    "to-open-clip": (to_open_clip, None, "a checkpoint of ours, into a file for open_clip.create_model(NAME, pretrained=FILE)")}
 
 
 def describe(model):
@@ -334,25 +412,25 @@ def describe(model):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = die
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (_, tokenizer, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         command.error = die
         command.add_argument("input", help=text)
         command.add_argument("output", help="must not exist yet")
-        if name != "to-hf":
+        if not name.startswith("to-"):
+            own = "that of the folder" + ", else openai/clip-vit-base-patch32" * (name == "openai")
             command.add_argument("--tokenizer", default=tokenizer, help="hub name, folder or tokenizer.json (default: "
-                                 f"{tokenizer or 'that of the folder'})")
+                                 f"{tokenizer or own})")
         if name == "openai":
             command.add_argument("--quick-gelu", action="store_true", help="in both towers; OpenAI's archives: always")
     args = parser.parse_args(argv)
     if os.path.exists(args.output):
         die(f"{args.output} exists already: nothing is overwritten")
     convert = COMMANDS[args.command][0]
-    if convert is to_hf:
-        model = to_hf(args)
+    if convert in (to_hf, to_open_clip):
+        model = convert(args)
     else:
         model, tokenizer = convert(args)
         save_checkpoint(args.output, model, fitting_tokenizer(tokenizer, model.config))

@@ -2,10 +2,10 @@
 
 The same on any number of ranks: each encodes every so-many-th batch, and all get all features.
 """
-import argparse
-import json
+import math
 import os
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,40 +13,34 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from train_clip import all_reduce, die, one_thread, rank, to_rgb  # noqa: E402
-
-
-def parse_row(line):
-    """A line's object, or None if it is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
+from train_clip import BadRow, all_reduce, begin_worker, check_images, die, open_rows, parse_row, rank, to_rgb  # noqa: E402
 
 
 def read_rows(path):
-    """All rows of a JSONL file, in order; an evaluation set with a broken line is a user's mistake."""
-    if not os.path.isfile(path):
-        die(f"{path}: no such file")
-    with open(path, "rb") as f:
+    """All rows of a JSONL file, in order; an evaluation set with a broken line is a user's mistake. A row without an image
+    gets its place as the name of one, which is then told as unreadable."""
+    with open_rows(path) as f:
         for number, line in enumerate(f, 1):
-            row = parse_row(line)
-            yield row if row is not None else die(f"{path}, line {number}: not a JSON object")
+            try:
+                row = parse_row(line)
+            except BadRow as e:
+                die(f"{path}, line {number}: {e}")
+            yield {**row, "image": row.get("image") or f"{path}, line {number}"}
 
 
 def label_of(value):
-    """The class's key: a text, the first of a list, or a number as a text; None if there is none."""
+    """The class's key: a text, the first of a list, or a whole number as a text; None if there is none."""
     value = value[0] if isinstance(value, list) and value else value
-    return str(value) if isinstance(value, int) else value if isinstance(value, str) and value.strip() else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(int(value)) if math.isfinite(value) and value == int(value) else None
+    return value if isinstance(value, str) and value.strip() else None
 
 
-def at_least(least):
-    def number(text):
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"expected {least} or more")
-        return value
-    return number
+def tell_left_out(rows, what):
+    """One line about the rows [(name, why or value)] that an evaluation leaves out."""
+    if rows:
+        print(f"{len(rows)} rows have no usable {what}, left out: " + ", ".join(f"{name} ({value!r})" for name, value in rows[:3])
+              + ", ..." * (len(rows) > 3), file=sys.stderr)
 
 
 def blocks(n, size):
@@ -76,15 +70,22 @@ def collate_pictures(pictures):
     return stacked, readable, {i: picture for i, picture in enumerate(pictures) if isinstance(picture, str)}
 
 
+def finite(features):
+    """features, or one line: a comparison with NaN is never true, and every rank would be the first."""
+    return features if features.isfinite().all() else die("the model's features are not finite: are its weights?")
+
+
 @torch.inference_mode()
-def encode_images(model, transform, names, read, batch_size=64, workers=2):
+def encode_images(model, transform, names, read, batch_size=64, workers=2, all_may_fail=False):
     """names -> features [N, d] of unit length, on the CPU of every rank; read(name) gives a PIL image.
 
     One that cannot be read is named on stderr. Its feature is zero: it matches nothing and stays in every denominator."""
+    if not all_may_fail:
+        check_images("--image-root", len(names), lambda i: read(names[i]))
     device, features = model.logit_scale.device, torch.zeros(len(names), model.config.embed_dim)
     batches = [list(range(*block)) for block in blocks(len(names), batch_size)]
     loader = torch.utils.data.DataLoader(Pictures(names, read, transform), batch_sampler=batches, num_workers=workers,
-                                         collate_fn=collate_pictures, worker_init_fn=one_thread)
+                                         collate_fn=collate_pictures, worker_init_fn=partial(begin_worker, os.getpid()))
     progress = tqdm(loader, desc="images", unit="batch", leave=False, disable=rank() > 0, delay=1)
     for indices, (pictures, readable, reasons) in zip(batches, progress):
         for i, reason in reasons.items():
@@ -92,7 +93,7 @@ def encode_images(model, transform, names, read, batch_size=64, workers=2):
         if readable:
             encoded = model.encode_image(pictures.to(device))
             features[[indices[i] for i in readable]] = F.normalize(encoded.float(), dim=-1).cpu()
-    return all_reduce(features)  # every row is zero on all ranks but one
+    return finite(all_reduce(features))  # every row is zero on all ranks but one
 
 
 @torch.inference_mode()
@@ -103,4 +104,4 @@ def encode_texts(model, tokenizer, texts, batch_size=256):
     for start, end in tqdm(mine, desc="texts", unit="batch", leave=False, disable=rank() > 0, delay=1):
         tokens = tokenizer(texts[start:end]).to(device)
         features[start:end] = F.normalize(model.encode_text(tokens).float(), dim=-1).cpu()
-    return all_reduce(features)
+    return finite(all_reduce(features))

@@ -15,13 +15,15 @@ small model need it, and whether it helps is an experiment: train on either file
   unrelated    no content word of the original is left (words of three letters or more that are no stop word)
   score        its clip_score is under --min-score, or less than --min-gain above its original's; "unscored" has none
 """
-import argparse
 import json
 import os
 import re
 import sys
 from collections import Counter
 from functools import partial
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from train_clip import NO_BLANKS, BadRow, die, new_file, new_parser, number, open_rows, parse_row, words_of  # noqa: E402
 
 STOP_WORDS = frozenset("""a about above after all also am an and any are as at be been before being below between both but by
 can did do does doing down during each few for from further had has have having he her here hers him his how i if in into
@@ -30,24 +32,21 @@ such than that the their them then there these they this those through to too un
 where which while who whom why will with you your""".split())
 
 
-def die(message):
-    print(f"filter_captions.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def words_of(text):
-    return re.findall(r"\w+", text.lower())
+def plain_words(text):
+    """The text's words, in lower case and without the punctuation around them"""
+    return [re.sub(r"^\W+|\W+$", "", word) for word in words_of(text.lower())]
 
 
 def content_words(words):
-    """Words that carry meaning, a plural s aside."""
-    return {word.rstrip("s") if len(word) > 3 else word for word in words if len(word) > 2 and word not in STOP_WORDS}
+    """Words that carry meaning, a plural s aside; of scripts without blanks none, since where words begin there is unknown."""
+    return {word.rstrip("s") if len(word) > 3 else word for word in words
+            if len(word) > 2 and word not in STOP_WORDS and not NO_BLANKS.search(word)}
 
 
 def broken_rule(original, rewrite, before, after, args):
     """The name of the first rule that a rewrite breaks, or None. original: None if it has none; before, after: the clip_score
     of either, None if it has none."""
-    old, new = words_of(original or ""), words_of(rewrite)
+    old, new = plain_words(original or ""), plain_words(rewrite)
     if old == new:
         return "identical"
     if len(new) < args.min_words:
@@ -101,31 +100,27 @@ def dump_row(row):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = die
+    parser = new_parser(__doc__)
     parser.add_argument("input")
     parser.add_argument("output")
     parser.add_argument("--field", default="alt", help="the original (default: %(default)s)")
     parser.add_argument("--fields", nargs="+", help="the rewrites (default: every rewrite_* field)")
-    parser.add_argument("--min-words", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--max-words", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--min-score", type=float, help="drop what has a lower clip_score (-1 to 1; default: off)")
-    parser.add_argument("--min-gain", type=float, metavar="X", help="drop what scores less than its original's clip_score + X; "
+    parser.add_argument("--min-words", type=number(int, 0), default=2, help="default: %(default)s")
+    parser.add_argument("--max-words", type=number(int, 1), default=30, help="default: %(default)s")
+    parser.add_argument("--min-score", type=number(float, -1), help="drop what has a lower clip_score (-1 to 1; default: off)")
+    parser.add_argument("--min-gain", type=number(float, -2), metavar="X", help="drop what scores less than its original's clip_score + X; "
                         "0: as good or better (default: off)")
     args = parser.parse_args(argv)
-    if not os.path.isfile(args.input):
-        die(f"{args.input}: no such file")
-    if not os.path.isdir(os.path.dirname(args.output) or "."):
-        die(f"{args.output}: no such folder")
+    new_file(args.output, args.input)
 
     counts, rows, touched = Counter(), 0, 0
-    with open(args.input, "rb") as f, open(args.output + ".tmp", "wb") as out:
+    with open_rows(args.input) as f, open(args.output + ".tmp", "wb") as out:
         for line in f:
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+                row = parse_row(line)
+            except BadRow:  # goes through as it is
                 row = None
-            if isinstance(row, dict):  # any other line goes through as it is
+            if row is not None:
                 found = filter_row(row, args.field, args.fields, partial(broken_rule, args=args))
                 counts += found
                 if any(rule != "kept" for _, rule in found):

@@ -16,14 +16,18 @@ import argparse, codecs, contextlib, csv, itertools, json, os, re, signal, sys, 
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+# What train_clip.py and caption_llava.py open; a test compares
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+ENDINGS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
 IMAGE_COLUMNS = ["filepath", "image", "image_path", "url"]  # a path before a URL, where a CSV has both
 CAPTION_COLUMNS = ["caption", "title", "text"]
 MAX_TEXT = 1 << 24  # characters in a field: an unclosed quote shall not take the rest of the file into memory
 is_url = re.compile(r"https?://", re.IGNORECASE).match
 invalid_utf8 = Counter()  # filled by the codec error handler below, printed in the summary
+passed_over = Counter()  # files and members that are none of ours, printed in the summary
 
 
 def die(message):
@@ -40,7 +44,44 @@ def count_and_replace(error):
 
 def open_text(path, newline="\n"):
     """UTF-8, byte order mark or not. A line ends at \\n only: captions may hold \\r, \\x85 or U+2028."""
+    with open(path, "rb") as f:
+        if f.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            die(f"{path} is UTF-16; expected UTF-8")
     return open(path, encoding="utf-8-sig", errors="count_and_replace", newline=newline)
+
+
+def is_hidden(path):
+    """.ipynb_checkpoints, __MACOSX, ._x.png and their like: what systems and editors leave behind"""
+    return any(part.startswith(".") and part != "." or part == "__MACOSX" for part in path.split("/"))
+
+
+def walk(root):
+    """Yield (folder, names of its files), sorted; links are followed, what is hidden is passed over."""
+    def fail(error):
+        raise error  # os.walk would pass over an unreadable folder
+
+    for place, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        here = os.path.realpath(place) + os.sep  # a link to a folder above would go round for ever
+        folders[:] = sorted(name for name in folders if not is_hidden(name)
+                            and not here.startswith(os.path.realpath(os.path.join(place, name)) + os.sep))
+        passed_over["hidden"] += sum(map(is_hidden, names))
+        yield place, sorted(name for name in names if not is_hidden(name))
+
+
+def image_files(root):
+    """The images below a folder, as paths relative to it, sorted. What is passed over is counted."""
+    images, captions = [], set()
+    for place, names in walk(root):
+        for name in names:
+            stem, ending = os.path.splitext(Path(os.path.relpath(os.path.join(place, name), root)).as_posix())
+            if ending.lower() in ENDINGS:
+                images.append(stem + ending)
+            elif ending.lower() == ".txt":
+                captions.add(stem)
+            else:
+                passed_over[ending.lower() or "no ending"] += 1
+    passed_over[".txt without an image"] += len(captions - {os.path.splitext(path)[0] for path in images})
+    return sorted(images)
 
 
 # laclip: github.com/LijieFan/LaCLIP, README "Pre-computed Augmented Texts" and data.py. *_original.csv has no
@@ -55,7 +96,7 @@ def find_columns(first, args):
     caption = find([args.caption_column.lower()] if args.caption_column else CAPTION_COLUMNS)
     if image is not None and caption is not None:
         return image, caption, find(["url"]), True
-    headless = len(first) > 1 and (is_url(first[0]) or names[0].endswith(IMAGE_EXTENSIONS))
+    headless = len(first) > 1 and (is_url(first[0]) or names[0].endswith(ENDINGS))
     if headless and not args.image_column and not args.caption_column:
         return 0, 1, 2 if len(first) > 2 and is_url(first[2]) else None, False
     die(f"{args.input}: expected columns {args.image_column or '/'.join(IMAGE_COLUMNS)} and "
@@ -135,68 +176,121 @@ def tsv(args):
             yield row
 
 
-# img2dataset: github.com/rom1504/img2dataset, writer.py, WebDatasetSampleWriter. A shard 00000.tar holds
-# KEY.jpg (or .png, .webp: --encode_format), KEY.txt and KEY.json of every picture that could be downloaded,
-# one key after the other. The tar stays as it is: a row points at the picture's bytes in it.
+# img2dataset: github.com/rom1504/img2dataset, writer.py. Its output `webdataset`: a shard 00000.tar holds KEY.jpg (or .png,
+# .webp: --encode_format), KEY.txt and KEY.json of every image that could be downloaded. The tar stays as it is: a row points
+# at the image's bytes in it. Its output `files`: the same in folders. Its `parquet` holds the images' bytes in a
+# compressed table, where no row can point at them.
 
-TAR_NAME = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$")  # compressed: refused, not passed over
+TAR_NAME = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$")
+# img2dataset's own keys in KEY.json; every other one is the user's: LaCLIP's rewrites, a recaption, a url
+OWN_KEYS = frozenset("caption key status error_message original_width original_height exif sha256 md5 sha512 shard_id".split())
 
 
-def read_shard(path):
-    """Yield (key, extension, member, its read function); die at the first sign of damage."""
-    try:
-        tar = tarfile.open(path, "r:")  # "r:" takes no compression
-    except tarfile.ReadError as e:
-        die(f"{path}: not an uncompressed tar ({e}); rows point at byte offsets, so decompress it first")
-    size, last = os.path.getsize(path), "none"
-    with tar:
+def read_members(path):
+    """Yield (part, name, offset of its bytes, size, its content if it is text) of a tar's files; another tar that was joined to
+    it (cat a.tar b.tar) is another part. Raises tarfile.ReadError at the first sign of damage."""
+    size, last, part, block = os.path.getsize(path), "none", 0, b"first"
+    with open(path, "rb") as f:
+        while block:
+            try:
+                tar = tarfile.open(fileobj=f, mode="r:")  # "r:" takes no compression
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # tarfile would keep them all
+                    if not 0 <= member.size <= size - member.offset_data:
+                        raise tarfile.ReadError("cut")
+                    if member.isreg() and member.sparse is None:
+                        text = member.name.lower().endswith((".txt", ".json"))
+                        yield part, member.name, member.offset_data, member.size, tar.extractfile(member).read() if text else None
+                    elif not member.isdir():
+                        passed_over["no plain file"] += 1
+                    last = member.name
+                # tarfile takes a bad header, or a file cut between members, for the end of the archive without a word. The
+                # true end is marked by zeros; behind them there may be another tar.
+                f.seek(tar.offset)
+                if f.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("no end")
+            except (tarfile.TarError, ValueError) as e:
+                raise tarfile.ReadError(f"truncated, damaged or no tar ({e}); the last good member is {last}") from e
+            while (block := f.read(tarfile.BLOCKSIZE)) and not any(block):
+                pass
+            f.seek(-len(block), os.SEEK_CUR)
+            part += 1
+
+
+def samples_of(shard, members):
+    """The rows of [(name, image, content if it is text)] of one tar or folder, in any order. What belongs together has the same
+    name but for its ending."""
+    images, texts, metas = defaultdict(list), defaultdict(list), defaultdict(list)
+    for name, image, content in members:
+        key, ending = os.path.splitext(name)
+        if is_hidden(name):
+            passed_over["hidden"] += 1
+        elif ending.lower() in ENDINGS:
+            images[key].append((ending.lower(), image))
+        elif ending.lower() in (".txt", ".json"):
+            (texts if ending.lower() == ".txt" else metas)[key].append(content.decode("utf-8-sig", "count_and_replace"))
+        else:
+            passed_over[ending.lower() or "no ending"] += 1
+    for key in {**images, **texts, **metas}:
+        whole, _, part = key.partition(".")
+        if part and key in images and not texts[key] and not metas[key] and whole in images:
+            passed_over[f".{part}{images[key][0][0]}"] += 1  # webdataset's rule: 7.seg.png beside 7.png is another part of 7
+            continue
+        row, errors = {"alt": "".join(texts[key][:1]).strip()}, {}
+        for found in ([ending for ending, _ in images[key]], [0] * len(texts[key]), [0] * len(metas[key])):
+            if len(set(found)) < len(found):  # which belongs to which?
+                row, errors, images[key], metas[key] = {"alt": ""}, {"image": "comes twice in shard"}, [], []
         try:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile would keep them all
-                if not 0 <= member.size <= size - member.offset_data:
-                    raise tarfile.ReadError
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")  # webdataset's rule: a key ends at the first dot
-                if member.isreg() and stem:
-                    yield folder + slash + stem, "." + extension.lower(), member, tar.extractfile(member).read
-                last = member.name
-            # tarfile takes a bad header, or a file cut between members, for the end of the archive without a
-            # word. The true end is marked by blocks of zeros.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError
-        except (tarfile.TarError, ValueError):
-            die(f"{path}: truncated or damaged; the last good member is {last}")
+            for meta in metas[key]:
+                meta = dict(json.loads(meta, parse_constant=lambda _: None))  # NaN is no JSON
+                caption = meta.get("caption", meta.get("alt"))
+                row["alt"] = row["alt"] or (caption.strip() if isinstance(caption, str) else caption)
+                row |= {name: value for name, value in meta.items() if name not in OWN_KEYS | {"alt", "image", "error"}}
+        except (ValueError, TypeError, RecursionError):
+            errors["json"] = "not a JSON object"
+        if not images[key]:
+            errors = {"image": "no image in shard"} | errors
+        if errors:
+            row |= {"shard": shard, "key": key}
+        for _, image in images[key] or [(None, None)]:  # one row an image
+            yield ({"image": image} if image else {}) | row | {"error": dict(errors)}
 
 
 def img2dataset(args):
-    shards, root = [], os.path.abspath(args.image_root)
-    for path in map(Path, args.input):
-        path.stat()  # a missing file: now, not hours later
-        tars = [path] if path.is_file() else sorted(p for p in path.rglob("*") if TAR_NAME.search(p.name))
-        shards += tars or die(f"{path}: no .tar below this folder")
-    for path in shards:
+    root, shards, folders = os.path.abspath(args.image_root), [], []
+    for path in args.input:
+        os.stat(path)  # a missing file: now, not hours later
         if not Path(os.path.abspath(path)).is_relative_to(root):
             die(f"{path} is not below --image-root {args.image_root}")
+        files = [os.path.join(place, name) for place, names in walk(path) for name in names] if os.path.isdir(path) else []
+        tars = sorted(file for file in files if TAR_NAME.search(file)) if files else [path] if os.path.isfile(path) else []
+        shards += tars
+        if any(file.endswith(".parquet") for file in files) and not tars:
+            die(f"{path}: img2dataset's parquet holds the images in compressed tables, where no row can point at them: "
+                "download with --output_format webdataset or files")
+        if not tars:
+            folders += sorted({os.path.dirname(file) for file in files}) or die(f"{path}: no .tar and no image below this folder")
     for path in shards:
-        shard = Path(os.path.relpath(path, root)).as_posix()
-        for _, members in itertools.groupby(read_shard(path), key=lambda entry: entry[0]):
-            images, text, meta, errors = [], "", {}, {}
-            for _, extension, member, read in members:
-                if extension in IMAGE_EXTENSIONS:
-                    images.append({"image": f"{shard}@{member.offset_data}+{member.size}"})
-                elif extension == ".txt":
-                    text = read().decode("utf-8-sig", "count_and_replace").strip()
-                elif extension == ".json":
-                    try:
-                        meta = dict(json.loads(read().decode("utf-8-sig", "count_and_replace")))
-                    except (ValueError, TypeError, RecursionError):
-                        errors["json"] = "not a JSON object"
-            caption = meta.get("caption")
-            row = {"alt": text or (caption.strip() if isinstance(caption, str) else "")}
-            row |= {field: meta[field] for field in ("url", "width", "height") if field in meta}
-            for image in images or [{}]:  # one row an image
-                yield image | row | {"error": errors | ({} if image else {"image": "no image in shard"})}
+        if (kind := TAR_NAME.search(path)) and kind[1] != "tar":
+            die(f"{path}: not an uncompressed tar; rows point at byte offsets, so decompress it first")
+    for path in shards:
+        shard, parts, fault = Path(os.path.relpath(os.path.abspath(path), root)).as_posix(), defaultdict(list), None
+        try:
+            for part, name, offset, size, content in read_members(path):
+                parts[part].append((name, f"{shard}@{offset}+{size}", content))
+        except tarfile.ReadError as e:
+            fault = f"{shard}: {e}"
+            if len(shards) == 1 and not parts:
+                die(fault)
+        for members in parts.values():
+            yield from samples_of(shard, members)
+        if fault:
+            yield {"error": {"shard": fault}}
+    for path in folders:
+        place = Path(os.path.relpath(os.path.abspath(path), root)).as_posix()
+        names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+        yield from samples_of(place, [(name, Path(place, name).as_posix(), Path(path, name).read_bytes()
+                                       if name.lower().endswith((".txt", ".json")) else None) for name in names])
 
 
 # coco: captions_train2014.json and its like, cocodataset.org/#format-data ("images" with id and file_name,
@@ -273,17 +367,11 @@ def vecap(args):
 # folder: a picture and a .txt of the same name beside it, anywhere below DIR; several lines, several texts.
 
 def folder(args):
-    def fail(error):
-        raise error  # os.walk would pass over an unreadable folder
-
-    for place, folders, names in os.walk(args.input, onerror=fail):
-        folders.sort()  # in place: the order in which os.walk goes on
-        for name in sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)):
-            path, texts = os.path.join(place, name), []
-            with contextlib.suppress(FileNotFoundError), open_text(os.path.splitext(path)[0] + ".txt") as f:
-                texts = [line.strip() for line in f if line.strip()]
-            yield {"image": Path(os.path.relpath(path, args.input)).as_posix(),
-                   "alt": texts if len(texts) > 1 else "".join(texts)}
+    for name in image_files(args.input):
+        path, texts = os.path.join(args.input, name), []
+        with contextlib.suppress(FileNotFoundError), open_text(os.path.splitext(path)[0] + ".txt") as f:
+            texts = [line.strip() for line in f if line.strip()]
+        yield {"image": name, "alt": texts if len(texts) > 1 else "".join(texts)}
 
 
 # Writing, the same for all: what is empty is null and says so; the file is complete or absent.
@@ -293,15 +381,18 @@ def finish(row):
     errors = row.pop("error", {})
     for field in row:
         if field in ("alt", "vecap") or field.startswith("rewrite_"):
-            if not row[field] or isinstance(row[field], str) and not row[field].strip():
+            texts = row[field] if isinstance(row[field], list) else [row[field]]
+            if not any(isinstance(text, str) and text.strip() for text in texts):
                 row[field], errors = None, {field: "no text"} | errors
     return row | {"error": errors} if errors else row
 
 
-def write_jsonl(rows, output, overwrite, drop_errors):
+def write_jsonl(rows, output, overwrite, drop_errors, inputs):
     """Write under a temporary name, sync, rename. -> the summary: {what: how many rows}"""
     if not output.endswith(".jsonl"):  # also saves the last shard when OUT was forgotten after a list of them
         die(f"{output}: the output comes last and its name ends in .jsonl")
+    if os.path.exists(output) and any(os.path.exists(path) and os.path.samefile(path, output) for path in inputs):
+        die(f"{output} is read: expected another file to write to")
     if os.path.exists(output) and not overwrite:
         die(f"{output} exists; give another name or --overwrite")
     if not os.path.isdir(os.path.dirname(output) or "."):
@@ -369,11 +460,15 @@ def main(argv=None):
         each.error = die
 
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        summary = write_jsonl(args.read(args), args.output, args.overwrite, args.drop_errors)
+        inputs = args.input if isinstance(args.input, list) else [args.input]
+        inputs += [item.partition("=")[2] for item in getattr(args, "rewrites", [])]
+        summary = write_jsonl(args.read(args), args.output, args.overwrite, args.drop_errors, inputs)
     except OSError as e:
         die(f"{e.filename}: {e.strerror}" if e.filename else e)
-    for name, count in {**summary, "invalid UTF-8 replaced": invalid_utf8["replaced"]}.items():
+    over = {f"passed over: {ending}": count for ending, count in passed_over.items() if count}
+    for name, count in {**summary, **over, "invalid UTF-8 replaced": invalid_utf8["replaced"]}.items():
         print(f"{name:<40} {count:>12,}")
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from fuse_vicuna import unquote  # noqa: E402
 from rewrite_llama import DTYPES, clean, die, load, number, pick_device, special_markers  # noqa: E402
+from train_clip import BadRow, open_rows, parse_row, words_of  # noqa: E402
 
 SENTENCE = "Rewrite this caption of an image vividly, and keep it less than thirty words:"  # paper
 MAX_WORDS = 30  # of a caption and of its rewrite: the sentence's
@@ -31,13 +32,13 @@ UNUSABLE = (ValueError, RecursionError, LookupError, TypeError, AttributeError) 
 def draw_captions(args, number):
     """Up to `number` different captions of 2 to 30 words. One pass with a reservoir: all rows have the same chance."""
     drawn, seen, rng = [], 0, random.Random(args.seed)
-    with open(args.captions, "rb") as f:
+    with open_rows(args.captions) as f:
         for line in tqdm(f, unit=" rows", unit_scale=True, disable=None, delay=2):
             try:
-                text = clean(rng.choice(value) if isinstance(value := json.loads(line)[args.field], list) else value)
-            except UNUSABLE:
+                text = clean(rng.choice(value) if isinstance(value := parse_row(line)[args.field], list) else value)
+            except (BadRow, *UNUSABLE):
                 continue
-            if 2 <= len(text.split()) <= MAX_WORDS and text not in drawn:
+            if 2 <= len(words_of(text)) <= MAX_WORDS and text not in drawn:
                 seen += 1
                 place = len(drawn) if len(drawn) < number else rng.randrange(seen)
                 drawn[place:place + 1] = [text] if place < number else []
@@ -47,7 +48,7 @@ def draw_captions(args, number):
 
 def fault(source, input, output, ended=True):
     """Why this makes no pair, or None."""
-    same, long = input.lower().strip(" .") == output.lower().strip(" ."), len(output.split()) > MAX_WORDS
+    same, long = input.lower().strip(" .") == output.lower().strip(" ."), len(words_of(output)) > MAX_WORDS
     return "empty" if not output else "identical" if same else "too long" if long or not ended else None
 
 
@@ -100,11 +101,11 @@ def human(args):
     if args.captions:
         return [{"source": args.source, "input": text, "output": ""} for text in draw_captions(args, args.number)]
     pairs = []
-    with open(args.filled, "rb") as f:
+    with open_rows(args.filled) as f:
         for number, line in enumerate(f, 1):
             try:
-                pairs.append({key: clean(json.loads(line)[key]) for key in ("source", "input", "output")})
-            except UNUSABLE as e:
+                pairs.append({key: clean(parse_row(line)[key]) for key in ("source", "input", "output")})
+            except (BadRow, *UNUSABLE) as e:
                 die(f"{args.filled}, line {number}: expected an object of source, input, output: {e!r}")
             if why := fault(**pairs[-1]):
                 die(f"{args.filled}, line {number}: the output is {why}")
@@ -136,6 +137,7 @@ def main(argv=None):
         command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
         command.set_defaults(server=None, dtype="auto")
     parser.error = die
+    sys.stdout.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     if os.path.lexists(args.output) or not os.path.isdir(os.path.dirname(args.output) or "."):
         die(f"--output {args.output}: expected a new file in a folder that is there")

@@ -5,30 +5,26 @@
 Byte-level BPE over lower-cased text, as OpenAI CLIP's; <|startoftext|> and <|endoftext|> are added around every text by
 the tokenizer itself and have the two largest ids, so that tools which pool at the largest id find the end.
 """
-import argparse
-import json
 import os
 import sys
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+from train_clip import BadRow, die, new_file, new_parser, number, open_rows, parse_row  # noqa: E402
+
 START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-def die(message):
-    print(f"make_tokenizer.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def read_texts(path, fields):
     """Every text of the fields, one after the other; lines that are no JSON object have none."""
-    with open(path, "rb") as f:
+    with open_rows(path) as f:
         for line in f:
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+                row = parse_row(line)
+            except BadRow:
                 continue
-            for field in fields if isinstance(row, dict) else []:
+            for field in fields:
                 value = row.get(field)
                 for text in value if isinstance(value, list) else [value]:
                     if isinstance(text, str):
@@ -36,15 +32,13 @@ def read_texts(path, fields):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = die
+    parser = new_parser(__doc__)
     parser.add_argument("captions", help="JSONL")
     parser.add_argument("output", help="tokenizer.json")
     parser.add_argument("--text", nargs="+", default=["alt"], metavar="FIELD", help="caption fields (default: alt)")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="start and end tokens included (default: 4096)")
+    parser.add_argument("--vocab-size", type=number(int, 259), default=4096, help="start and end tokens included (default: 4096)")
     args = parser.parse_args(argv)
-    if not os.path.isfile(args.captions):
-        die(f"{args.captions}: no such file")
+    new_file(args.output, args.captions)
     if next(read_texts(args.captions, args.text), None) is None:
         die(f"{args.captions} has no text in {' '.join(args.text)}")
 

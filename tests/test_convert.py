@@ -166,6 +166,23 @@ def test_what_hf_cannot_express(vocabulary, tmp_path, capfd, changes, words):
     assert not list(tmp_path.glob("hf*"))
 
 
+@pytest.mark.parametrize("form", ["pytorch_model.bin", "shards"])
+def test_a_hugging_face_folder_in_other_files(hf_folder, vocabulary, tmp_path, form):
+    expected, _, _ = convert("hf", hf_folder, tmp_path / "expected.pt")
+    folder = tmp_path / "in"
+    shutil.copytree(hf_folder, folder)
+    state = load_file(folder / "model.safetensors")
+    os.remove(folder / "model.safetensors")
+    if form == "shards":
+        from transformers import CLIPModel
+        CLIPModel.from_pretrained(hf_folder).save_pretrained(folder, max_shard_size="100KB")
+        assert len(list(folder.glob("*.safetensors"))) > 1
+    else:
+        torch.save(state, folder / form)
+    model, _, _ = convert("hf", folder, tmp_path / "ours.pt")
+    assert all(torch.equal(x, expected.state_dict()[name]) for name, x in model.state_dict().items())
+
+
 def test_a_folder_of_an_older_transformers(hf_folder, vocabulary, tmp_path):
     folder = shutil.copytree(hf_folder, tmp_path / "in")
     state = load_file(folder / "model.safetensors")
@@ -263,6 +280,85 @@ def test_open_clip(shapes, vocabulary, tmp_path, form, quick_gelu):
     images, tokens = torch.randn(3, 3, 32, 32), random_texts(16, vocabulary.vocab_size, vocabulary.eot_id)
     same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
     assert transform.mean == T.Config.mean and tokenizer(TEXTS).equal(vocabulary(TEXTS))
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+def test_an_open_clip_folder(shapes, vocabulary, tmp_path, shards, capfd):
+    """As open_clip pushes them to a hub: mean, std, resize and activation stand in open_clip_config.json."""
+    theirs, folder = open_clip_model(vocabulary.vocab_size, quick_gelu=True), tmp_path / "in"
+    folder.mkdir()
+    state = {name: x.clone() for name, x in theirs.state_dict().items()}
+    if shards:
+        names = sorted(state)
+        parts = {"open_clip_model-1.safetensors": names[::2], "open_clip_model-2.safetensors": names[1::2]}
+        for file, part in parts.items():
+            save_file({name: state[name] for name in part}, folder / file)
+        index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+        (folder / "open_clip_model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(state, folder / "open_clip_pytorch_model.bin")
+    model_cfg = {"embed_dim": 48, "vision_cfg": {"width": 128}, "text_cfg": {"width": 64}, "quick_gelu": True}
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    shutil.copy(shapes / "tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    model, _, transform = convert("openai", folder, tmp_path / "ours.pt")
+    images, tokens = torch.randn(3, 3, 32, 32), random_texts(16, vocabulary.vocab_size, vocabulary.eot_id)
+    same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
+    assert (transform.mean, transform.std, transform.resize) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bilinear")
+    (folder / "open_clip_config.json").write_text(json.dumps({**config, "preprocess_cfg": {"resize_mode": "squash"}}))
+    assert_refused(capfd, "openai", folder, tmp_path / "no.pt", words=["open_clip_config.json", "squash"])
+
+
+def test_ours_to_open_clip(shapes, vocabulary, tmp_path, monkeypatch, capfd):
+    """open_clip.create_model(NAME, pretrained=FILE) on the file, NAME being the config that is printed."""
+    import open_clip
+    model = randomise(T.CLIP(T.Config(embed_dim=48, image_size=32, patch_size=8, vision_width=128, vision_layers=2, vision_heads=2, text_width=64,
+                                      text_layers=3, text_heads=1, context_length=16, vocab_size=vocabulary.vocab_size, eot_id=vocabulary.eot_id)), 0.05)
+    T.save_checkpoint(str(tmp_path / "ours.pt"), model, vocabulary)
+    C.main(["to-open-clip", str(tmp_path / "ours.pt"), str(tmp_path / "theirs.pt")])
+    told = capfd.readouterr().out
+    config = json.loads(told[told.index('{"embed_dim"'):].splitlines()[0])
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "our-own.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "configs")
+    theirs = open_clip.create_model("our-own", pretrained=str(tmp_path / "theirs.pt")).eval()
+    images, tokens = torch.randn(3, 3, 32, 32), random_texts(16, vocabulary.vocab_size, vocabulary.eot_id)
+    same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
+
+
+def test_texts_are_mended_as_open_clip_mends_them(tmp_path):
+    """Entities, curly quotes, broken Unicode: the ids of open_clip's tokenizer, and of both spellings the same."""
+    theirs = openai_tokenizer(tmp_path / "tokenizer.json")
+    texts = ["salt &amp; pepper", "salt & pepper", "the dog\u2019s \u201cred\u201d bowl", "the dog's \"red\" bowl", "a &amp;lt;b&gt; c",
+             "caf\u00c3\u00a9 \u00e2\u20ac\u201d bar", "\ufb01ne  \t ART"]
+    tokenizer = T.Tokenizer((tmp_path / "tokenizer.json").read_text(), 77, mend=True)
+    tokens = tokenizer(texts)
+    assert F.pad(tokens, (0, 77 - tokens.shape[1])).equal(theirs(texts))
+    assert tokens[0].equal(tokens[1]) and tokens[2].equal(tokens[3])
+    torch.save(open_clip_model(49408).state_dict(), tmp_path / "in.pt")
+    _, tokenizer, _ = convert("openai", tmp_path / "in.pt", tmp_path / "ours.pt", "--tokenizer", tmp_path / "tokenizer.json")
+    assert tokenizer(texts)[:, :16].equal(theirs(texts)[:, :16]) and tokenizer.mend
+    assert pickle.loads(pickle.dumps(tokenizer)).mend  # loader workers get it, too
+
+
+def test_numbers_beside_the_weights(shapes, vocabulary, tmp_path, capfd):
+    """What trainers save with them: NumPy's numbers are read, other things are named in one short line."""
+    state = open_clip_model(vocabulary.vocab_size).state_dict()
+    command = ("openai", tmp_path / "in.pt", tmp_path / "out.pt", "--tokenizer", shapes / "tokenizer.json")
+    torch.save({"state_dict": state, "best_acc1": np.float64(12.3), "epoch": np.int64(3), "lr": np.float32(1), "done": np.bool_(True)}, tmp_path / "in.pt")
+    model, _, _ = convert(*command)
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    os.remove(tmp_path / "out.pt")
+    torch.save({"state_dict": state, "extra": Code()}, tmp_path / "in.pt")
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        C.main([str(word) for word in command])
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and "mkdir" in told and len(told) < 400 and "weights_only" not in told and "\x1b" not in told, told
+    state["visual.proj"][0, 0] = math.nan
+    torch.save(state, tmp_path / "in.pt")
+    assert_refused(capfd, *command, words=["visual.proj", "not finite"])
 
 
 class Named(nn.Module):

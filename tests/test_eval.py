@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -24,7 +25,7 @@ import eval_zeroshot
 import train_clip as T
 import classification_sets  # eval_zeroshot.py puts data/ on the path
 from features import encode_images, encode_texts
-from conftest import COLOURS, assert_mistake, read_jsonl, run
+from conftest import COLOURS, ROOT, assert_mistake, read_jsonl, run, worker_of
 
 
 # --- equality with plain references -----------------------------------------------------------------------------------
@@ -349,10 +350,12 @@ def test_a_set_without_names_of_its_own_says_so(tmp_path, capsys):
 
 
 def test_labels_of_rows(tmp_path, capsys):
-    rows = [{"image": "a", "label": ["cat", "tomcat"]}, {"image": "b", "label": 7}, {"image": "c", "label": None}, {"image": "d"}]
+    rows = [{"image": "a", "label": ["cat", "tomcat"]}, {"image": "b", "label": 7}, {"image": "c", "label": 7.0}, {"image": "d"},
+            {"image": "e", "label": 0.5}, {"image": "f", "label": True}, {"image": "g", "label": float("nan")}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     part = classification_sets.read_set(f"jsonl:{tmp_path / 'rows.jsonl'}", Namespace(image_root=str(tmp_path), label="label"))["test"]
-    assert list(part.labels) == ["cat", "7"] and "2 of 4 rows have no label" in capsys.readouterr().err
+    assert list(part.labels) == ["cat", "7", "7"]
+    assert "4 rows have no usable label, left out: d (None), e (0.5), f (True), ..." in capsys.readouterr().err
     names = classification_sets.class_names("jsonl", part, ["7", "cat"], Namespace(classes=None, templates="file"))
     assert names == [["7"], ["cat", "tomcat"]]
 
@@ -536,9 +539,83 @@ def test_a_folder_of_links_and_other_files(tmp_path):
     (tmp_path / "set/dog/Thumbs.db").write_bytes(b"x")
     (tmp_path / "set/notes").mkdir()
     (tmp_path / "set/notes/readme.txt").write_text("x")
+    for hidden in (".ipynb_checkpoints/3.png", "__MACOSX/4.png", "dog/._2.png"):
+        picture(tmp_path / "set" / hidden)
     part = classification_sets.read_set(f"imagefolder:{tmp_path / 'set'}", None)["test"]
     assert part.names == ["cat/1.png", "dog/2.PNG"] and part.labels == ["cat", "dog"]
     assert part.read("dog/2.PNG").size == (40, 40)
+    (tmp_path / "set/dog/5.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # would run Ghostscript
+    with pytest.raises(OSError):
+        part.read("dog/5.png")
+
+
+def test_a_folder_inside_every_class_is_no_class(tmp_path):
+    for name in ("cat", "big/dog"):
+        picture(tmp_path / name / "images/1.png")
+    part = classification_sets.read_set(f"imagefolder:{tmp_path}", None)["test"]
+    assert part.labels == ["big/dog", "cat"] and part.words == {"big/dog": "big dog", "cat": "cat"}
+
+
+def test_class_names_go_by_what_a_class_is_called(tmp_path, capsys):
+    """Not by its place in a sort, in which folder 10 comes before folder 2."""
+    args = Namespace(classes="openai", templates="file", data_root=str(tmp_path))
+    for number in range(1000):
+        picture(tmp_path / f"imagenet/val/{number}/0.png")
+    part = classification_sets.read_set("imagenet1k", args)["test"]
+    names = dict(zip(keys := sorted(set(part.labels)), classification_sets.class_names("imagenet1k", part, keys, args)))
+    assert names["10"] == ["brambling"] and names["281"] == ["tabby cat"] and names["999"] == ["toilet paper"]
+    (tmp_path / "eurosat").mkdir()
+    fill_eurosat(tmp_path)
+    os.rename(tmp_path / "eurosat/2750/River", tmp_path / "eurosat/2750/Water")
+    part = classification_sets.read_set("eurosat", args)["test"]
+    with pytest.raises(SystemExit) as stop:
+        classification_sets.class_names("eurosat", part, sorted(set(part.labels)), args)
+    assert stop.value.code == 2 and "no name for 1 classes, 'Water'" in capsys.readouterr().err
+    names = classification_sets.published_names("caltech101", part)
+    assert len(names) == 102 and names["yin_yang"] == "yin and yang symbol" and names["dollar_bill"] == "dollar bill"
+
+
+def test_names_that_look_like_ids_are_told(tmp_path, capsys):
+    picture(tmp_path / "n01440764/0.png")
+    part = classification_sets.read_set(f"imagefolder:{tmp_path}", None)["test"]
+    classification_sets.class_names("x", part, ["n01440764"], Namespace(classes=None, templates="file"))
+    assert "look like ids ('n01440764')" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_score_nothing(shapes, trained, tmp_path, capsys):
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    state["model"]["ln_final.weight"][:] = math.nan
+    torch.save(state, tmp_path / "nan.pt")
+    for arguments in (["--captions", shapes / "captions.jsonl"], ["--captions", shapes / "captions.jsonl", "--score", tmp_path / "s.jsonl"]):
+        done = run("eval_retrieval.py", "--checkpoint", tmp_path / "nan.pt", "--image-root", shapes / "images", "--workers", 0, *arguments)
+        assert_mistake(done, "not finite")
+    assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_files_with_a_mark_and_a_terminal_of_ascii(shapes, trained, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + (shapes / "captions.jsonl").read_bytes())
+    (tmp_path / "templates.txt").write_bytes("\ufeffa {}\n".encode())
+    (tmp_path / "classes.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({c: f"{c} caf\u00e9" for c in COLOURS}).encode())
+    common = ["--checkpoint", trained / "checkpoint.pt", "--image-root", shapes / "images", "--workers", 0]
+    done = run("eval_zeroshot.py", *common, "--dataset", f"jsonl:{tmp_path}/rows.jsonl", "--templates", tmp_path / "templates.txt",
+               "--classes", tmp_path / "classes.json")
+    assert done.returncode == 0 and " 16" in done.stdout, done.stderr
+    done = run("eval_retrieval.py", *common, "--captions", tmp_path / "rows.jsonl", "--query", "caf\u00e9", env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "caf\\xe9" in done.stdout, done.stderr
+    (tmp_path / "wide.jsonl").write_bytes((shapes / "captions.jsonl").read_text().encode("utf-16"))
+    assert_mistake(run("eval_retrieval.py", *common, "--captions", tmp_path / "wide.jsonl"), "wide.jsonl", "UTF-16")
+
+
+def test_a_killed_worker_is_told_in_one_line(shapes, trained, tmp_path):
+    (tmp_path / "rows.jsonl").write_text((shapes / "captions.jsonl").read_text() * 2000)
+    running = subprocess.Popen([sys.executable, str(ROOT / "eval_zeroshot.py"), "--checkpoint", str(trained / "checkpoint.pt"), "--dataset",
+                                f"jsonl:{tmp_path}/rows.jsonl", "--image-root", str(shapes / "images"), "--workers", "1"],
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (worker := worker_of(running.pid)):
+        assert running.poll() is None
+    os.kill(worker, signal.SIGKILL)
+    _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 2 and "Traceback" not in stderr and "worker" in stderr.splitlines()[-1], stderr
 
 
 def test_hits_of_images(shapes, trained, tmp_path):
@@ -566,6 +643,10 @@ def test_hits_of_images(shapes, trained, tmp_path):
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--checkpoint", "{notok}"], ["tokenizer"]),
     (eval_zeroshot, ["--dataset", "jsonl:{rows}", "--image-root", ".", "--templates", "{rows}"], ["{}"]),
     (eval_retrieval, ["--captions", "missing.jsonl", "--image-root", "."], ["missing.jsonl"]),
+    (eval_retrieval, ["--captions", "{rows}", "--image-root", "."], ["--image-root", "none of the images"]),
+    (eval_zeroshot, ["--dataset", "jsonl:{rows}", "--image-root", "."], ["--image-root", "none of the images"]),
+    (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--json", "{rows}"], ["is read"]),
+    (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--workers", "-1"], ["--workers", "0 or more"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", "missing"], ["missing"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--field", "vecap"], ["vecap"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--checkpoint", "missing.pt"], ["missing.pt"]),

@@ -215,12 +215,14 @@ def test_img2dataset(tmp_path, out):
         ("000010000.json", b"{broken")])
     write_tar(shards / "00000.tar", [
         ("000000000.jpg", picture("red")), ("000000000.txt", b" red \n"),
-        ("000000000.json", meta(url="http://x.org/0", caption="not this one", width=16, height=8, exif="{}")),
+        ("000000000.json", meta(url="http://x.org/0", caption="not this one", width=16, height=8, exif="{}", original_width=9,
+                                sha256="0", rewrite_bard="crimson", score=float("nan"))),
         ("000000001.webp", picture("lime", "WEBP")), ("000000001.txt", b""),
         ("000000001.json", meta(caption="lime")),
         ("a" * 150 + ".jpg", picture("blue")),             # a name that needs a header block of its own
         ("000000003.txt", b"text alone"),
-        ("000000004.seg.png", picture("blue", "PNG"))])    # webdataset: the extension is "seg.png"
+        ("000000000.seg.png", picture("blue", "PNG")),     # webdataset: another part of 000000000
+        ("000000004.cls", b"7"), ("._000000001.webp", b"of a Mac")])
     (shards / "00000.parquet").write_bytes(b"not a tar")
     (shards / "00000_stats.json").write_text("{}")
     rows, summary = rows_of("img2dataset", tmp_path / "set", out, "--image-root", tmp_path / "set", out=out)
@@ -239,15 +241,55 @@ def test_img2dataset(tmp_path, out):
             seen.append((shard, image.format, nearest, data == picture(nearest, image.format)))
     assert seen == [("shards/00000.tar", "JPEG", "red", True), ("shards/00000.tar", "WEBP", "lime", True),
                     ("shards/00000.tar", "JPEG", "blue", True), ("shards/00001.tar", "PNG", "blue", True)]
-    neither = {"alt": "no text", "image": "no image in shard"}
+    place = {"shard": "shards/00000.tar", "key": "000000003"}
     assert rows == [
-        {"alt": "red", "url": "http://x.org/0", "width": 16, "height": 8},
+        {"alt": "red", "url": "http://x.org/0", "width": 16, "height": 8, "rewrite_bard": "crimson", "score": None},
         {"alt": "lime"},
         {"alt": None, "error": {"alt": "no text"}},
-        {"alt": "text alone", "error": {"image": "no image in shard"}},
-        {"alt": None, "error": neither},
-        {"alt": "bl\u00fce", "error": {"json": "not a JSON object"}}]
-    assert summary["image: no image in shard"] == 2 and summary["alt: no text"] == 2
+        {"alt": "text alone", **place, "error": {"image": "no image in shard"}},
+        {"alt": "bl\u00fce", "shard": "shards/00001.tar", "key": "000010000", "error": {"json": "not a JSON object"}}]
+    assert "NaN" not in out.read_text()
+    assert summary["image: no image in shard"] == 1 and summary["alt: no text"] == 1
+    assert [summary[f"passed over: {what}"] for what in (".seg.png", ".cls", "hidden")] == [1, 1, 1]
+
+
+def bytes_of(root, row):
+    shard, place = row["image"].split("@")
+    offset, size = map(int, place.split("+"))
+    return (root / shard).read_bytes()[offset:offset + size]
+
+
+def test_img2dataset_odd_tars(tmp_path, out):
+    """Tars joined by cat, keys with dots, members in any order: the right pair. A key that comes twice in one tar: none."""
+    red, lime, blue = map(picture, COLORS)
+    parts = [write_tar(tmp_path / f"{n}.part", [("0.jpg", data), ("0.txt", n.encode())]) for n, data in (("a", red), ("b", lime))]
+    (tmp_path / "joined.tar").write_bytes(b"".join(part.read_bytes() for part in parts))
+    write_tar(tmp_path / "odd.tar", [("./v1.5.txt", b"v5"), ("x/0.jpg", red), ("v1.6.jpg", lime), ("v1.6.txt", b"v6"), ("0.txt", b"top"),
+                                     ("./v1.5.jpg", blue), ("x/0.txt", b"below"), ("0.jpg", lime)])
+    write_tar(tmp_path / "twice.tar", [("7.jpg", red), ("7.txt", b"first"), ("8.jpg", blue), ("8.txt", b"once"),
+                                       ("7.jpg", lime), ("7.txt", b"second")])
+    rows, summary = rows_of("img2dataset", tmp_path, out, "--image-root", tmp_path, out=out)
+    found = [(row["alt"], bytes_of(tmp_path, row)) for row in rows if "image" in row]
+    assert found[:2] == [("a", red), ("b", lime)] and found[-1] == ("once", blue)
+    assert sorted(found[2:-1]) == sorted([("v5", blue), ("v6", lime), ("top", lime), ("below", red)])
+    assert [row for row in rows if "image" not in row] == [
+        {"alt": None, "shard": "twice.tar", "key": "7", "error": {"image": "comes twice in shard", "alt": "no text"}}]
+
+
+def test_img2dataset_files_and_links(tmp_path, out):
+    """Its output `files`, in a folder that is a link to another disk, as a model hub's cache has them."""
+    (tmp_path / "disk" / "00000").mkdir(parents=True)
+    (tmp_path / "disk" / "00000" / "000000000.jpg").write_bytes(picture("red"))
+    (tmp_path / "disk" / "00000" / "000000000.json").write_bytes(meta(caption=["red", "crimson"], url="u"))
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "set").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "loop").symlink_to(tmp_path / "disk")
+    rows, _ = rows_of("img2dataset", root / "set", out, "--image-root", root, out=out)
+    assert rows == [{"image": "set/00000/000000000.jpg", "alt": ["red", "crimson"], "url": "u"}]
+    (root / "p").mkdir()
+    (root / "p" / "0.parquet").write_bytes(b"PAR1")
+    fails("img2dataset", root / "p", out, "--overwrite", "--image-root", root, out=out, says=["parquet", "--output_format"])
 
 
 def test_img2dataset_list_of_tars(tmp_path, out):
@@ -278,9 +320,10 @@ def test_img2dataset_compressed(tmp_path, out, mode, name, by_folder):
     ("a broken header", "0.txt"),
     ("in the first picture", "none")])
 def test_img2dataset_damaged(tmp_path, out, damage, last):
-    """Wherever a download broke off, the import stops. tarfile alone takes some of these for a whole tar."""
+    """Wherever a download broke off, a row says so, the others are read. tarfile alone takes some of these for a whole tar."""
     path = write_tar(tmp_path / "0.tar", [("0.jpg", picture("red")), ("0.txt", b"red"),
                                           ("1.jpg", picture("blue")), ("1.txt", b"blue")])
+    write_tar(tmp_path / "1.tar", [("2.jpg", picture("lime")), ("2.txt", b"lime")])
     with tarfile.open(path) as tar:
         at = {member.name: member for member in tar}
     data = bytearray(path.read_bytes())
@@ -294,8 +337,12 @@ def test_img2dataset_damaged(tmp_path, out, damage, last):
                   "before the end mark": at["1.txt"].offset_data + 512,
                   "in the first picture": at["0.jpg"].offset_data + 1}[damage]:]
     path.write_bytes(data)
-    fails("img2dataset", path, out, "--image-root", tmp_path, out=out,
-          says=["0.tar", "truncated", f"last good member is {last}"])
+    rows, _ = rows_of("img2dataset", path, tmp_path / "1.tar", out, "--image-root", tmp_path, out=out)
+    *rows, error, good = rows
+    assert good["alt"] == "lime" and list(error) == ["error"]
+    for word in ("0.tar", "truncated", f"last good member is {last}"):
+        assert word in error["error"]["shard"]
+    assert [row["alt"] for row in rows] == {"none": [], "0.txt": ["red"], "1.txt": ["red", "blue"]}[last]
 
 
 def test_img2dataset_places(tmp_path, out):
@@ -420,11 +467,25 @@ def test_folder(tmp_path, out):
     (photos / "README.txt").write_text("no picture beside it")
     rows, summary = rows_of("folder", photos, out, out=out)
     assert rows == [{"image": "B.jpg", "alt": "caf\u00e9"},
-                    {"image": "c.jpg", "alt": None, "error": {"alt": "no text"}},
                     {"image": "a/z.jpeg", "alt": None, "error": {"alt": "no text"}},
                     {"image": "b/1.jpg", "alt": ["one", "uno"]},
-                    {"image": "b/2.PNG", "alt": "two"}]
-    assert summary["alt: no text"] == 2
+                    {"image": "b/2.PNG", "alt": "two"},
+                    {"image": "c.jpg", "alt": None, "error": {"alt": "no text"}}]
+    assert summary["alt: no text"] == 2 and summary["passed over: .txt without an image"] == 1
+
+
+def test_folder_takes_what_the_stages_read_and_counts_the_rest(tmp_path, out):
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for path in (photos / "__MACOSX", photos / ".ipynb_checkpoints", elsewhere):
+        path.mkdir(parents=True)
+        (path / "x.png").write_bytes(picture("red", "PNG"))
+    for name in ("a.tif", "b.avif", "c.jfif", "d.jp2", "e.ppm", "._f.jpg", "g.heic", "h.eps"):
+        (photos / name).write_bytes(b"?")
+    (photos / "linked").symlink_to(elsewhere)
+    (photos / "round").symlink_to(photos)
+    rows, summary = rows_of("folder", photos, out, out=out)
+    assert [row["image"] for row in rows] == ["a.tif", "b.avif", "c.jfif", "d.jp2", "e.ppm", "linked/x.png"]
+    assert [summary[f"passed over: {what}"] for what in ("hidden", ".heic", ".eps")] == [1, 1, 1]
 
 
 def test_folder_name_that_is_not_utf8(tmp_path, out):
@@ -444,6 +505,22 @@ def test_folder_name_that_is_not_utf8(tmp_path, out):
 def test_missing_input(tmp_path, out, command):
     root = ["--image-root", tmp_path] if command == "img2dataset" else []
     fails(command, tmp_path / "nowhere", out, *root, out=out, says=["nowhere", "No such file or directory"])
+
+
+def test_texts_that_begin_with_a_mark(tmp_path, out):
+    (tmp_path / "a.tsv").write_bytes("\ufeffhttp://x/0\ta\n".encode())
+    assert rows_of("tsv", tmp_path / "a.tsv", out, out=out)[0] == [{"url": "http://x/0", "alt": "a"}]
+    (tmp_path / "a.tsv").write_bytes("http://x/0\ta\n".encode("utf-16"))
+    fails("tsv", tmp_path / "a.tsv", out, "--overwrite", out=out, says=["UTF-16"])
+    (tmp_path / "a.json").write_text('{"images": [{"filename": "0.jpg", "split": "test", "sentences": [{"raw": " "}, {"raw": ""}]}]}')
+    rows, _ = rows_of("coco", tmp_path / "a.json", out, "--overwrite", out=out)
+    assert rows == [{"image": "0.jpg", "alt": None, "error": {"alt": "no text"}}]  # nothing but blanks is no text
+
+
+def test_the_input_is_not_overwritten(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("http://x/0\ta\n")
+    fails("tsv", path, path, "--overwrite", out=path, says=["a.jsonl is read"])
 
 
 def test_existing_output(tmp_path, out):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 import train_clip as T
-from conftest import ROOT, assert_mistake, read_jsonl, run, train, train_arguments
+from conftest import ROOT, assert_mistake, read_jsonl, run, train, train_arguments, worker_of
 
 
 # --- the model equals transformers' -----------------------------------------------------------------------------------
@@ -227,10 +228,26 @@ def test_rows_are_read_where_they_lie(tmp_path):
     for i in (1, 2):
         with pytest.raises(T.BadRow):
             rows[i]
-    first.write_text('{"n": 9}\n')  # a changed file gets a new index
-    os.utime(first, ns=(1, 1))
-    T.index_rows(str(first))
-    assert len(T.Rows([str(first)])) == 1
+    assert rows.name(3).endswith("a.jsonl, line 4") and rows.name(4).endswith("b.jsonl, line 1")
+
+
+def test_an_index_that_is_not_the_files_is_made_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"n": {n}}}\n' for n in range(16)))
+    T.index_rows(str(path))
+    index, before, contents = path.with_name("a.jsonl.idx"), path.stat(), T.Rows([str(path)]).contents
+    for cut in (0, 39, 40, 100, index.stat().st_size - 8):
+        index.write_bytes(index.read_bytes()[:cut])
+        T.index_rows(str(path))
+        assert [row["n"] for row in T.Rows([str(path)])] == [*range(16)]
+    path.write_text("".join(f'{{"n": {n}}}\n' for n in reversed(range(16))))  # other content of the same size and time
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_size == before.st_size
+    T.index_rows(str(path))
+    assert [row["n"] for row in T.Rows([str(path)])] == [*reversed(range(16))] and T.Rows([str(path)]).contents != contents
+    path.write_bytes("{}\n".encode("utf-16"))
+    with pytest.raises(SystemExit):
+        T.index_rows(str(path))
 
 
 def samples(shapes, tokenizer, fields, every_text=False, rows=None):
@@ -254,7 +271,45 @@ def test_texts_are_drawn_by_weight_among_those_present(shapes):
 def test_one_word_gives_way_to_alt(shapes):
     tokenizer = T.Tokenizer.load(str(shapes / "tokenizer.json"))
     data = samples(shapes, tokenizer, {"r": 1}, rows=[{"image": "red-bar.png", "alt": "red bar", "r": "bar"}])
-    assert tokenizer.tokenizer.decode(data[0]["ids"][0]).strip() == "red bar"
+    assert tokenizer.tokenizer.decode(data[0]["ids"][0]).strip() == "red bar" and data[0]["short"]
+    data = samples(shapes, tokenizer, {"r": 1}, rows=[{"image": "red-bar.png", "alt": None, "r": "bar"}])
+    assert tokenizer.tokenizer.decode(data[0]["ids"][0]).strip() == "bar" and not data[0]["short"]
+
+
+@pytest.mark.parametrize("text, number", [
+    ("", 0), ("red", 1), ("a red bike", 3), ("\u2014 !", 0), ("T-shirt", 1), ("caf\u00e9 \u00e0 Paris", 3), ("\u732b", 1), ("\u8336\u676f", 1), ("\u684c\u5b50\u4e0a\u653e\u7740\u4e00\u4e2a\u7ea2\u8272\u7684\u676f\u5b50", 6), ("\u8d64\u3044\u30d0\u30a4\u30af", 2),
+    ("\u30c6\u30fc\u30d6\u30eb", 1), ("\u0e23\u0e16\u0e22\u0e19\u0e15\u0e4c\u0e2a\u0e35\u0e41\u0e14\u0e07", 3), ("\ube68\uac04 \uc790\uc804\uac70", 2), ("\u0932\u093e\u0932 \u0938\u093e\u0907\u0915\u093f\u0932", 2), ("\u7ea2\u8272\u3002bike", 2), ("\U0001f6b2 \U0001f697", 0)])
+def test_words_of_every_script(text, number):
+    assert len(T.words_of(text)) == number
+
+
+def test_sentences_without_blanks_are_drawn(shapes):
+    """In Chinese, Japanese and Thai a rewrite has no blank in it and is a sentence all the same."""
+    rows = [{"image": "red-bar.png", "alt": "red bar", "r": text} for text in (
+        "\u684c\u5b50\u4e0a\u653e\u7740\u4e00\u4e2a\u7ea2\u8272\u7684\u676f\u5b50", "\u8d64\u3044\u81ea\u8ee2\u8eca\u304c\u3042\u308a\u307e\u3059", "\u0e23\u0e16\u0e22\u0e19\u0e15\u0e4c\u0e2a\u0e35\u0e41\u0e14\u0e07\u0e27\u0e32\u0e07\u0e2d\u0e22\u0e39\u0e48")]
+    data = samples(shapes, T.Tokenizer.load(str(shapes / "tokenizer.json")), {"r": 1}, rows=rows)
+    assert not any(data[i]["short"] for i in range(100))
+
+
+@pytest.mark.parametrize("alt", ["plain text", ["first plain", "second plain", "third plain"]])
+def test_a_field_is_drawn_before_its_entry(shapes, alt):
+    """However many texts a field has, its weight is its share; its texts have equal shares of that."""
+    tokenizer = T.Tokenizer.load(str(shapes / "tokenizer.json"))
+    rows = [{"image": "red-bar.png", "alt": alt, "short": ["s 0", "s 1"], "long": [f"l {i}" for i in range(6)], "zero": "z z"}]
+    data, n = samples(shapes, tokenizer, {"alt": 1, "short": 1, "long": 2, "zero": 0}, rows=rows), 4000
+    found = [tokenizer.tokenizer.decode(data.draw_texts(rows[0], np.random.default_rng(i))["ids"][0]).strip() for i in range(n)]
+    shares = {text: found.count(text) / n for text in set(found)}
+    expected = {f"s {i}": 1 / 8 for i in range(2)} | {f"l {i}": 1 / 12 for i in range(6)} | (
+        {text: 1 / 4 / len(alt) for text in alt} if isinstance(alt, list) else {alt: 1 / 4})
+    assert shares.keys() == expected.keys()
+    for text, share in expected.items():  # four standard deviations
+        assert abs(shares[text] - share) < 4 * (share * (1 - share) / n) ** 0.5, text
+
+
+def test_a_field_of_weight_0_is_used_where_the_others_are_missing(shapes):
+    tokenizer = T.Tokenizer.load(str(shapes / "tokenizer.json"))
+    rows = [{"image": "red-bar.png", "alt": [], "r": " ", "spare": "z z"}]
+    assert tokenizer.tokenizer.decode(samples(shapes, tokenizer, {"alt": 1, "r": 1, "spare": 0}, rows=rows)[0]["ids"][0]).strip() == "z z"
 
 
 def test_multitext_fills_a_missing_version_with_the_first_present(shapes):
@@ -279,13 +334,14 @@ def test_of_several_alttexts_one_index_serves_all_fields(shapes):
     triples = {("red bar", "a red bar", "yellow square"), ("green cross", "green cross", "yellow square"),
                ("blue frame", "a blue frame", "yellow square")}
     assert seen("random") == triples
-    assert seen("first") == {("red bar", "a red bar", "yellow square")}
-    assert seen("best") == {("green cross", "green cross", "yellow square")}
+    alts = {"alt": 1, "vecap": 0, "vec": 0}  # where vecap is drawn, its null is not chosen
+    assert seen("first", alts) == {("red bar", "a red bar", "yellow square")}
+    assert seen("best", alts) == {("green cross", "green cross", "yellow square")}
     assert seen("random", {"vecap": 1}) == {("a red bar",), ("a blue frame",)}  # the null is never drawn
     assert seen("best", {"vec": 1}) == {("yellow square",)}  # one text needs no score
     for scores in ({}, {"clip_score": 3}, {"clip_score": {"alt": [1]}}):
-        with pytest.raises(RuntimeError, match="clip_score"):
-            seen("best", rows=[{**rows[0], "clip_score": None, **scores}])
+        with pytest.raises(T.BadRow, match="clip_score"):
+            seen("best", alts, rows=[{**rows[0], "clip_score": None, **scores}])
 
 
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
@@ -317,10 +373,10 @@ def test_pieces_of_a_step_join_to_this_ranks_share(rank, world, n):
 def test_joined_pieces_are_one_batch():
     def piece(lengths):
         return T.collate([{"images": torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "ids": [list(range(1, n + 1))], "drawn": 0,
-                           "filled": 1, "bad": [("x", "y")]} for n in lengths])
+                           "filled": 1, "short": True, "bad": [("x", "y")]} for n in lengths])
 
     batch = T.join([piece([2, 3]), piece([5])], "cpu")
-    assert batch["images"].shape == (3, 1, 3, 4, 4) and batch["filled"] == 3 and len(batch["bad"]) == 3
+    assert batch["images"].shape == (3, 1, 3, 4, 4) and batch["filled"] == batch["short"] == 3 and len(batch["bad"]) == 3
     assert batch["tokens"].tolist() == [[[1, 2, 0, 0, 0]], [[1, 2, 3, 0, 0]], [[1, 2, 3, 4, 5]]]
 
 
@@ -532,7 +588,7 @@ def test_unusable_rows_are_replaced_and_named(shapes, tmp_path):
     done = train(shapes, tmp_path / "run", "--captions", tmp_path / "captions.jsonl")
     assert done.returncode == 0, done.stderr
     named = {row["image"]: row["reason"] for row in read_jsonl(tmp_path / "run" / "bad_images.jsonl")}
-    assert "FileNotFoundError" in named["gone.png"] and "no text" in named["red-bar.png"] and "not JSON" in named["row 17"]
+    assert "FileNotFoundError" in named["gone.png"] and "no text" in named["red-bar.png"] and "not JSON" in named[f"{tmp_path}/captions.jsonl, line 18"]
     done = train(shapes, tmp_path / "strict", "--captions", tmp_path / "captions.jsonl", "--max-bad", 0)
     assert_stopped(done, "--max-bad")
 
@@ -566,7 +622,20 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(shapes, tmp_path):
     (["--resume", "missing.pt"], ["missing.pt"]),
     (["--precision", "fp8"], ["fp8"]),
     (["--nonsense"], ["--nonsense"]),
-    (["--micro-batch", 0], ["--micro-batch 0"]),
+    (["--micro-batch", 0], ["--micro-batch", "1 or more"]),
+    (["--steps", 0], ["--steps", "1 or more"]),
+    (["--seed", -1], ["--seed", "0 or more"]),
+    (["--lr", "nan"], ["--lr", "more than 0"]),
+    (["--lr", 0], ["--lr", "more than 0"]),
+    (["--wd", -1], ["--wd", "0 or more"]),
+    (["--beta2", 1], ["--beta2", "less than 1"]),
+    (["--eps", 0], ["--eps", "more than 0"]),
+    (["--workers", -1], ["--workers", "0 or more"]),
+    (["--save-every", 0], ["--save-every"]),
+    (["--log-every", 0], ["--log-every"]),
+    (["--image-size", 33], ["--image-size 33", "multiple of", "8"]),
+    (["--warmup", 6], ["--warmup 6", "6 steps"]),
+    (["--image-root", "/"], ["--image-root /", "none of the images"]),
     (["--alt-choice", "last"], ["last", "first"]),
 ], ids=lambda value: str(value[:2]))
 def test_mistakes(shapes, tmp_path, arguments, words, capfd):
@@ -582,6 +651,91 @@ def test_a_file_with_none_of_the_fields_is_named(shapes, tmp_path):
     assert_mistake(done, "other.jsonl", "alt rewrite_a rewrite_b")
 
 
+def test_a_short_run_gets_a_short_warm_up_and_a_run_of_no_steps_is_none(shapes, tmp_path):
+    command = train_arguments(shapes, tmp_path / "out", "--epochs", 1, "--batch-size", 1)
+    for flag in ("--steps", "--warmup"):
+        at = command.index(flag)
+        command = command[:at] + command[at + 2:]
+    done = run("train_clip.py", *command)
+    assert done.returncode == 0 and "warm-up" in done.stderr and "it is 1" in done.stderr
+    assert max(row["lr"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")) == 1e-3
+    none = run("train_clip.py", *command, "--out", tmp_path / "none", "--epochs", "0.01")
+    assert_mistake(none, "--epochs 0.01", "no step")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_second_launch_into_the_same_folder_leaves(shapes, tmp_path):
+    out, arguments = tmp_path / "run", ("--steps", 400, "--resume", "auto")
+    first = start(shapes, out, *arguments)
+    wait_for_steps(first, out, 2)
+    assert_mistake(train(shapes, out, *arguments), "another launch is at work")
+    assert first.poll() is None
+    first.send_signal(signal.SIGKILL)  # whoever held the lock, it is free
+    first.wait()
+    assert train(shapes, out, *arguments[2:], "--steps", 400, "--resume", "auto", "--log-every", 400).returncode == 0
+
+
+def test_rows_in_another_order_do_not_go_on(shapes, tmp_path):
+    lines = (shapes / "captions.jsonl").read_text().splitlines(True)
+    (tmp_path / "captions.jsonl").write_text("".join(lines))
+    arguments = ("--captions", tmp_path / "captions.jsonl", "--steps", 4)
+    assert train(shapes, tmp_path / "out", *arguments).returncode == 0
+    (tmp_path / "captions.jsonl").write_text("".join(lines[::-1]))
+    assert_mistake(train(shapes, tmp_path / "out", *arguments, "--resume", "auto"), "contents")
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_with(shapes, trained, tmp_path):
+    data = bytearray((trained / "checkpoint.pt").read_bytes())
+    for at in range(len(data) // 2, len(data) // 2 + 4000):
+        data[at] ^= 0x11
+    (tmp_path / "checkpoint.pt").write_bytes(data)
+    assert_mistake(train(shapes, tmp_path / "out", "--resume", tmp_path / "checkpoint.pt"), "checkpoint.pt", "damaged")
+
+
+def test_a_full_disk_while_logging_saves_the_state(shapes, tmp_path):
+    """/dev/full takes no byte: in the place of metrics.jsonl it is a disk that is full for the log alone."""
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    code = f"""import runpy, sys, train_clip as T
+real = T.open_log
+T.open_log = lambda path, step: open("/dev/full", "ab", buffering=0) if "metrics" in path and not {str(whole)!r} in path else real(path, step)
+T.main(sys.argv[1:])"""
+    for folder in (whole, full):
+        done = subprocess.run([sys.executable, "-c", code, *train_arguments(shapes, folder, "--steps", 4)], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == (0 if folder == whole else 2), done.stderr
+    assert_stopped(done, "No space left", "is saved")
+    assert 1 <= torch.load(full / "checkpoint.pt", weights_only=True)["step"] <= 2
+    assert train(shapes, full, "--steps", 4, "--resume", "auto").returncode == 0
+    for name, value in torch.load(whole / "checkpoint.pt", weights_only=True)["model"].items():
+        assert torch.equal(torch.load(full / "checkpoint.pt", weights_only=True)["model"][name], value)
+
+
+def test_a_killed_worker_is_told_in_one_line(shapes, tmp_path):
+    running = subprocess.Popen([sys.executable, str(ROOT / "train_clip.py"), *train_arguments(shapes, tmp_path / "out", "--steps", 5000, "--workers", 1)],
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for_steps(running, tmp_path / "out", 3)
+    os.kill(worker_of(running.pid), signal.SIGKILL)
+    _, stderr = running.communicate(timeout=120)
+    assert_stopped(subprocess.CompletedProcess([], running.returncode, stderr=stderr), "worker", "killed", "--workers")
+
+
+def test_a_killed_launch_leaves_no_worker(shapes, tmp_path):
+    running = start(shapes, tmp_path / "out", "--steps", 5000, "--workers", 1)
+    wait_for_steps(running, tmp_path / "out", 1)
+    worker = worker_of(running.pid)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    deadline = time.monotonic() + 60
+    while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{worker}")
+
+
+@pytest.mark.parametrize("variables, words", [({"RANK": "0"}, ["WORLD_SIZE", "MASTER_ADDR"]), ({"SLURM_NTASKS": "2"}, ["SLURM", "RANK"])])
+def test_launchers_that_are_half_set(shapes, tmp_path, variables, words):
+    assert_mistake(run("train_clip.py", *train_arguments(shapes, tmp_path / "out"), env=variables), *words)
+
+
 def test_several_files_are_one_data_set(shapes, tmp_path):
     (tmp_path / "more.jsonl").write_text('{"image": "red-bar.png", "vecap": "a red bar"}\n' * 8)
     done = train(shapes, tmp_path / "out", "--captions", shapes / "captions.jsonl", tmp_path / "more.jsonl", "--text", "alt", "vecap")
@@ -590,7 +744,7 @@ def test_several_files_are_one_data_set(shapes, tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--ssl"], ["--model", "ViT-B/16-laclip"], ["--compile"]], ids=lambda a: a[0] + a[-1])
 def test_a_step_of_every_kind(shapes, tmp_path, arguments):
-    done = train(shapes, tmp_path / "out", *arguments, "--steps", 1, "--batch-size", 4, "--save-every", 9)
+    done = train(shapes, tmp_path / "out", *arguments, "--steps", 1, "--warmup", 0, "--batch-size", 4, "--save-every", 9)
     assert done.returncode == 0 and len(losses(tmp_path / "out")) == 1, done.stderr
     model, _, transform = T.load_checkpoint(str(tmp_path / "out" / "checkpoint.pt"))
     assert model.encode_image(transform(Image.new("RGB", (50, 40)))[None]).isfinite().all()
