@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 def die(message):
     """A user's mistake: one line on stderr and exit status 2."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)  # above a progress bar
     raise SystemExit(2)
 
 
@@ -830,7 +830,7 @@ def save_checkpoint(path, model, tokenizer, **more):
 def reason(error):
     """An exception in one short line; torch's have escape codes, and advice to read the file unsafely."""
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error))
-    foreign = re.search(r"(?:GLOBAL|class|type) ([\w.]+)(?: was not an allowed|.*? not allowed)", text)
+    foreign = re.search(r"GLOBAL ([\w.]+)", text)
     return f"it holds {foreign[1]}, which is neither a tensor nor a plain value" if foreign else \
         f"{type(error).__name__}: {text.strip().splitlines()[0][:200] if text.strip() else ''}"
 

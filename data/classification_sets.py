@@ -6,6 +6,7 @@ Nothing is downloaded. A set without an official split is divided 6 : 2 : 2 by a
 """
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -213,7 +214,7 @@ def read_templates(path, spec):
         sets = json.loads(packaged("clip_benchmark", "datasets/en_zeroshot_classification_templates.json"))
         return [template.replace("{c}", "{}") for template in sets.get(spec, sets["imagenet1k"])]
     try:
-        with open_rows(path), open(path, encoding="utf-8-sig") as f:
+        with io.TextIOWrapper(open_rows(path), "utf-8-sig") as f:
             templates = [line.rstrip("\n") for line in f if line.strip()]
     except (OSError, ValueError) as e:
         die(f"--templates {path}: {e}")
@@ -230,7 +231,7 @@ def class_names(spec, part, keys, args):
         words = published_names(spec, part)
     elif args.classes:
         try:
-            with open_rows(args.classes), open(args.classes, encoding="utf-8-sig") as f:
+            with io.TextIOWrapper(open_rows(args.classes), "utf-8-sig") as f:
                 words = json.load(f)
         except (OSError, ValueError) as e:
             die(f"--classes {args.classes}: {e}")

@@ -164,8 +164,6 @@ def read_state(path):
     for name, x in state.items():
         if not isinstance(x, torch.Tensor):
             die(f"{path}: {name} is no tensor: expected a state dict, or one under the key state_dict")
-        if not x.isfinite().all():
-            die(f"{path}: {name} has values that are not finite")
     return state
 
 
@@ -433,6 +431,9 @@ def main(argv=None):
         model = convert(args)
     else:
         model, tokenizer = convert(args)
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                die(f"{args.input}: {name} has values that are not finite")
         save_checkpoint(args.output, model, fitting_tokenizer(tokenizer, model.config))
     print(f"{args.input} -> {args.output}: {describe(model)}")
 

@@ -12,7 +12,7 @@ that lacks something says so in `error`, or with --drop-errors is left out, and 
 COCO's JSON is streamed, so memory does not grow with the rows. Texts are carried as they are;
 data/filter_captions.py cleans.
 """
-import argparse, codecs, contextlib, csv, itertools, json, os, re, signal, sys, tarfile
+import argparse, codecs, contextlib, csv, io, itertools, json, os, re, signal, sys, tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -44,10 +44,10 @@ def count_and_replace(error):
 
 def open_text(path, newline="\n"):
     """UTF-8, byte order mark or not. A line ends at \\n only: captions may hold \\r, \\x85 or U+2028."""
-    with open(path, "rb") as f:
-        if f.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            die(f"{path} is UTF-16; expected UTF-8")
-    return open(path, encoding="utf-8-sig", errors="count_and_replace", newline=newline)
+    f = open(path, "rb")
+    if f.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        die(f"{path} is UTF-16; expected UTF-8")
+    return io.TextIOWrapper(f, encoding="utf-8-sig", errors="count_and_replace", newline=newline)
 
 
 def is_hidden(path):
@@ -188,7 +188,7 @@ OWN_KEYS = frozenset("caption key status error_message original_width original_h
 
 def read_members(path):
     """Yield (part, name, offset of its bytes, size, its content if it is text) of a tar's files; another tar that was joined to
-    it (cat a.tar b.tar) is another part. Raises tarfile.ReadError at the first sign of damage."""
+    it (cat a.tar b.tar) is another part. At the first sign of damage raises tarfile.ReadError(the last good member)."""
     size, last, part, block = os.path.getsize(path), "none", 0, b"first"
     with open(path, "rb") as f:
         while block:
@@ -210,7 +210,7 @@ def read_members(path):
                 if f.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end")
             except (tarfile.TarError, ValueError) as e:
-                raise tarfile.ReadError(f"truncated, damaged or no tar ({e}); the last good member is {last}") from e
+                raise tarfile.ReadError(last) from e
             while (block := f.read(tarfile.BLOCKSIZE)) and not any(block):
                 pass
             f.seek(-len(block), os.SEEK_CUR)
@@ -274,18 +274,18 @@ def img2dataset(args):
         if (kind := TAR_NAME.search(path)) and kind[1] != "tar":
             die(f"{path}: not an uncompressed tar; rows point at byte offsets, so decompress it first")
     for path in shards:
-        shard, parts, fault = Path(os.path.relpath(os.path.abspath(path), root)).as_posix(), defaultdict(list), None
+        shard, parts, last = Path(os.path.relpath(os.path.abspath(path), root)).as_posix(), defaultdict(list), None
         try:
             for part, name, offset, size, content in read_members(path):
                 parts[part].append((name, f"{shard}@{offset}+{size}", content))
         except tarfile.ReadError as e:
-            fault = f"{shard}: {e}"
+            last = str(e)
             if len(shards) == 1 and not parts:
-                die(fault)
+                die(f"{path}: truncated, damaged or not an uncompressed tar; the last good member is {last}")
         for members in parts.values():
             yield from samples_of(shard, members)
-        if fault:
-            yield {"error": {"shard": fault}}
+        if last:
+            yield {"shard": shard, "last_good_member": last, "error": {"shard": "truncated, damaged or no tar"}}
     for path in folders:
         place = Path(os.path.relpath(os.path.abspath(path), root)).as_posix()
         names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())

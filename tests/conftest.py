@@ -37,7 +37,7 @@ def worker_of(pid):
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/stat") as f, open(f"/proc/{name}/cmdline") as command:
-                if f.read().rsplit(")", 1)[1].split()[1] == str(pid) and "resource_tracker" not in command.read():
+                if f.read().rsplit(")", 1)[1].split()[1] == str(pid) and (words := command.read()) and ".py" in words and "resource_tracker" not in words:
                     return int(name)
         except OSError:
             pass
@@ -98,6 +98,6 @@ def train(shapes, out, *arguments, ranks=None):
 def trained(shapes, tmp_path_factory):
     """A run long enough to tell the shapes apart."""
     out = tmp_path_factory.mktemp("runs") / "trained"
-    done = train(shapes, out, "--batch-size", 16, "--steps", 220, "--lr", "2e-3", "--warmup", 10, "--wd", "0.1")
+    done = train(shapes, out, "--batch-size", 16, "--steps", 400, "--lr", "2e-3", "--warmup", 10, "--wd", "0.1")
     assert done.returncode == 0, done.stderr
     return out
