@@ -47,8 +47,9 @@ PROMPT = "Describe the image concisely, less than 20 words"  # paper, section 3.
 
 def load_model(args, device):
     """-> the model, its processor, and the prompt in the model's chat template"""
-    from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+    load(AutoConfig, args.model)  # whose message is the clearest if this is no such model
     processor = load(AutoProcessor, args.model)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.prompt}]}
     try:  # once here, so that a later failure can be blamed on the image
@@ -100,7 +101,7 @@ MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.
 def open_image(root, name):
     """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row cannot name what lies
     outside; a link that lies inside is the user's own, and is followed."""
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         raise ValueError("no image")
     member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name)
     path = member[1] if member else name
@@ -325,7 +326,12 @@ def load(auto_class, name, **options):
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as e:  # transformers raises nearly everything for a folder without a model
-        die(f"--model {name}: {auto_class.__name__} cannot load it: {type(e).__name__}: {e}")
+        fault = f"{type(e).__name__}: {e}"
+        if "llava_llama" in fault:
+            fault = "llava_llama is the format of LLaVA's authors: take the same model from llava-hf"
+        if "tiktoken" in fault or "sentencepiece" in fault.lower():  # transformers asks for the wrong one
+            fault = "its tokenizer.model needs: pip install sentencepiece protobuf"
+        die(f"--model {name}: {auto_class.__name__} cannot load it: {fault}")
 
 
 def end_tokens(model, tokenizer):

@@ -397,7 +397,12 @@ def load(auto_class, name, **options):
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as e:  # transformers raises nearly everything for a folder without a model
-        die(f"--model {name}: {auto_class.__name__} cannot load it: {type(e).__name__}: {e}")
+        fault = f"{type(e).__name__}: {e}"
+        if "llava_llama" in fault:
+            fault = "llava_llama is the format of LLaVA's authors: take the same model from llava-hf"
+        if "tiktoken" in fault or "sentencepiece" in fault.lower():  # transformers asks for the wrong one
+            fault = "its tokenizer.model needs: pip install sentencepiece protobuf"
+        die(f"--model {name}: {auto_class.__name__} cannot load it: {fault}")
 
 
 def end_tokens(model, tokenizer):

@@ -199,7 +199,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 def open_image(root, name):
     """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row cannot name what lies
     outside; a link that lies inside is the user's own, and is followed."""
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         raise ValueError("no image")
     member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name)
     path = member[1] if member else name
@@ -222,17 +222,6 @@ def open_image(root, name):
     if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
         raise ValueError(f"{image.width} x {image.height} pixels are no image")
     return image
-
-
-def check_images(where, n, read):
-    """One line and the end, if of a thousand of `n` images, taken evenly, read(i) can open none."""
-    for i in range(0, n, -(-n // 1000) or 1):
-        try:
-            return read(i)
-        except Exception as e:  # as in Samples
-            fault = f"{type(e).__name__}: {e}"
-    if n:
-        die(f"{where}: none of the images that were tried can be read, the last one for this reason: {fault}")
 
 
 def orientation(image):
@@ -261,6 +250,17 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+
+
+def check_images(where, n, read):
+    """One line and the end, if of a thousand of `n` images, taken evenly, read(i) can open none."""
+    for i in range(0, n, -(-n // 1000) or 1):
+        try:
+            return read(i)
+        except Exception as e:  # as in Samples
+            fault = f"{type(e).__name__}: {e}"
+    if n:
+        die(f"{where}: none of the images that were tried can be read, the last one for this reason: {fault}")
 
 
 def to_uint8(image):

@@ -355,6 +355,9 @@ def test_caption_reads_images_as_training_does():
     def functions(path):
         return re.search(r"^def open_image.*?^def to_rgb.*?(?=^\S)", (ROOT / path).read_text(), re.M | re.S)[0].strip()
     assert functions("caption_llava.py") == functions("train_clip.py")
+    formats = {re.search(r"^FORMATS = (\(.*?\))", (ROOT / path).read_text(), re.M | re.S)[1]
+               for path in ("caption_llava.py", "train_clip.py", "data/import_captions.py")}
+    assert len(formats) == 1
 
 
 TEXTS = ["red", "a red bike by the wall", "old boat near the river under a grey sky 2021", "xyz",
@@ -1380,6 +1383,10 @@ def test_missing_things_are_named(stage, arguments, mistake, tmp_path):
     mistake(stage, arguments(stage, "--input", tmp_path / "absent.jsonl"), "--input", "absent.jsonl")
     mistake(stage, arguments(stage, "--input", tmp_path), "--input")
     mistake(stage, arguments(stage, "--model", tmp_path / "absent"), "--model", "absent")
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "config.json").write_text('{"model_type": "llava_llama"}')
+    if stage == "caption":
+        mistake(stage, arguments(stage, "--model", tmp_path / "llava"), "llava_llama", "llava-hf")
     rows = [b"[]", *({"picture": "0.png", "text": "red bike", "alt": None} for _ in range(3))]
     field = {"rewrite": "alt", "caption": "image", "fuse": "seen"}[stage]
     mistake(stage, arguments(stage, "--input", write_jsonl(tmp_path / "in", rows)), field, "picture", "text")
@@ -1523,6 +1530,10 @@ RULES = [("A red bike, by the wall!", "a red bike by the wall", "identical"),
          ("the old bikes", "the thing with the bike", None),
          ("red bike", "bike " + " ".join(f"w{i}" for i in range(29)), None),
          ("it is on", "nothing of it remains", None),  # no content word to keep
+         ("\u7ea2\u8272\u7684\u676f\u5b50", "\u684c\u5b50\u4e0a\u653e\u7740\u4e00\u4e2a\u7ea2\u676f", None),  # without blanks: sentences all the same
+         ("\u7ea2\u8272\u7684\u676f\u5b50", "\u732b", "short"),
+         ("\u8d64\u3044\u30d0\u30a4\u30af", "\u8d64\u3044\u30d0\u30a4\u30af\u3002", "identical"),
+         ("\u0932\u093e\u0932", "\u0932\u093e\u0932 \u0938\u093e\u0907\u0915\u093f\u0932", None),
          ("red bike", "Red, then, is a color; red too: bike", None)]
 
 
@@ -1532,7 +1543,7 @@ def test_filter_has_each_rule_once(tmp_path):
     for i, (line, (alt, rewrite, rule)) in enumerate(zip(lines, RULES, strict=True)):
         expected = {"alt": alt, "rewrite_x": None if rule else rewrite, "id": i}
         assert json.loads(line) == (expected | {"error": {"rewrite_x": rule}} if rule else expected)
-    assert counts == {"rewrite_x": {"kept": 4, "identical": 1, "short": 2, "long": 1, "repeats": 1,
+    assert counts == {"rewrite_x": {"kept": 6, "identical": 2, "short": 3, "long": 1, "repeats": 1,
                                     "unrelated": 1}}
 
 
@@ -1570,7 +1581,8 @@ def test_filter_options_and_mistakes(tmp_path):
     assert list(counts) == ["text"]
     before = (tmp_path / "out").read_bytes()
     for arguments, word in ((["absent", "out"], "absent"), (["in", "out", "--fields", "nothing"], "nothing"),
-                            (["in", "out", "--min-words", "x"], "--min-words"), (["in"], "output")):
+                            (["in", "out", "--min-words", "x"], "--min-words"), (["in"], "output"),
+                            (["in", "out", "--max-words", "0"], "--max-words"), (["in", "in"], "is read")):
         paths = [tmp_path / a if a in ("in", "out", "absent") else a for a in arguments]
         assert_mistake(run("data/filter_captions.py", *paths), word)
     assert (tmp_path / "out").read_bytes() == before and not (tmp_path / "out.tmp").exists()
