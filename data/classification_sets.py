@@ -134,6 +134,8 @@ def read_torchvision(spec, root, arguments):
 
 
 def image_of(dataset, i):
+    Image.init()
+    Image.ID[:] = FORMATS  # torchvision lets Pillow open whatever it can, EPS by Ghostscript
     return dataset[i][0]
 
 

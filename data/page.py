@@ -581,7 +581,7 @@ def document(title, *body) -> str:
 
 def read_json(path) -> dict:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             results = json.load(file)
     except OSError as error:
         die(f"cannot read {path}: {error.strerror}")

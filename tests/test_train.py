@@ -593,6 +593,14 @@ def test_unusable_rows_are_replaced_and_named(shapes, tmp_path):
     assert_stopped(done, "--max-bad")
 
 
+def test_how_many_texts_of_one_word_were_replaced_is_logged(shapes, tmp_path):
+    rows = read_jsonl(shapes / "captions.jsonl")
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps({**row, "rewrite_a": row["label"]}) + "\n" for row in rows))
+    for text, share in (("rewrite_a", 1), ("alt", 0)):
+        assert train(shapes, tmp_path / text, "--captions", tmp_path / "captions.jsonl", "--text", text).returncode == 0
+        assert {row["replaced"] for row in read_jsonl(tmp_path / text / "metrics.jsonl")} == {share}
+
+
 def assert_stopped(done, *words):
     """A mistake found while training: the message is one line, beside those of the progress bar."""
     lines = [line for line in done.stderr.splitlines() if "error:" in line]
