@@ -16,24 +16,31 @@ OUT holds checkpoint.pt (the newest), metrics.jsonl, settings.json and bad_image
 data meets the code: rows, pictures, tokenizer, batches, model, losses, the loop.
 """
 import argparse
+import atexit
 import fcntl
 import hashlib
 import html
+import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import stat
 import struct
 import sys
 import time
 import zipfile
+import zlib
 from array import array
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -45,6 +52,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+    if "window_size" not in inspect.signature(varlen_attn).parameters:  # torch 2.10
+        varlen_attn = None
+except ImportError:
+    varlen_attn = None
 
 
 def die(message):
@@ -180,6 +194,23 @@ def texts_of(value):
     return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and text.strip()]
 
 
+BLOCK, WINDOW = 1000, 256  # rows, blocks
+
+
+def shuffled_in_blocks(i, n, key):
+    """The same for storage that is slow at random reads: blocks of consecutive rows in random order, the rows of a window of such
+    blocks mixed. A random shift moves the rows that make no whole block, so that no row stands at the end in every epoch."""
+    blocks, row = n // BLOCK, i
+    if i < blocks * BLOCK:
+        window, place = divmod(i, WINDOW * BLOCK)
+        first = window * WINDOW
+        place = shuffled(place, min(WINDOW, blocks - first) * BLOCK, key ^ (window + 1) << 20)
+        row = shuffled(first + place // BLOCK, blocks, key) * BLOCK + place % BLOCK
+    return (row + shuffled(0, n, key)) % n
+
+
+SHUFFLES = {"full": shuffled, "blocks": shuffled_in_blocks}
+
 # Han, hiragana; katakana, a word a run; Thai, Lao, Burmese, Khmer: scripts that have no blanks between words
 TWOS = "\u3005-\u3007\u3040-\u309f\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 NO_BLANKS = re.compile(f"([{TWOS}]{{1,2}}|[\u30a0-\u30ff\uff66-\uff9f]+|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]{{1,4}})")
@@ -270,7 +301,7 @@ def to_uint8(image):
 
 def normalise(images, mean, std):
     """uint8 or float32 [..., 3, H, W] in 0..255 -> float32, zero mean and unit variance a channel"""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+    mean, std = (torch.as_tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
     return (images.float() / 255 - mean) / std
 
 
@@ -431,10 +462,11 @@ class Samples(torch.utils.data.Dataset):
     """Sample number `position` of the run. Every random draw in it is a function of (seed, position) alone, so neither
     ranks nor workers nor a restart change what the model sees."""
 
-    def __init__(self, rows, image_root, text, alt_choice, augment, image_size, tokenizer, seed, per_epoch, multitext, ssl):
+    def __init__(self, rows, image_root, text, alt_choice, augment, image_size, tokenizer, seed, per_epoch, multitext, ssl,
+                 shuffle=shuffled):
         self.rows, self.image_root, self.fields, self.weights = rows, image_root, list(text), np.array(list(text.values()))
         self.alt_choice, self.augment, self.image_size, self.tokenizer = alt_choice, augment, image_size, tokenizer
-        self.seed, self.per_epoch, self.multitext, self.ssl = seed, per_epoch, multitext, ssl
+        self.seed, self.per_epoch, self.multitext, self.ssl, self.shuffle = seed, per_epoch, multitext, ssl, shuffle
 
     def __getitem__(self, position):
         """-> dict: images uint8 [1, 3, S, S], or with ssl [3, ...], two more views; ids, one text's or (multitext) all
@@ -442,7 +474,7 @@ class Samples(torch.utils.data.Dataset):
         one word; bad, [(name, reason)] of rows that this one replaced."""
         epoch, place = divmod(position, self.per_epoch)
         rng = np.random.default_rng([self.seed, epoch, place])
-        index, bad = shuffled(place, len(self.rows), self.seed << 32 | epoch), []
+        index, bad = self.shuffle(place, len(self.rows), self.seed << 32 | epoch), []
         while True:
             name = None
             try:
@@ -510,8 +542,12 @@ def collate(samples):
             "bad": [bad for sample in samples for bad in sample["bad"]]}
 
 
+atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])  # workers that ignore SIGTERM
+
+
 def begin_worker(parent, worker):
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it to every process; the main one still needs its batches to save
     if os.getppid() != parent:  # which died before torch's own watch began
         os._exit(1)
 
@@ -534,13 +570,42 @@ class Pieces:
         return len(self.steps) * self.per_step
 
 
-def join(pieces, device):
-    """The pieces of a step -> its batch; pictures go to the device, tokens stay: packing them is the host's work."""
+class Texts(NamedTuple):
+    """B texts of together T tokens, one behind another without padding, from the shortest to the longest."""
+    ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T], a token's place in its text
+    ends: torch.Tensor  # [B], where each text's end token stands in ids; in the order in which the texts came
+    starts: torch.Tensor  # [B + 1], int32: where the texts begin, and T
+    groups: list  # [(B_l, l), ...]: B_l of them have length l
+
+
+def pack(tokens, eot_id, device):
+    """[B, L] ids on the CPU -> Texts on the device. What stands behind a text's end token is left out.
+
+    All that the device needs to know is worked out here, on the host, which need not wait for the device then."""
+    end = tokens == (eot_id if eot_id >= 0 else tokens.max(1, keepdim=True).values)
+    lengths, order = (end.int().argmax(-1) + 1).sort()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    kept = positions < lengths[:, None]
+    starts = F.pad(lengths.cumsum(0), (1, 0))
+    groups = list(zip(*(x.tolist() for x in lengths.unique_consecutive(return_counts=True)[::-1])))
+    parts = tokens[order][kept], positions[kept], (starts[1:] - 1)[order.argsort()], starts.int()
+    return Texts(*(to_device(part, device) for part in parts), groups)
+
+
+def to_device(x, device):
+    return x.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else x.to(device)
+
+
+def join(pieces, device, micro_batch, eot_id):
+    """The pieces of a step -> its batch, in chunks of `micro_batch` images with their packed texts"""
     length = max(piece["tokens"].shape[-1] for piece in pieces)
-    return {"images": torch.cat([piece["images"].to(device, non_blocking=True) for piece in pieces]),
-            "tokens": torch.cat([F.pad(piece["tokens"], (0, length - piece["tokens"].shape[-1])) for piece in pieces]),
-            "drawn": torch.cat([piece["drawn"] for piece in pieces]).to(device),
-            "filled": sum(piece["filled"] for piece in pieces), "short": sum(piece["short"] for piece in pieces), "bad": [bad for piece in pieces for bad in piece["bad"]]}
+    images = torch.cat([piece["images"].to(device, non_blocking=True) for piece in pieces])
+    tokens = torch.cat([F.pad(piece["tokens"], (0, length - piece["tokens"].shape[-1])) for piece in pieces])
+    chunks = [(part, pack(ids.flatten(0, 1), eot_id, device)) for part, ids in zip(images.split(micro_batch), tokens.split(micro_batch))]
+    return {"chunks": chunks, "n": len(images), "drawn": to_device(torch.cat([piece["drawn"] for piece in pieces]), device),
+            **{key: sum(piece[key] for piece in pieces) for key in ("filled", "short")},
+            "bad": [bad for piece in pieces for bad in piece["bad"]]}
 
 
 # === model: OpenAI CLIP's, parameter names included ===================================================================
@@ -598,22 +663,28 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         self.q_norm, self.k_norm = (nn.LayerNorm(width // heads, eps) if qk_norm else nn.Identity() for _ in "qk")
 
-    def forward(self, x, groups, causal):
-        """x [T, W], sequences one behind another without padding; groups [(B, L), ...]: B of them have length L"""
-        W, out = x.shape[-1], []
-        x = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [T, 3 W]
+    def forward(self, x, texts, groups):
+        """x [T, W], sequences one behind another without padding: Texts, which look back only, or None and as many of equal
+        length as `groups` says, [(B, L), ...]"""
+        (T, W), out = x.shape, []
+        x = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(T, 3, self.heads, -1)
+        if texts and x.is_cuda and x.dtype != torch.float32 and varlen_attn:  # one call, whatever the lengths
+            q, k, v = x.unbind(1)
+            longest = groups[-1][1]
+            out = varlen_attn(self.q_norm(q), self.k_norm(k), v, texts.starts, texts.starts, longest, longest, window_size=(-1, 0))
+            return self.out_proj(out.flatten(1))
         for part, (B, L) in zip(x.split([B * L for B, L in groups]), groups):
             q, k, v = part.view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # [B, heads, L, W / heads]
             q, k = self.q_norm(q), self.k_norm(k)
             if q.is_cpu and q.dtype == torch.bfloat16 and L < 128:  # the formula: for short sequences torch's kernel
                 scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # takes four times as long (bench/attention.py)
-                if causal:
+                if texts:
                     scores = scores + torch.full((L, L), -torch.inf).triu(1)
                 part = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
             else:
-                part = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+                part = F.scaled_dot_product_attention(q, k, v, is_causal=texts is not None)
             out.append(part.transpose(1, 2).reshape(B * L, W))
-        return self.out_proj(torch.cat(out))
+        return self.out_proj(torch.cat(out) if len(out) > 1 else out[0])
 
 
 class QuickGELU(nn.Module):
@@ -632,8 +703,8 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp.add_module("gelu", QuickGELU() if quick_gelu else nn.GELU())
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
 
-    def forward(self, x, groups, causal):
-        x = x + self.attn(self.ln_1(x), groups, causal)
+    def forward(self, x, texts, groups):
+        x = x + self.attn(self.ln_1(x), texts, groups)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -648,10 +719,9 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
 
-    def forward(self, x, groups, causal):
+    def forward(self, x, texts, groups):
         for block in self.resblocks:
-            x = checkpoint(block, x, groups, causal, use_reentrant=False) if self.grad_checkpointing \
-                else block(x, groups, causal)
+            x = checkpoint(block, x, texts, groups, use_reentrant=False) if self.grad_checkpointing else block(x, texts, groups)
         return x
 
 
@@ -672,7 +742,7 @@ class VisionTransformer(nn.Module):
         x = self.conv1(x).flatten(2).transpose(1, 2)  # [B, W, S/p, S/p] -> [B, patches, W]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
         B, L, W = x.shape
-        x = self.transformer(self.ln_pre(x).view(B * L, W), [(B, L)], causal=False)
+        x = self.transformer(self.ln_pre(x).view(B * L, W), None, [(B, L)])
         return self.ln_post(x.view(B, L, W)[:, 0])
 
 
@@ -690,6 +760,8 @@ class CLIP(nn.Module):
         self.text_projection = nn.Parameter(torch.randn(c.text_width, c.embed_dim) * c.text_width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # ln(1 / tau)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self.register_buffer("mean", torch.tensor(c.mean), persistent=False)  # on the device: a copy would wait for it
+        self.register_buffer("std", torch.tensor(c.std), persistent=False)
 
     def encode_image(self, images):
         """[B, 3, S, S], normalised pixels -> [B, embed_dim], not normalised"""
@@ -699,27 +771,22 @@ class CLIP(nn.Module):
         """[B, L] ids with L <= context_length -> [B, embed_dim], not normalised: the feature at the first end token.
 
         Attention is causal, so what stands behind that token has no effect and is not computed: the texts are packed one
-        behind another, from the shortest to the longest, and each costs its own tokens. Padding to 77 gives the same."""
-        device, tokens = self.logit_scale.device, tokens.cpu()
-        end = tokens == (self.config.eot_id if self.config.eot_id >= 0 else tokens.max(1, keepdim=True).values)
-        lengths, order = (end.int().argmax(-1) + 1).sort()
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        kept = positions < lengths[:, None]
-        ids, positions = tokens[order][kept].to(device), positions[kept].to(device)  # [T]
-        groups = list(zip(*(x.tolist() for x in lengths.unique_consecutive(return_counts=True)[::-1])))
-        # Not positional_embedding[positions]: on a CPU threads would add up its gradient in no fixed order
-        x = self.token_embedding(ids) + F.embedding(positions, self.positional_embedding)  # [T, W]
-        x = self.transformer(x, groups, causal=True)
-        ends = lengths.cumsum(0) - 1
-        return self.ln_final(x[ends[order.argsort()].to(device)]) @ self.text_projection
+        behind another, and each costs its own tokens. Padding to 77 gives the same."""
+        return self.encode_packed(pack(tokens.cpu(), self.config.eot_id, self.logit_scale.device))
 
-    def forward(self, images, tokens):
-        """images [n, V, 3, S, S] in 0..255, tokens [n, K, L] -> 1 / tau, image features [n, d] and text features [n, K, d]
+    def encode_packed(self, texts):
+        # Not positional_embedding[positions]: on a CPU threads would add up its gradient in no fixed order
+        x = self.token_embedding(texts.ids) + F.embedding(texts.positions, self.positional_embedding)  # [T, W]
+        x = self.transformer(x, texts, texts.groups)
+        return self.ln_final(x[texts.ends]) @ self.text_projection
+
+    def forward(self, images, texts):
+        """images [n, V, 3, S, S] in 0..255, Texts of K an image -> 1 / tau, image features [n, d] and text features [n, K, d]
         of unit length; if there are further views, V = 3 (SLIP), also the image tower's features of these, [n, 2, W]"""
-        (n, V), K = images.shape[:2], tokens.shape[1]
-        x = self.visual(normalise(images.flatten(0, 1), self.config.mean, self.config.std)).float().view(n, V, -1)
+        n, V = images.shape[:2]
+        x = self.visual(normalise(images.flatten(0, 1), self.mean, self.std)).float().view(n, V, -1)
         image_features = F.normalize((x[:, 0] @ self.visual.proj).float(), dim=-1)
-        text_features = F.normalize(self.encode_text(tokens.flatten(0, 1)).float(), dim=-1).view(n, K, -1)
+        text_features = F.normalize(self.encode_packed(texts).float(), dim=-1).view(n, -1, image_features.shape[1])
         return self.logit_scale.exp(), image_features, text_features, *([x[:, 1:]] if V > 1 else [])
 
 
@@ -835,15 +902,16 @@ def reason(error):
         f"{type(error).__name__}: {text.strip().splitlines()[0][:200] if text.strip() else ''}"
 
 
-def read_checkpoint(path, device="cpu"):
-    """The checkpoint's dict; only tensors and plain values are unpickled."""
+def read_checkpoint(path):
+    """The checkpoint's dict, on the CPU and mapped, so that ranks of a node share its pages; only tensors and plain values are
+    unpickled."""
     if not os.path.isfile(path):
         die(f"{path}: no such checkpoint")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
             if damaged := archive.testzip():
                 die(f"{path} is damaged: {damaged} is not what was written")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch raises a different class for every way in which a file is not one of its own
         die(f"{path} is not a checkpoint of train_clip.py: {reason(e)}")
     if missing := {"model", "config", "tokenizer"} - set(checkpoint):
@@ -851,16 +919,25 @@ def read_checkpoint(path, device="cpu"):
     return checkpoint
 
 
+def stretched(positions, length, kept=20):
+    """Position embeddings [L, W] for another context length: of a longer one the first `kept` are the trained ones, the rest is
+    interpolated (Long-CLIP, arXiv 2403.15378, section 3.1: those positions are trained best); of a shorter one, the first."""
+    if length <= len(positions):
+        return positions[:length]
+    rest = F.interpolate(positions[kept:].T[None], length - kept, mode="linear", align_corners=True)[0].T
+    return torch.cat([positions[:kept], rest])
+
+
 def load_checkpoint(path, device="cpu"):
     """-> (model in eval mode, tokenizer, transform): all that evaluation needs."""
-    state = read_checkpoint(path, device)
+    state = read_checkpoint(path)
     try:
-        model = CLIP(Config(**state["config"])).to(device)
+        model = CLIP(Config(**state["config"]))
         model.load_state_dict(state["model"])
     except (TypeError, RuntimeError) as e:
         die(f"{path} does not fit its own config: {e}")
     tokenizer = Tokenizer(state["tokenizer"], model.config.context_length, model.config.mend_texts)
-    return model.eval(), tokenizer, EvalTransform(model.config)
+    return model.eval().to(device), tokenizer, EvalTransform(model.config)
 
 
 # === the loop =========================================================================================================
@@ -938,6 +1015,12 @@ def new_file(path, *inputs):
             die(f"{path} is read: expected another file to write to")
 
 
+def own_cpus():
+    """The CPUs of this process, shared among the ranks of its node, less one for the process itself"""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+
+
 def parse_args(argv):
     parser = new_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
@@ -946,13 +1029,20 @@ def parse_args(argv):
     add("--text", nargs="+", default=["alt"], metavar="FIELD[=WEIGHT]", help="fields to draw a text from (default: alt)")
     add("--alt-choice", choices=["random", "first", "best"], default="random",
         help="of an image with several AltTexts; best: the highest clip_score (default: %(default)s)")
+    add("--shuffle", choices=SHUFFLES, default="full", help="full: every row anywhere in the epoch, for local disks; blocks: of 1,000 rows, "
+        "mixed 256 at a time, for NFS, Lustre and object storage (default: full)")
     add("--augment", choices=AUGMENTATIONS, default="crop", help="crop: LaCLIP's; strong: for small sets of drawings")
-    add("--workers", type=number(int, 0), default=4, help="processes a rank that read images, 0: none (default: %(default)s)")
+    add("--workers", type=number(int, 0), default=own_cpus(), help="processes a rank that read images, 0: none (default: this "
+        "rank's CPUs less one, %(default)s)")
     add("--max-bad", type=number(float, 0), default=0.01, help="stop above this share of unusable rows (default: %(default)s)")
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=PRESETS, default="ViT-B/16")
+    add("--model", choices=PRESETS, help="default: ViT-B/16")
+    add("--init", metavar="PATH", help="begin with the weights, sizes and tokenizer of this checkpoint (OpenAI's, open_clip's: "
+        "data/convert_checkpoint.py), instead of random weights of --model")
     add("--image-size", type=number(int, 1), help="pixels a side (default: 224, nano 48)")
-    add("--tokenizer", default="openai/clip-vit-base-patch32", help="hub name, folder or tokenizer.json")
+    add("--context-length", type=number(int, 2), help="longest text in tokens (default: 77). With --init a longer one keeps the first 20 "
+        "positions and stretches the rest (Long-CLIP, arXiv 2403.15378)")
+    add("--tokenizer", help="hub name, folder or tokenizer.json (default: openai/clip-vit-base-patch32, or that of --init)")
     add = parser.add_argument_group("training; defaults are LaCLIP's release for CC3M and CC12M").add_argument
     add("--loss", choices=["infonce", "multitext"], default="infonce", help="multitext: LaCLIP-MT")
     add("--ssl", action="store_true", help="add SLIP's loss on two more views of every image (SLIP, LaSLIP)")
@@ -968,14 +1058,17 @@ def parse_args(argv):
     add("--warmup", type=number(int, 0), help="steps of linear warm-up (default: one epoch, of a run that is no longer a tenth)")
     add("--precision", choices=["fp32", "bf16"], default="bf16", help="bf16: autocast; weights and loss stay fp32")
     add("--grad-checkpointing", action="store_true", help="keep no activations inside blocks, compute them again")
-    add("--compile", action="store_true", help="torch.compile the image tower; the text tower's shapes change every step")
+    add("--compile", nargs="?", const="on", default="auto", choices=["auto", "on", "off"],
+        help="torch.compile the image tower (the text tower's shapes change every step); auto: on a GPU")
     add("--seed", type=number(int, 0, below=2 ** 31), default=0)
     add = parser.add_argument_group("run").add_argument
     add("--out", required=True, help="folder of checkpoint, metrics and settings")
     add("--resume", metavar="auto|PATH", help="auto: go on from OUT's checkpoint, or begin; PATH: from that checkpoint")
     add("--save-every", type=number(int, 1), default=1000, help="steps between checkpoints (default: %(default)s)")
+    add("--keep-every", type=number(int, 1), metavar="N", help="keep the checkpoints of every Nth step, as checkpoint-STEP.pt")
     add("--log-every", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (default: %(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--timeout", type=positive, default=10, metavar="MINUTES", help="how long ranks wait for one that died (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -989,8 +1082,8 @@ def pick_device(name):
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 
-def start_ranks(device):
-    """torchrun's environment, or a single process. -> (rank, number of ranks)"""
+def start_ranks(device, minutes=30):
+    """torchrun's environment, or a single process. -> (rank, number of ranks). `minutes`: how long a rank waits for another"""
     if "cuda" in device:
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
@@ -999,7 +1092,7 @@ def start_ranks(device):
         return 0, 1
     if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         die(f"RANK is set, {' and '.join(missing)} not: torchrun sets them all")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo")  # gloo: what CPUs tell each other
+    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo", timeout=timedelta(minutes=minutes))  # gloo: between CPUs
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -1016,6 +1109,8 @@ def one_line_for_workers():
         yield
     except BadRow as e:
         die(str(e).strip().split("\n")[-1])
+    except torch.OutOfMemoryError as e:
+        die(f"the GPU's memory is full: --micro-batch or --grad-checkpointing help in training, --batch-size in evaluation: {reason(e)}")
     except (RuntimeError, ConnectionError, EOFError) as e:  # the latter two while its batch was being fetched
         if isinstance(e, RuntimeError) and ("DataLoader worker" not in str(e) or "Caught" in str(e)):
             raise
@@ -1079,12 +1174,12 @@ def log_line(f, entry, faults):
         faults.append(f"{f.name}: {e.strerror}")
 
 
-def backward(model, towers, objective, batch, micro_batch, autocast):
+def backward(model, towers, objective, batch, autocast):
     """Loss of the batch; its gradients into .grad. `towers` is the model, under DDP if there are several ranks.
 
     More than one chunk is GradCache (Gao et al. 2021): all features without gradients, the loss of the whole batch and
     its gradients with respect to them, then every chunk again, to carry these on into the towers."""
-    chunks = list(zip(batch["images"].split(micro_batch), batch["tokens"].split(micro_batch)))
+    chunks = batch["chunks"]
     if len(chunks) == 1:
         with autocast():
             outputs = towers(*chunks[0])
@@ -1097,7 +1192,7 @@ def backward(model, towers, objective, batch, micro_batch, autocast):
     scale, features = scales[0].requires_grad_(), [torch.cat(parts).requires_grad_() for parts in features]
     loss = objective(batch["drawn"], scale, *features)
     loss.backward()
-    gradients = zip(*(feature.grad.split(micro_batch) for feature in features))
+    gradients = zip(*(feature.grad.split(len(chunks[0][0])) for feature in features))
     for i, (chunk, gradient) in enumerate(zip(chunks, gradients)):
         last = i == len(chunks) - 1
         with nullcontext() if last or towers is model else towers.no_sync():  # ranks talk once
@@ -1108,29 +1203,32 @@ def backward(model, towers, objective, batch, micro_batch, autocast):
 
 
 def read_settings(args, world):
-    """The user's mistakes, before anything is written. -> rows, fields, tokenizer, config, and the settings that change
-    the mathematics: a run goes on only with the same."""
+    """The user's mistakes, before anything is written. -> rows, fields, tokenizer, config, the settings that change
+    the mathematics (a run goes on only with the same), and --init's checkpoint."""
     if args.batch_size % world:
         die(f"--batch-size {args.batch_size} does not divide by the number of ranks, {world}")
-    for path in args.captions:
-        if not os.path.isfile(path):
-            die(f"--captions {path}: no such file")
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once a node: it need not share its disk
-            index_rows(path)
     if not os.path.isdir(args.image_root):
         die(f"--image-root {args.image_root}: no such folder")
     if args.resume not in (None, "auto") and not os.path.isfile(args.resume):
         die(f"--resume {args.resume}: no such checkpoint")
-    all_reduce(torch.zeros(1))  # the others wait for the index
-    rows, fields, tokenizer = Rows(args.captions), parse_text(args.text), Tokenizer.load(args.tokenizer)
+    rows, fields, init = Rows(args.captions), parse_text(args.text), read_checkpoint(args.init) if args.init else None
+    if init and (args.model or args.tokenizer):
+        die("--init brings its own sizes and tokenizer: no --model and no --tokenizer beside it")
+    config = Config(**init["config"]) if init else Config(**PRESETS[args.model or "ViT-B/16"])
+    tokenizer = Tokenizer(init["tokenizer"], mend=config.mend_texts) if init else \
+        Tokenizer.load(args.tokenizer or "openai/clip-vit-base-patch32")
     steps_per_epoch = len(rows) // args.batch_size
     if not steps_per_epoch:
         die(f"--batch-size {args.batch_size} is more than the {len(rows)} rows of {' '.join(args.captions)}")
     check_rows(rows, fields, args.image_root)
-    config = Config(**PRESETS[args.model], vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
-    config.image_size = args.image_size or config.image_size
+    if init and args.image_size not in (None, config.image_size):
+        die(f"--image-size {args.image_size}: the checkpoint of --init has {config.image_size}")
+    if not init:
+        config.vocab_size, config.eot_id, config.image_size = tokenizer.vocab_size, tokenizer.eot_id, args.image_size or config.image_size
     if config.image_size % config.patch_size:
-        die(f"--image-size {config.image_size}: expected a multiple of {args.model}'s patch size, {config.patch_size}")
+        die(f"--image-size {config.image_size}: expected a multiple of the patch size, {config.patch_size}")
+    config.context_length = args.context_length or config.context_length
+    tokenizer = Tokenizer(tokenizer.json_text, config.context_length, config.mend_texts)
     steps = args.steps if args.steps is not None else round(args.epochs * steps_per_epoch)
     if not steps:
         die(f"--epochs {args.epochs}: no step, since an epoch has {steps_per_epoch}")
@@ -1140,19 +1238,27 @@ def read_settings(args, world):
     if warmup >= steps:
         warmup = steps // 10
         print(f"note: a warm-up of one epoch would be the whole run of {steps} steps; it is {warmup} (--warmup)", file=sys.stderr)
-    settings = {"rows": len(rows), "bytes": rows.sizes, "contents": list(rows.contents), "text": fields,
-                "image_size": config.image_size, "steps": steps, "warmup": warmup}
-    settings |= {name: getattr(args, name) for name in ("model", "loss", "ssl", "alt_choice", "augment", "batch_size", "lr",
+    settings = {"rows": len(rows), "bytes": rows.sizes, "contents": list(rows.contents), "text": fields, "steps": steps,
+                "warmup": warmup, "model": args.init or args.model or "ViT-B/16", "image_size": config.image_size,
+                "context_length": config.context_length}
+    settings |= {name: getattr(args, name) for name in ("loss", "ssl", "alt_choice", "augment", "shuffle", "batch_size", "lr",
                                                         "wd", "beta2", "eps", "precision", "seed")}
-    return rows, fields, tokenizer, config, settings
+    return rows, fields, tokenizer, config, settings, init
 
 
 @one_line_for_workers()
 def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
-    rank, world = start_ranks(device)
-    rows, fields, tokenizer, config, settings = read_settings(args, world)
+    for path in args.captions:  # before the ranks meet, since it may take longer than --timeout
+        if not os.path.isfile(path):
+            die(f"--captions {path}: no such file")
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) == 0:  # once a node: it need not share its disk
+            index_rows(path)
+        while local and not read_index(path):
+            time.sleep(1)
+    rank, world = start_ranks(device, args.timeout)
+    rows, fields, tokenizer, config, settings, init = read_settings(args, world)
     steps, steps_per_epoch = settings["steps"], len(rows) // args.batch_size
     if rank == 0:
         try:
@@ -1162,6 +1268,9 @@ def main(argv=None):
             die(f"--out {args.out}: {e.strerror}")
     state = resumed_state(args, settings, tokenizer)
     start = state["step"] if state else 0
+    mine = torch.tensor([start, zlib.crc32(json.dumps(settings).encode())])
+    if (all_reduce(mine.clone(), dist.ReduceOp.MIN) != all_reduce(mine.clone(), dist.ReduceOp.MAX)).any():
+        die(f"the ranks begin at different steps (this one at {start}) or with different rows: --out and --captions must be the same for all")
     if start >= steps:
         return print(f"{args.out} is finished: {start} steps") if rank == 0 else None
 
@@ -1178,14 +1287,16 @@ def main(argv=None):
         model.load_state_dict(state["model"])
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
-        del state
+    elif init:
+        init["model"]["positional_embedding"] = stretched(init["model"]["positional_embedding"], config.context_length)
+        model.load_state_dict(init["model"])
+    del state, init
     model.visual.transformer.grad_checkpointing = model.transformer.grad_checkpointing = args.grad_checkpointing
-    if args.compile:
+    if args.compile == "on" or args.compile == "auto" and "cuda" in device:
         model.visual.compile()  # in place: names in the checkpoint stay as they are
-    towers = nn.parallel.DistributedDataParallel(model, device_ids=[device] if "cuda" in device else None) \
-        if world > 1 else model
+    towers = nn.parallel.DistributedDataParallel(model) if world > 1 else model  # its device_ids would copy inputs and wait
     samples = Samples(rows, args.image_root, fields, args.alt_choice, AUGMENTATIONS[args.augment], config.image_size,
-                      tokenizer, args.seed, steps_per_epoch * args.batch_size, args.loss == "multitext", args.ssl)
+                      tokenizer, args.seed, steps_per_epoch * args.batch_size, args.loss == "multitext", args.ssl, SHUFFLES[args.shuffle])
     pieces = Pieces(start, steps, args.batch_size, rank, world)
     loader = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=pieces, num_workers=args.workers, collate_fn=collate, pin_memory="cuda" in device,
@@ -1202,7 +1313,7 @@ def main(argv=None):
         with open(os.path.join(args.out, "settings.json"), "w") as f:
             json.dump({**settings, "command": sys.argv, "torch": torch.__version__, "ranks": world}, f, indent=1)
         metrics = open_log(os.path.join(args.out, "metrics.jsonl"), start)
-        print(f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {len(rows)} rows; {steps} "
+        print(f"{settings['model']}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; {len(rows)} rows; {steps} "
               f"steps of {args.batch_size}, {steps / steps_per_epoch:.1f} epochs; chance: ln(batch) = "
               f"{math.log(args.batch_size):.2f}", file=sys.stderr)
         open_log(os.path.join(args.out, "bad_images.jsonl"), start).close()
@@ -1216,11 +1327,11 @@ def main(argv=None):
     wait, since, timed, losses = 0.0, time.time(), start, []
     for step in range(start, steps):
         asked = time.time()
-        batch = join([next(loader) for _ in range(pieces.per_step)], device)
+        batch = join([next(loader) for _ in range(pieces.per_step)], device, args.micro_batch or args.batch_size, config.eot_id)
         wait += time.time() - asked
 
         optimizer.zero_grad(set_to_none=True)
-        losses.append(backward(model, towers, objective, batch, args.micro_batch or args.batch_size, autocast))
+        losses.append(backward(model, towers, objective, batch, autocast))
         for parameter in head.parameters():  # the head stands outside of DDP
             all_reduce(parameter.grad.div_(world))
         for group in optimizer.param_groups:
@@ -1229,14 +1340,15 @@ def main(argv=None):
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # tau >= 0.01 (CLIP; LaCLIP's release)
 
-        seen, bad = seen + len(batch["images"]), bad + len(batch["bad"])
+        seen, bad = seen + batch["n"], bad + len(batch["bad"])
         filled, short = filled + batch["filled"], short + batch["short"]
         for name, why in batch["bad"]:
             log_line(bad_images, {"step": step + 1, "image": name, "reason": why}, faults)
         if bad > args.max_bad * max(seen + bad, 1000):
             die(f"{bad} of {seen + bad} rows were unusable, more than --max-bad {args.max_bad}: {bad_images.name} names them")
         leave = bool(all_reduce(torch.tensor(len(stopping + faults)), dist.ReduceOp.MAX)) or step + 1 == steps
-        save = leave or (step + 1) % args.save_every == 0
+        keep = args.keep_every and (step + 1) % args.keep_every == 0
+        save = leave or keep or (step + 1) % args.save_every == 0
         log = step in (0, steps - 1) or (step + 1) % args.log_every == 0
         if save or log:
             losses = all_reduce(torch.stack(losses) / world).tolist()  # of the steps since the last look
@@ -1261,6 +1373,8 @@ def main(argv=None):
                 die(f"a weight is not finite after step {step + 1}; {args.out} keeps the last good checkpoint")
             save_checkpoint(os.path.join(args.out, "checkpoint.pt"), model, tokenizer, head=head.state_dict(),
                             optimizer=optimizer.state_dict(), step=step + 1, settings={**settings, "captions": args.captions})
+            if keep:
+                shutil.copy(os.path.join(args.out, "checkpoint.pt"), os.path.join(args.out, f"checkpoint-{step + 1}.pt"))
         if leave:
             break
     progress.close()

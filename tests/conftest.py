@@ -32,9 +32,9 @@ def assert_mistake(done, *words):
         assert word in lines[0]
 
 
-def worker_of(pid):
-    """A process whose parent is `pid`, or None"""
-    for name in filter(str.isdigit, os.listdir("/proc")):
+def worker_of(pid, others=()):
+    """A process whose parent is `pid`, not one of `others`, or None"""
+    for name in (name for name in os.listdir("/proc") if name.isdigit() and int(name) not in others):
         try:
             with open(f"/proc/{name}/stat") as f, open(f"/proc/{name}/cmdline") as command:
                 if f.read().rsplit(")", 1)[1].split()[1] == str(pid) and (words := command.read()) and ".py" in words and "resource_tracker" not in words:

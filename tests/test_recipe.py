@@ -67,12 +67,12 @@ def test_gradients_in_chunks_are_those_of_the_whole_batch():
     """Also the temperature's, which every chunk reports: AdamW would hide a constant factor."""
     torch.manual_seed(0)
     model = T.CLIP(T.Config(**{**T.PRESETS["nano"], "image_size": 32}, vocab_size=50, eot_id=49))
-    batch = {"images": torch.randint(0, 256, (12, 1, 3, 32, 32), dtype=torch.uint8), "drawn": torch.zeros(12, dtype=torch.long),
-             "tokens": torch.cat([torch.randint(0, 49, (12, 1, 7)), torch.full((12, 1, 1), 49)], -1)}
+    piece = {"images": torch.randint(0, 256, (12, 1, 3, 32, 32), dtype=torch.uint8), "drawn": torch.zeros(12, dtype=torch.long),
+             "tokens": torch.cat([torch.randint(0, 49, (12, 1, 7)), torch.full((12, 1, 1), 49)], -1), "filled": 0, "short": 0, "bad": []}
     found = []
     for micro_batch in (12, 5):
         model.zero_grad()
-        T.backward(model, model, lambda drawn, scale, images, texts: T.clip_loss(images, texts[:, 0], scale), batch, micro_batch,
+        T.backward(model, model, lambda drawn, scale, images, texts: T.clip_loss(images, texts[:, 0], scale), T.join([piece], "cpu", micro_batch, 49),
                    lambda: torch.autocast("cpu", enabled=False))
         found.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, gradient in found[0].items():

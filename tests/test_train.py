@@ -92,7 +92,7 @@ def test_attention_on_the_cpu_equals_torchs(L, causal, dtype, tolerance):
     mask = torch.full((L, L), -math.inf).triu(1) if causal else None
     expected = theirs(x, x, x, attn_mask=mask, need_weights=False)[0]
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        got = ours(x.flatten(0, 1), [(3, L)], causal).view(3, L, 48)
+        got = ours(x.flatten(0, 1), causal or None, [(3, L)]).view(3, L, 48)  # any Texts make it causal
     assert got.dtype == dtype
     torch.testing.assert_close(got.float(), expected, atol=tolerance, rtol=tolerance)
 
@@ -110,7 +110,7 @@ def test_gradients_are_the_same_to_the_bit_in_every_run(dtype):
         for _ in range(8):
             model.zero_grad()
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                _, image_features, text_features = model(images, tokens.view(64, 4, 20))
+                _, image_features, text_features = model(images, T.pack(tokens, 499, "cpu"))
             (image_features.sum() + text_features.pow(3).sum()).backward()
             seen.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     finally:
@@ -215,6 +215,19 @@ def test_epochs_have_different_orders_that_look_random():
     orders = np.array([[T.shuffled(i, 1000, epoch) for i in range(1000)] for epoch in range(4)])
     assert abs(np.corrcoef(orders)[np.triu_indices(4, 1)]).max() < 0.12
     assert abs(np.corrcoef(orders[0], np.arange(1000))[0, 1]) < 0.12
+
+
+@pytest.mark.parametrize("n", [1, 999, 1000, 2500, 300_123])
+def test_an_epochs_order_in_blocks(n):
+    """Every row once; at any time from 256 blocks of 1,000 (and a shift), in another order in the next epoch."""
+    places = range(n) if n < 10_000 else [*range(0, 3000), *range(255_000, 258_000), *range(n - 500, n)]
+    orders = [[T.shuffled_in_blocks(i, n, 7 << 32 | epoch) for i in places] for epoch in range(2)]
+    for epoch, order in enumerate(orders):
+        assert sorted(order) == list(range(n)) if n < 10_000 else len(set(order)) == len(places) and 0 <= min(order) and max(order) < n
+        shift = T.shuffled(0, n, 7 << 32 | epoch)
+        blocks = [{(row - shift) % n // 1000 for row, i in zip(order, places) if i // 256_000 == window} for window in (0, 1)]
+        assert len(blocks[0]) <= 256 and not blocks[0] & blocks[1] or n == 300_123 and blocks[0] & blocks[1] <= {300}
+    assert n == 1 or orders[0] != orders[1]
 
 
 def test_rows_are_read_where_they_lie(tmp_path):
@@ -375,9 +388,22 @@ def test_joined_pieces_are_one_batch():
         return T.collate([{"images": torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "ids": [list(range(1, n + 1))], "drawn": 0,
                            "filled": 1, "short": True, "bad": [("x", "y")]} for n in lengths])
 
-    batch = T.join([piece([2, 3]), piece([5])], "cpu")
-    assert batch["images"].shape == (3, 1, 3, 4, 4) and batch["filled"] == batch["short"] == 3 and len(batch["bad"]) == 3
-    assert batch["tokens"].tolist() == [[[1, 2, 0, 0, 0]], [[1, 2, 3, 0, 0]], [[1, 2, 3, 4, 5]]]
+    batch = T.join([piece([2, 3]), piece([5])], "cpu", 2, -1)
+    assert batch["n"] == 3 and batch["filled"] == batch["short"] == 3 and len(batch["bad"]) == 3
+    (two, texts), (one, last) = batch["chunks"]
+    assert two.shape == (2, 1, 3, 4, 4) and one.shape == (1, 1, 3, 4, 4)
+    assert texts.ids.tolist() == [1, 2, 1, 2, 3] and last.ids.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_packed_texts():
+    """From the shortest to the longest, cut behind the first end token; `ends` finds each in the order in which they came."""
+    tokens = torch.tensor([[9, 4, 5, 8, 7], [9, 8, 6, 6, 6], [9, 3, 2, 8, 0], [9, 8, 8, 0, 0]])
+    texts = T.pack(tokens, 8, "cpu")
+    assert texts.ids.tolist() == [9, 8, 9, 8, 9, 4, 5, 8, 9, 3, 2, 8] and texts.groups == [(2, 2), (2, 4)]
+    assert texts.positions.tolist() == [0, 1, 0, 1, 0, 1, 2, 3, 0, 1, 2, 3] and texts.starts.tolist() == [0, 2, 4, 8, 12]
+    assert texts.starts.dtype == torch.int32 and texts.ids[texts.ends].tolist() == [8] * 4
+    assert texts.ends.tolist() == [7, 1, 11, 3]
+    assert T.pack(tokens, -1, "cpu").ends.tolist() == [0, 1, 2, 3]  # at the highest id, which is the first here
 
 
 def test_a_sample_is_a_function_of_its_position(shapes):
@@ -716,6 +742,66 @@ T.main(sys.argv[1:])"""
     assert train(shapes, full, "--steps", 4, "--resume", "auto").returncode == 0
     for name, value in torch.load(whole / "checkpoint.pt", weights_only=True)["model"].items():
         assert torch.equal(torch.load(full / "checkpoint.pt", weights_only=True)["model"][name], value)
+
+
+def test_sigterm_to_the_workers_too_saves(shapes, tmp_path):
+    """As SLURM sends it, to every process of the job; and no worker stays."""
+    out = tmp_path / "run"
+    running = start(shapes, out, "--steps", 5000, "--workers", 2)
+    wait_for_steps(running, out, 2)
+    workers = []
+    while worker := worker_of(running.pid, workers):
+        workers.append(worker)
+    for pid in (*workers, running.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert running.wait(60) == 0 and len(workers) == 2
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == read_jsonl(out / "metrics.jsonl")[-1]["step"]
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+
+
+def test_init_goes_on_from_other_weights(shapes, trained, tmp_path):
+    """With a new optimizer, its own sizes and tokenizer; the first loss is that of the weights, not ln(batch)."""
+    command = train_arguments(shapes, tmp_path / "out", "--batch-size", 16, "--init", trained / "checkpoint.pt", "--steps", 2, "--warmup", 1)
+    for flag in ("--model", "--tokenizer"):
+        at = command.index(flag)
+        command = command[:at] + command[at + 2:]
+    done = run("train_clip.py", *command)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "out")[0] < 1.5 < losses(trained)[0]
+    assert_mistake(run("train_clip.py", *command, "--out", tmp_path / "x", "--model", "nano"), "--init", "--model")
+    assert_mistake(run("train_clip.py", *command, "--out", tmp_path / "x", "--image-size", 48), "--image-size 48", "32")
+    longer = run("train_clip.py", *command, "--out", tmp_path / "long", "--context-length", 120)
+    assert longer.returncode == 0, longer.stderr
+    model, tokenizer, _ = T.load_checkpoint(str(tmp_path / "long" / "checkpoint.pt"))
+    assert model.positional_embedding.shape[0] == 120 == tokenizer(["red " * 500]).shape[1]
+    assert losses(tmp_path / "long")[0] == pytest.approx(losses(tmp_path / "out")[0], rel=1e-4)  # of texts under 20 tokens
+
+
+def test_stretched_positions():
+    positions = torch.arange(77.0)[:, None] * torch.ones(1, 3)
+    longer = T.stretched(positions, 248)
+    assert longer.shape == (248, 3) and longer[:20].equal(positions[:20]) and longer[20, 0] == 20 and longer[-1, 0] == 76
+    assert (longer.diff(dim=0) > 0).all() and T.stretched(positions, 10).equal(positions[:10])
+
+
+def test_kept_checkpoints(shapes, tmp_path):
+    assert train(shapes, tmp_path / "out", "--steps", 7, "--keep-every", 3).returncode == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint*")) == ["checkpoint-3.pt", "checkpoint-6.pt", "checkpoint.pt"]
+    assert [torch.load(tmp_path / "out" / name, weights_only=True)["step"] for name in ("checkpoint-3.pt", "checkpoint.pt")] == [3, 7]
+    T.load_checkpoint(str(tmp_path / "out" / "checkpoint-6.pt"))
+
+
+def test_ranks_that_differ_stop(shapes, tmp_path):
+    """Each with an OUT of its own, as on nodes that do not share their disks: one resumes, one would begin."""
+    running = start(shapes, tmp_path / "0", "--steps", 400)
+    wait_for_steps(running, tmp_path / "0", 3)
+    running.terminate()
+    assert running.wait() == 0
+    code = "import json, os, sys, train_clip as T; T.main(json.loads(sys.argv[1])[int(os.environ['RANK'])])"
+    (tmp_path / "two.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code)
+    same = [train_arguments(shapes, tmp_path / str(rank), "--steps", 400, "--resume", "auto") for rank in (0, 1)]
+    done = run(tmp_path / "two.py", json.dumps(same), ranks=2)
+    assert done.returncode != 0 and "the ranks begin at different steps" in done.stderr and "Traceback (most recent call last):\n  File \"" + str(tmp_path) not in done.stderr
 
 
 def test_a_killed_worker_is_told_in_one_line(shapes, tmp_path):
