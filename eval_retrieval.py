@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from train_clip import (all_reduce, die, load_checkpoint, new_file, new_parser, number, one_line_for_workers, open_image, pick_device,
+from train_clip import (all_reduce, die, load_checkpoint, check_output, new_parser, number, in_one_line, open_image, pick_device,
                         start_ranks, texts_of)
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "data"))
@@ -194,7 +194,7 @@ def write_hits(path, queries, found, names, keys=None, own=None):
             f.write(json.dumps({**query, "hits": hits}) + "\n")
 
 
-@one_line_for_workers()
+@in_one_line()
 def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
@@ -214,7 +214,9 @@ def main(argv=None):
     add("--json", help="write the figures there too, as fractions of 1")
     args = parser.parse_args(argv)
     for path in filter(None, (args.json, args.hits, args.score)):
-        new_file(path, args.captions, args.checkpoint)
+        check_output(path, args.captions, args.checkpoint)
+    if args.hits and args.hits == args.json:
+        die(f"--hits and --json: two files, not both {args.hits}")
     if args.score and (args.hits or args.json) or args.query and args.json:
         die("--score writes neither --hits nor --json, --query no --json")
     if not os.path.isdir(args.image_root):

@@ -21,7 +21,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from train_clip import die, load_checkpoint, new_file, new_parser, number, one_line_for_workers, pick_device, start_ranks
+from train_clip import die, load_checkpoint, check_output, new_parser, number, in_one_line, pick_device, start_ranks
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
 sys.path.insert(0, DATA)
@@ -149,11 +149,11 @@ def evaluate(spec, parts, args, model, tokenizer, transform):
         if unknown := set(part.labels) - set(keys):
             die(f"--dataset {spec} has no class {min(unknown)!r}, which its training images have")
         features = encode_images(model, transform, part.names, part.read, args.batch_size, args.workers)
-        return features, torch.tensor([number[label] for label in part.labels]), (features != 0).any(1)
+        return features, torch.tensor([number_of[label] for label in part.labels]), (features != 0).any(1)
 
     test = parts["test"]
     keys = sorted({*test.labels, *(test.words if spec in TORCHVISION else ())})
-    number = {key: i for i, key in enumerate(keys)}
+    number_of = {key: i for i, key in enumerate(keys)}
     if "zeroshot" in args.protocol:  # what is wrong with these is told before the images are read
         templates, names = read_templates(args.templates, spec), class_names(spec, test, keys, args)
     features, targets, readable = encode(test)
@@ -179,7 +179,7 @@ def evaluate(spec, parts, args, model, tokenizer, transform):
     return figures
 
 
-@one_line_for_workers()
+@in_one_line()
 def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
@@ -201,10 +201,11 @@ def main(argv=None):
     add("--batch-size", type=number(int, 1), default=64)
     add("--workers", type=number(int, 0), default=2, help="processes that read images (default: %(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--seed", type=number(int, 0), default=0, help="of the episodes")
+    add("--seed", type=number(int, 0, below=2 ** 63), default=0, help="of the episodes")
     add("--json", help="write the figures there too, as fractions of 1")
     args = parser.parse_args(argv)
-    new_file(args.json or "", args.checkpoint, args.classes or "", args.templates, *(spec.partition(":")[2] for spec in args.dataset))
+    args.json and check_output(args.json, args.checkpoint, args.classes or "", args.templates,
+             *(spec.partition(":")[2] for spec in [*args.dataset, args.train or ""]))
     specs = [name for spec in args.dataset for name in SUITES.get(spec, [spec])]
     if "linear" in args.protocol and not args.train and (own := [spec for spec in specs if ":" in spec]):
         die(f"--protocol linear on {own[0]} needs --train, a set of the same classes")

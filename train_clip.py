@@ -95,7 +95,7 @@ def open_rows(path):
     return f
 
 
-INDEX_HEADER = 5  # numbers before the offsets: the rows' file as it was indexed, and how many rows there are
+INDEX_HEADER = 5  # numbers before the offsets: size and times of the rows' file, how many rows there are, a hash
 
 
 def read_index(path):
@@ -145,7 +145,7 @@ class Rows:
     def __init__(self, paths):
         self.paths, self.files = paths, None
         self.sizes = [os.path.getsize(path) for path in paths]
-        counts, self.contents = zip(*(read_index(path) or die(f"{path} changes while it is read") for path in paths))
+        counts, self.contents = zip(*map(read_index, paths))
         self.ends = np.cumsum(counts)
 
     def __len__(self):
@@ -201,6 +201,8 @@ def shuffled_in_blocks(i, n, key):
     """The same for storage that is slow at random reads: blocks of consecutive rows in random order, the rows of a window of such
     blocks mixed. A random shift moves the rows that make no whole block, so that no row stands at the end in every epoch."""
     blocks, row = n // BLOCK, i
+    if blocks < 2:
+        return shuffled(i, n, key)
     if i < blocks * BLOCK:
         window, place = divmod(i, WINDOW * BLOCK)
         first = window * WINDOW
@@ -399,6 +401,8 @@ class Tokenizer:
 
     def __init__(self, json_text, context_length=77, mend=False):
         self.json_text, self.context_length, self.mend = json_text, context_length, mend
+        if mend:
+            mended("")  # which says now if ftfy is missing
         self.tokenizer = tokenizers.Tokenizer.from_str(json_text)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(context_length)  # keeps the end token the last
@@ -470,7 +474,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         """-> dict: images uint8 [1, 3, S, S], or with ssl [3, ...], two more views; ids, one text's or (multitext) all
-        M + 1; drawn, the index of the drawn one; filled, how many were missing; short, whether alt took the place of
+        M + 1; drawn, the index of the drawn one; filled, how many were missing; replaced, whether alt took the place of
         one word; bad, [(name, reason)] of rows that this one replaced."""
         epoch, place = divmod(position, self.per_epoch)
         rng = np.random.default_rng([self.seed, epoch, place])
@@ -510,17 +514,17 @@ class Samples(torch.utils.data.Dataset):
                 if self.alt_choice == "first":
                     chosen[n] = usable[0]
                 elif self.alt_choice == "best" and len(usable) > 1:
-                    chosen[n] = max(usable, key=clip_scores(row, self.fields, n).__getitem__)
+                    chosen[n] = max(usable, key=clip_scores(row, [*self.fields, "alt"], n).__getitem__)
             return texts[chosen[n]] if usable and texts_of(texts[chosen[n]]) else None
 
         text = version(values[drawn])
-        short = len(words_of(text)) < 2 and version(row.get("alt"))  # LaCLIP's release: one word says too little
-        text = short or text
+        alt = version(row.get("alt")) if len(words_of(text)) < 2 and self.fields[drawn] != "alt" else None
+        text = alt or text  # LaCLIP's release: one word says too little
         if not self.multitext:
-            return {"ids": [self.tokenizer.encode(text)], "drawn": 0, "filled": 0, "short": bool(short)}
+            return {"ids": [self.tokenizer.encode(text)], "drawn": 0, "filled": 0, "replaced": bool(alt)}
         texts = [text if i == drawn else version(value) for i, value in enumerate(values)]
-        ids = [self.tokenizer.encode(version or next(filter(None, texts))) for version in texts]
-        return {"ids": ids, "drawn": drawn, "filled": texts.count(None), "short": bool(short)}
+        ids = [self.tokenizer.encode(each or next(filter(None, texts))) for each in texts]
+        return {"ids": ids, "drawn": drawn, "filled": texts.count(None), "replaced": bool(alt)}
 
 
 def clip_scores(row, fields, n):
@@ -533,16 +537,22 @@ def clip_scores(row, fields, n):
 
 
 def collate(samples):
-    """-> images uint8 [n, 1 or 3, 3, S, S], tokens [n, 1 or M + 1, L], drawn [n], filled, short, bad"""
+    """-> images uint8 [n, 1 or 3, 3, S, S], tokens [n, 1 or M + 1, L], drawn [n], filled, replaced, bad"""
     texts, K = pad([ids for sample in samples for ids in sample["ids"]]), len(samples[0]["ids"])
     return {"images": torch.stack([sample["images"] for sample in samples]),
             "tokens": texts.view(len(samples), K, -1),
             "drawn": torch.tensor([sample["drawn"] for sample in samples]),
-            "filled": sum(sample["filled"] for sample in samples), "short": sum(sample["short"] for sample in samples),
+            "filled": sum(sample["filled"] for sample in samples), "replaced": sum(sample["replaced"] for sample in samples),
             "bad": [bad for sample in samples for bad in sample["bad"]]}
 
 
-atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])  # workers that ignore SIGTERM
+@atexit.register
+def end_workers():
+    """multiprocessing would end them by SIGTERM, which they ignore, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def begin_worker(parent, worker):
@@ -604,7 +614,7 @@ def join(pieces, device, micro_batch, eot_id):
     tokens = torch.cat([F.pad(piece["tokens"], (0, length - piece["tokens"].shape[-1])) for piece in pieces])
     chunks = [(part, pack(ids.flatten(0, 1), eot_id, device)) for part, ids in zip(images.split(micro_batch), tokens.split(micro_batch))]
     return {"chunks": chunks, "n": len(images), "drawn": to_device(torch.cat([piece["drawn"] for piece in pieces]), device),
-            **{key: sum(piece[key] for piece in pieces) for key in ("filled", "short")},
+            **{key: sum(piece[key] for piece in pieces) for key in ("filled", "replaced")},
             "bad": [bad for piece in pieces for bad in piece["bad"]]}
 
 
@@ -914,7 +924,7 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch raises a different class for every way in which a file is not one of its own
         die(f"{path} is not a checkpoint of train_clip.py: {reason(e)}")
-    if missing := {"model", "config", "tokenizer"} - set(checkpoint):
+    if missing := {"model", "config", "tokenizer"} - set(checkpoint if isinstance(checkpoint, dict) else ()):
         die(f"{path} is not a checkpoint of train_clip.py: it has no {', '.join(sorted(missing))}")
     return checkpoint
 
@@ -924,6 +934,7 @@ def stretched(positions, length, kept=20):
     interpolated (Long-CLIP, arXiv 2403.15378, section 3.1: those positions are trained best); of a shorter one, the first."""
     if length <= len(positions):
         return positions[:length]
+    kept = kept if len(positions) > kept else 0
     rest = F.interpolate(positions[kept:].T[None], length - kept, mode="linear", align_corners=True)[0].T
     return torch.cat([positions[:kept], rest])
 
@@ -934,9 +945,9 @@ def load_checkpoint(path, device="cpu"):
     try:
         model = CLIP(Config(**state["config"]))
         model.load_state_dict(state["model"])
-    except (TypeError, RuntimeError) as e:
-        die(f"{path} does not fit its own config: {e}")
-    tokenizer = Tokenizer(state["tokenizer"], model.config.context_length, model.config.mend_texts)
+        tokenizer = Tokenizer(state["tokenizer"], model.config.context_length, model.config.mend_texts)
+    except Exception as e:  # tokenizers raises no less
+        die(f"{path} does not fit its own config: {reason(e)}")
     return model.eval().to(device), tokenizer, EvalTransform(model.config)
 
 
@@ -1006,10 +1017,12 @@ def number(kind, low, below=math.inf, above=-math.inf):
 positive = number(float, -math.inf, above=0)
 
 
-def new_file(path, *inputs):
-    """A path to write to, or one line: its folder must be there, and it must not be one of the files that are read."""
+def check_output(path, *inputs):
+    """One line now, not after hours, if `path` cannot be written, or is one of the files that are read."""
     if not os.path.isdir(os.path.dirname(path) or "."):
         die(f"{path}: no such folder")
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK):
+        die(f"{path}: expected a file that can be written")
     for other in inputs:
         if os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
             die(f"{path} is read: expected another file to write to")
@@ -1068,7 +1081,7 @@ def parse_args(argv):
     add("--keep-every", type=number(int, 1), metavar="N", help="keep the checkpoints of every Nth step, as checkpoint-STEP.pt")
     add("--log-every", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (default: %(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--timeout", type=positive, default=10, metavar="MINUTES", help="how long ranks wait for one that died (default: %(default)s)")
+    add("--timeout", type=number(float, -math.inf, above=0, below=1e5), default=10, metavar="MINUTES", help="how long ranks wait for one that died (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -1079,7 +1092,9 @@ def pick_device(name):
         name = next(device for device in there if there[device])
     if not there[name]:
         die(f"--device {name}: torch finds none here")
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    if name == "cuda" and (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+        die(f"rank {local} of this node has no GPU: there are {torch.cuda.device_count()}")
+    return f"cuda:{local}" if name == "cuda" else name
 
 
 def start_ranks(device, minutes=30):
@@ -1103,8 +1118,8 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
 
 
 @contextmanager
-def one_line_for_workers():
-    """What loader workers cannot end well by themselves, in one line: a death, or rows of which none can be used."""
+def in_one_line():
+    """What has no better place to be told: killed workers, rows of which none can be used, a full GPU, ranks that left."""
     try:
         yield
     except BadRow as e:
@@ -1112,28 +1127,32 @@ def one_line_for_workers():
     except torch.OutOfMemoryError as e:
         die(f"the GPU's memory is full: --micro-batch or --grad-checkpointing help in training, --batch-size in evaluation: {reason(e)}")
     except (RuntimeError, ConnectionError, EOFError) as e:  # the latter two while its batch was being fetched
+        if dist.is_initialized() and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            die("another rank left; its own line says why")
         if isinstance(e, RuntimeError) and ("DataLoader worker" not in str(e) or "Caught" in str(e)):
             raise
         die(f"a worker that reads images was killed, for want of memory perhaps (then try fewer --workers): {reason(e)}")
 
 
-def lock(folder):
-    """Keep other launches out of `folder` until this process ends. The kernel holds the lock for the process, on a network
-    disk its server does; when the process ends, however it ends, so does the lock. What lies in OUT/lock says nothing."""
-    f = open(os.path.join(folder, "lock"), "a")
+def lock(path, what):
+    """Keep other launches out until this process ends. The kernel holds the lock for the process, on a network disk its server
+    does; when the process ends, however it ends, so does the lock. That the file is there says nothing."""
+    f = open(path, "a")
     try:
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        die(f"--out {folder}: another launch is at work in it")
+        die(f"{what}: another launch is at work in it")
     except OSError as e:
-        print(f"--out {folder}: no lock ({e.strerror}): see to it yourself that no second launch writes there", file=sys.stderr)
+        print(f"{what}: no lock ({e.strerror}): see to it yourself that no second launch writes there", file=sys.stderr)
     return f
 
 
 def resumed_state(args, settings, tokenizer):
     """The checkpoint to go on from, or None for a new run; one that was made otherwise is a user's mistake."""
     newest = os.path.join(args.out, "checkpoint.pt")
-    if not args.resume and os.path.isdir(args.out) and set(os.listdir(args.out)) - {"lock"}:
+    used = os.path.isdir(args.out) and set(os.listdir(args.out)) - {"lock"}
+    elsewhere = args.resume != "auto" and not (args.resume and used and os.path.samefile(os.path.dirname(args.resume) or ".", args.out))
+    if used and elsewhere:
         die(f"--out {args.out} is not empty: --resume auto goes on with it, or choose another folder")
     if not args.resume or args.resume == "auto" and not os.path.exists(newest):
         return None
@@ -1141,11 +1160,26 @@ def resumed_state(args, settings, tokenizer):
     if "optimizer" not in state:
         die(f"--resume {args.resume}: weights alone, converted or exported; there is no run to go on with")
     for name, value in settings.items():
-        if (before := state["settings"].get(name)) != value:
+        if (before := state["settings"].get(name, value)) != value:
             die(f"--resume: the checkpoint was made with {name} = {before!r}, now it is {value!r}")
     if state["tokenizer"] != tokenizer.json_text:
-        die(f"--resume: the checkpoint was made with another tokenizer than {args.tokenizer}")
+        die(f"--resume: the checkpoint was made with another tokenizer")
     return state
+
+
+def keep_checkpoint(out, step, faults):
+    """checkpoint.pt under a second name, too. The same file: it is never written again, only replaced."""
+    newest, kept = os.path.join(out, "checkpoint.pt"), os.path.join(out, f"checkpoint-{step}.pt")
+    try:
+        with suppress(FileNotFoundError):
+            os.remove(kept)
+        try:
+            os.link(newest, kept)
+        except OSError:  # a disk without links
+            shutil.copyfile(newest, kept + ".tmp")
+            os.replace(kept + ".tmp", kept)
+    except OSError as e:
+        faults.append(f"{kept}: {e.strerror}")
 
 
 def open_log(path, step):
@@ -1156,7 +1190,7 @@ def open_log(path, step):
         try:
             if json.loads(line)["step"] > step or not line.endswith(b"\n"):
                 break
-        except ValueError:
+        except (ValueError, TypeError, LookupError):
             break
         end += len(line)
     f.truncate(end)
@@ -1204,19 +1238,21 @@ def backward(model, towers, objective, batch, autocast):
 
 def read_settings(args, world):
     """The user's mistakes, before anything is written. -> rows, fields, tokenizer, config, the settings that change
-    the mathematics (a run goes on only with the same), and --init's checkpoint."""
+    the mathematics (a run goes on only with the same), and --init's model."""
     if args.batch_size % world:
         die(f"--batch-size {args.batch_size} does not divide by the number of ranks, {world}")
     if not os.path.isdir(args.image_root):
         die(f"--image-root {args.image_root}: no such folder")
     if args.resume not in (None, "auto") and not os.path.isfile(args.resume):
         die(f"--resume {args.resume}: no such checkpoint")
-    rows, fields, init = Rows(args.captions), parse_text(args.text), read_checkpoint(args.init) if args.init else None
-    if init and (args.model or args.tokenizer):
+    rows, fields, init = Rows(args.captions), parse_text(args.text), None
+    if args.init and (args.model or args.tokenizer):
         die("--init brings its own sizes and tokenizer: no --model and no --tokenizer beside it")
-    config = Config(**init["config"]) if init else Config(**PRESETS[args.model or "ViT-B/16"])
-    tokenizer = Tokenizer(init["tokenizer"], mend=config.mend_texts) if init else \
-        Tokenizer.load(args.tokenizer or "openai/clip-vit-base-patch32")
+    if args.init:
+        init, tokenizer, _ = load_checkpoint(args.init)
+        config = init.config
+    else:
+        config, tokenizer = Config(**PRESETS[args.model or "ViT-B/16"]), Tokenizer.load(args.tokenizer or "openai/clip-vit-base-patch32")
     steps_per_epoch = len(rows) // args.batch_size
     if not steps_per_epoch:
         die(f"--batch-size {args.batch_size} is more than the {len(rows)} rows of {' '.join(args.captions)}")
@@ -1238,7 +1274,7 @@ def read_settings(args, world):
     if warmup >= steps:
         warmup = steps // 10
         print(f"note: a warm-up of one epoch would be the whole run of {steps} steps; it is {warmup} (--warmup)", file=sys.stderr)
-    settings = {"rows": len(rows), "bytes": rows.sizes, "contents": list(rows.contents), "text": fields, "steps": steps,
+    settings = {"rows": len(rows), "contents": list(rows.contents), "text": fields, "steps": steps,
                 "warmup": warmup, "model": args.init or args.model or "ViT-B/16", "image_size": config.image_size,
                 "context_length": config.context_length}
     settings |= {name: getattr(args, name) for name in ("loss", "ssl", "alt_choice", "augment", "shuffle", "batch_size", "lr",
@@ -1246,7 +1282,7 @@ def read_settings(args, world):
     return rows, fields, tokenizer, config, settings, init
 
 
-@one_line_for_workers()
+@in_one_line()
 def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
@@ -1255,17 +1291,17 @@ def main(argv=None):
             die(f"--captions {path}: no such file")
         if (local := int(os.environ.get("LOCAL_RANK", 0))) == 0:  # once a node: it need not share its disk
             index_rows(path)
+            read_index(path) or die(f"{path} changes while it is read")
         while local and not read_index(path):
             time.sleep(1)
     rank, world = start_ranks(device, args.timeout)
     rows, fields, tokenizer, config, settings, init = read_settings(args, world)
     steps, steps_per_epoch = settings["steps"], len(rows) // args.batch_size
-    if rank == 0:
-        try:
-            os.makedirs(args.out, exist_ok=True)
-            locked = lock(args.out)  # noqa: F841  held until main returns
-        except OSError as e:
-            die(f"--out {args.out}: {e.strerror}")
+    try:
+        os.makedirs(args.out, exist_ok=True)  # on every node, should it not be shared
+        locked = lock(os.path.join(args.out, "lock"), f"--out {args.out}") if rank == 0 else None  # noqa: F841  held until main returns
+    except OSError as e:
+        die(f"--out {args.out}: {e.strerror}")
     state = resumed_state(args, settings, tokenizer)
     start = state["step"] if state else 0
     mine = torch.tensor([start, zlib.crc32(json.dumps(settings).encode())])
@@ -1288,8 +1324,8 @@ def main(argv=None):
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
     elif init:
-        init["model"]["positional_embedding"] = stretched(init["model"]["positional_embedding"], config.context_length)
-        model.load_state_dict(init["model"])
+        weights = init.state_dict()
+        model.load_state_dict({**weights, "positional_embedding": stretched(weights["positional_embedding"], config.context_length)})
     del state, init
     model.visual.transformer.grad_checkpointing = model.transformer.grad_checkpointing = args.grad_checkpointing
     if args.compile == "on" or args.compile == "auto" and "cuda" in device:
@@ -1323,7 +1359,7 @@ def main(argv=None):
 
     stopping, faults = [], []  # SIGTERM (a preempted node), a full disk: save at the next step boundary and leave
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    seen = bad = filled = short = 0  # since the start of this process, on this rank
+    seen = bad = filled = replaced = 0  # since the start of this process, on this rank
     wait, since, timed, losses = 0.0, time.time(), start, []
     for step in range(start, steps):
         asked = time.time()
@@ -1341,11 +1377,11 @@ def main(argv=None):
             model.logit_scale.clamp_(0, math.log(100))  # tau >= 0.01 (CLIP; LaCLIP's release)
 
         seen, bad = seen + batch["n"], bad + len(batch["bad"])
-        filled, short = filled + batch["filled"], short + batch["short"]
+        filled, replaced = filled + batch["filled"], replaced + batch["replaced"]
         for name, why in batch["bad"]:
             log_line(bad_images, {"step": step + 1, "image": name, "reason": why}, faults)
         if bad > args.max_bad * max(seen + bad, 1000):
-            die(f"{bad} of {seen + bad} rows were unusable, more than --max-bad {args.max_bad}: {bad_images.name} names them")
+            faults.append(f"{bad} of {seen + bad} rows were unusable, more than --max-bad {args.max_bad}: {bad_images.name} names them")
         leave = bool(all_reduce(torch.tensor(len(stopping + faults)), dist.ReduceOp.MAX)) or step + 1 == steps
         keep = args.keep_every and (step + 1) % args.keep_every == 0
         save = leave or keep or (step + 1) % args.save_every == 0
@@ -1360,7 +1396,7 @@ def main(argv=None):
                 entry = {"step": step + 1, "epoch": round((step + 1) / steps_per_epoch, 4), "loss": losses[-1],
                          "lr": optimizer.param_groups[0]["lr"], "logit_scale": model.logit_scale.exp().item(),
                          "samples_per_s": float(f"{(step + 1 - timed) * args.batch_size / (now - since):.4g}"),
-                         "data_wait_s": round(wait, 3), "replaced": round(short / seen, 4)}  # share of texts of one word
+                         "data_wait_s": round(wait, 3), "replaced": round(replaced / seen, 4)}  # share of texts of one word
                 if args.loss == "multitext":
                     entry["filled"] = round(filled / (seen * len(fields)), 4)  # share of versions that were missing
                 log_line(metrics, entry, faults)
@@ -1368,18 +1404,21 @@ def main(argv=None):
                 timed, since, wait = step + 1, now, 0.0
             losses = []
         progress.update()
+        if save and not all(parameter.isfinite().all() for parameter in model.parameters()):
+            die(f"a weight is not finite after step {step + 1}; {args.out} keeps the last good checkpoint")
         if save and rank == 0:
-            if not all(parameter.isfinite().all() for parameter in model.parameters()):
-                die(f"a weight is not finite after step {step + 1}; {args.out} keeps the last good checkpoint")
             save_checkpoint(os.path.join(args.out, "checkpoint.pt"), model, tokenizer, head=head.state_dict(),
                             optimizer=optimizer.state_dict(), step=step + 1, settings={**settings, "captions": args.captions})
             if keep:
-                shutil.copy(os.path.join(args.out, "checkpoint.pt"), os.path.join(args.out, f"checkpoint-{step + 1}.pt"))
+                keep_checkpoint(args.out, step + 1, faults)
         if leave:
             break
     progress.close()
+    all_reduce(torch.zeros(1))  # rank 0 has saved
     if faults:
         die(f"{faults[0]}; the state of step {step + 1} is saved")
+    if rank == 0 and step + 1 < steps:
+        print(f"stopped at step {step + 1} of {steps}: the same command with --resume auto goes on", file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from features import label_of, read_rows, tell_left_out  # noqa: E402
-from import_captions import image_files  # noqa: E402
+from import_captions import image_files, passed_over  # noqa: E402
 from train_clip import FORMATS, die, new_parser, open_image, open_rows, texts_of  # noqa: E402
 
 # clip-benchmark's names. What torchvision reads: its class, and its arguments for train, validation (None: every fifth
@@ -84,7 +84,17 @@ def read_folder(spec, path, source=""):
     part that is the same for all."""
     if not os.path.isdir(path):
         die(f"--dataset {spec}: no folder {path}" + (f"; it comes from {source}" if source else ""))
-    names = [name for name in image_files(path) if "/" in name]
+    names, above = [], []
+    try:
+        files = image_files(path)
+    except OSError as e:
+        die(f"--dataset {spec}: {e.filename}: {e.strerror}")
+    for name in files:
+        (names if "/" in name else above).append(name)
+    tell_left_out([(name, "in no folder") for name in above], "class")
+    if over := {what: count for what, count in passed_over.items() if count}:
+        print(f"{path}: passed over: " + ", ".join(f"{count} {what}" for what, count in over.items()), file=sys.stderr)
+        passed_over.clear()
     labels = [os.path.dirname(name) for name in names]
     while len(set(labels)) > 1 and len({os.path.basename(label) for label in labels}) == 1 and all(map(os.path.dirname, labels)):
         labels = [os.path.dirname(label) for label in labels]  # CLASS/images/x.png, the same folder in every class

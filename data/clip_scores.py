@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from train_clip import BadRow, all_reduce, die, open_rows, parse_row  # noqa: E402
+from train_clip import BadRow, all_reduce, die, lock, open_rows, parse_row  # noqa: E402
 
 
 def caption_fields(row):
@@ -53,6 +53,7 @@ def write_scores(args, encode_names, encode, rank, chunk=8192):
     if rank == 0:  # the others' disks may be others
         if os.path.exists(args.score):
             die(f"--score {args.score} exists")
+        held = lock(args.score + ".lock", "--score " + args.score)
         if os.path.exists(partial + ".json"):
             with open(partial + ".json") as header:
                 if json.load(header) != about:
@@ -83,3 +84,4 @@ def write_scores(args, encode_names, encode, rank, chunk=8192):
     if rank == 0:
         os.replace(partial, args.score)
         os.remove(partial + ".json")
+        os.remove(held.name)

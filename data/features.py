@@ -81,7 +81,7 @@ def encode_images(model, transform, names, read, batch_size=64, workers=2, all_m
 
     One that cannot be read is named on stderr. Its feature is zero: it matches nothing and stays in every denominator."""
     if not all_may_fail:
-        check_images("--image-root", len(names), lambda i: read(names[i]))
+        check_images("--image-root or the set's folder", len(names), lambda i: read(names[i]))
     device, features = model.logit_scale.device, torch.zeros(len(names), model.config.embed_dim)
     batches = [list(range(*block)) for block in blocks(len(names), batch_size)]
     loader = torch.utils.data.DataLoader(Pictures(names, read, transform), batch_sampler=batches, num_workers=workers,

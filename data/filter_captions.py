@@ -23,7 +23,7 @@ from collections import Counter
 from functools import partial
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from train_clip import NO_BLANKS, BadRow, die, new_file, new_parser, number, open_rows, parse_row, words_of  # noqa: E402
+from train_clip import NO_BLANKS, BadRow, die, check_output, new_parser, number, open_rows, parse_row, texts_of, words_of  # noqa: E402
 
 STOP_WORDS = frozenset("""a about above after all also am an and any are as at be been before being below between both but by
 can did do does doing down during each few for from further had has have having he her here hers him his how i if in into
@@ -59,16 +59,19 @@ def broken_rule(original, rewrite, before, after, args):
     kept = content_words(old)
     if kept and not kept & content_words(new):
         return "unrelated"
-    if (args.min_score is not None or args.min_gain is not None) and after is None or args.min_gain is not None and before is None:
+    bounds = [(low, base) for low, base in ((args.min_score, 0), (args.min_gain, before)) if low is not None]
+    if bounds and None in (after, *(base for _, base in bounds)):
         return "unscored"
-    if args.min_score is not None and after < args.min_score or args.min_gain is not None and after < before + args.min_gain:
+    if any(not after >= base + low for low, base in bounds):  # nor is NaN
         return "score"
     return None
 
 
 def as_list(value, n):
     """n entries: a list of that length as it is, one value n times; a list of another length has no entries that fit."""
-    return [None if isinstance(value, list) else value] * n if not isinstance(value, list) or len(value) != n else value
+    if not isinstance(value, list):
+        return [value] * n
+    return value if len(value) == n else [None] * n
 
 
 def filter_row(row, field, fields, rule):
@@ -92,13 +95,6 @@ def filter_row(row, field, fields, rule):
     return counts
 
 
-def dump_row(row):
-    try:
-        return json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate: only an escape can carry it
-        return json.dumps(row).encode("ascii") + b"\n"
-
-
 def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("input")
@@ -111,32 +107,42 @@ def main(argv=None):
     parser.add_argument("--min-gain", type=number(float, -2), metavar="X", help="drop what scores less than its original's clip_score + X; "
                         "0: as good or better (default: off)")
     args = parser.parse_args(argv)
-    new_file(args.output, args.input)
+    check_output(args.output, args.input)
 
-    counts, rows, touched = Counter(), 0, 0
-    with open_rows(args.input) as f, open(args.output + ".tmp", "wb") as out:
-        for line in f:
-            try:
-                row = parse_row(line)
-            except BadRow:  # goes through as it is
-                row = None
-            if row is not None:
-                found = filter_row(row, args.field, args.fields, partial(broken_rule, args=args))
-                counts += found
-                if any(rule != "kept" for _, rule in found):
-                    line = dump_row(row)
-                    touched += 1
-            out.write(line if line.endswith(b"\n") else line + b"\n")
-            rows += 1
-    if not counts:
-        os.remove(args.output + ".tmp")
-        die(f"{args.input} has no rewrite in {' '.join(args.fields or ['rewrite_*'])}")
+    counts, rows, touched, originals = Counter(), 0, 0, 0
+    temporary = f"{args.output}.{os.getpid()}.tmp"
     by_score = args.min_score is not None or args.min_gain is not None
+    try:
+        with open_rows(args.input) as f, open(temporary, "wb") as out:
+            for line in f:
+                rows += 1
+                try:
+                    row = parse_row(line)
+                    found = filter_row(row, args.field, args.fields, partial(broken_rule, args=args))
+                    originals += bool(texts_of(row.get(args.field)))
+                    counts += found
+                    if any(rule != "kept" for _, rule in found):
+                        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
+                        touched += 1
+                except BadRow:  # goes through as it is
+                    pass
+                out.write(line.removesuffix(b"\n") + b"\n")
+            for name in args.fields or []:
+                if not any(field == name for field, _ in counts):
+                    die(f"{args.input} has no text in {name}")
+            if not counts:
+                die(f"{args.input} has no rewrite in rewrite_*")
+            if not originals:
+                die(f"{args.input} has no original in {args.field}: --field names another one")
+            if any(rule == "unscored" for _, rule in counts) and not any(rule in ("kept", "score") for _, rule in counts):
+                die(f"{args.input} has no clip_score: eval_retrieval.py --score writes it")
+        os.replace(temporary, args.output)
+    except OSError as e:
+        die(f"{e.filename or args.output}: {e.strerror}")
+    finally:  # Ctrl-C, too
+        if os.path.exists(temporary):
+            os.remove(temporary)
     rules = ["kept", "identical", "short", "long", "repeats", "unrelated"] + by_score * ["score", "unscored"]
-    if any(rule == "unscored" for _, rule in counts) and not any(rule in ("kept", "score") for _, rule in counts):
-        os.remove(args.output + ".tmp")
-        die(f"{args.input} has no clip_score: eval_retrieval.py --score writes it")
-    os.replace(args.output + ".tmp", args.output)
 
     names = sorted({name for name, _ in counts})
     print(f"{rows} rows, {touched} with something dropped")

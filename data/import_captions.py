@@ -9,7 +9,7 @@
 
 Each reader below yields rows and names where its format is documented. Nothing is dropped silently: a row
 that lacks something says so in `error`, or with --drop-errors is left out, and the summary counts it. All but
-COCO's JSON is streamed, so memory does not grow with the rows. Texts are carried as they are;
+COCO's JSON is streamed, so memory does not grow with the rows (of img2dataset's, one shard's texts are held). Texts are carried as they are;
 data/filter_captions.py cleans.
 """
 import argparse, codecs, contextlib, csv, io, itertools, json, os, re, signal, sys, tarfile
@@ -61,9 +61,8 @@ def walk(root):
         raise error  # os.walk would pass over an unreadable folder
 
     for place, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        here = os.path.realpath(place) + os.sep  # a link to a folder above would go round for ever
-        folders[:] = sorted(name for name in folders if not is_hidden(name)
-                            and not here.startswith(os.path.realpath(os.path.join(place, name)) + os.sep))
+        above = {os.path.realpath(path) for path in (place, *Path(os.path.abspath(place)).parents)}  # a link there would go round
+        folders[:] = sorted(name for name in folders if not is_hidden(name) and os.path.realpath(os.path.join(place, name)) not in above)
         passed_over["hidden"] += sum(map(is_hidden, names))
         yield place, sorted(name for name in names if not is_hidden(name))
 
@@ -108,7 +107,7 @@ def read_csv(args):
     """One row a CSV record, which is not one a line: a quoted caption may hold newlines."""
     csv.field_size_limit(MAX_TEXT)
     with open_text(args.input, newline="") as f:
-        records = csv.reader(f)
+        records = csv.reader(f, strict=True)  # else an unclosed quote takes the rest of the file for its caption
         try:
             first = next(records, [])
             image, caption, url, is_header = find_columns(first, args)
@@ -149,8 +148,10 @@ def laclip(args):
 
 def tsv(args):
     try:
-        args.image_pattern.format(index=0)
-    except (LookupError, ValueError, AttributeError):
+        distinct = args.image_pattern.format(index=0) != args.image_pattern.format(index=1)
+    except (LookupError, ValueError, AttributeError, TypeError):
+        distinct = False
+    if not distinct:
         die(f"--image-pattern {args.image_pattern}: expected a name with {{index}}, as in {{index:08d}}.jpg")
     orders, index = [["url", "caption"], ["caption", "url"]], 0
     with open_text(args.input) as lines:
@@ -183,7 +184,7 @@ def tsv(args):
 
 TAR_NAME = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$")
 # img2dataset's own keys in KEY.json; every other one is the user's: LaCLIP's rewrites, a recaption, a url
-OWN_KEYS = frozenset("caption key status error_message original_width original_height exif sha256 md5 sha512 shard_id".split())
+OWN_KEYS = frozenset("alt image error caption key status error_message original_width original_height exif sha256 md5 sha512 shard_id".split())
 
 
 def read_members(path):
@@ -209,7 +210,7 @@ def read_members(path):
                 f.seek(tar.offset)
                 if f.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end")
-            except (tarfile.TarError, ValueError) as e:
+            except (tarfile.TarError, ValueError, ArithmeticError, MemoryError) as e:
                 raise tarfile.ReadError(last) from e
             while (block := f.read(tarfile.BLOCKSIZE)) and not any(block):
                 pass
@@ -232,21 +233,21 @@ def samples_of(shard, members):
         else:
             passed_over[ending.lower() or "no ending"] += 1
     for key in {**images, **texts, **metas}:
-        whole, _, part = key.partition(".")
-        if part and key in images and not texts[key] and not metas[key] and whole in images:
-            passed_over[f".{part}{images[key][0][0]}"] += 1  # webdataset's rule: 7.seg.png beside 7.png is another part of 7
+        whole = re.match(r"(?:.*/)?[^.]*", key)[0]
+        if whole != key and key in images and not texts[key] and not metas[key] and whole in images:
+            passed_over[key[len(whole):] + images[key][0][0]] += 1  # webdataset's rule: 7.seg.png beside 7.png is another part of 7
             continue
         row, errors = {"alt": "".join(texts[key][:1]).strip()}, {}
-        for found in ([ending for ending, _ in images[key]], [0] * len(texts[key]), [0] * len(metas[key])):
-            if len(set(found)) < len(found):  # which belongs to which?
-                row, errors, images[key], metas[key] = {"alt": ""}, {"image": "comes twice in shard"}, [], []
+        endings = [ending for ending, _ in images[key]]
+        if len(set(endings)) < len(endings) or len(texts[key]) > 1 or len(metas[key]) > 1:  # which belongs to which?
+            row, errors, images[key], metas[key] = {"alt": ""}, {"image": "comes twice in shard"}, [], []
         try:
             for meta in metas[key]:
-                meta = dict(json.loads(meta, parse_constant=lambda _: None))  # NaN is no JSON
-                caption = meta.get("caption", meta.get("alt"))
+                meta = json.loads(meta, parse_constant=lambda _: None)  # NaN is no JSON
+                caption = meta.get("caption") or meta.get("alt")
                 row["alt"] = row["alt"] or (caption.strip() if isinstance(caption, str) else caption)
-                row |= {name: value for name, value in meta.items() if name not in OWN_KEYS | {"alt", "image", "error"}}
-        except (ValueError, TypeError, RecursionError):
+                row |= {name: value for name, value in meta.items() if name not in OWN_KEYS}
+        except (ValueError, AttributeError, RecursionError):
             errors["json"] = "not a JSON object"
         if not images[key]:
             errors = {"image": "no image in shard"} | errors
@@ -265,11 +266,15 @@ def img2dataset(args):
         files = [os.path.join(place, name) for place, names in walk(path) for name in names] if os.path.isdir(path) else []
         tars = sorted(file for file in files if TAR_NAME.search(file)) if files else [path] if os.path.isfile(path) else []
         shards += tars
-        if any(file.endswith(".parquet") for file in files) and not tars:
+        images = [file for file in files if file.lower().endswith(ENDINGS)]
+        if tars:
+            passed_over["images beside shards"] += len(images)
+        elif any(file.endswith(".parquet") for file in files) and not images:
             die(f"{path}: img2dataset's parquet holds the images in compressed tables, where no row can point at them: "
                 "download with --output_format webdataset or files")
-        if not tars:
-            folders += sorted({os.path.dirname(file) for file in files}) or die(f"{path}: no .tar and no image below this folder")
+        else:
+            folders += sorted({os.path.dirname(file) for file in images}) or die(f"{path}: no .tar and no image below this folder")
+    shards = list(dict.fromkeys(shards))
     for path in shards:
         if (kind := TAR_NAME.search(path)) and kind[1] != "tar":
             die(f"{path}: not an uncompressed tar; rows point at byte offsets, so decompress it first")
@@ -284,11 +289,11 @@ def img2dataset(args):
                 die(f"{path}: truncated, damaged or not an uncompressed tar; the last good member is {last}")
         for members in parts.values():
             yield from samples_of(shard, members)
-        if last:
+        if last is not None:
             yield {"shard": shard, "last_good_member": last, "error": {"shard": "truncated, damaged or no tar"}}
     for path in folders:
         place = Path(os.path.relpath(os.path.abspath(path), root)).as_posix()
-        names = sorted(entry.name for entry in os.scandir(path) if entry.is_file())
+        names = sorted(entry.name for entry in os.scandir(path) if entry.is_file() and not is_hidden(entry.name))
         yield from samples_of(place, [(name, Path(place, name).as_posix(), Path(path, name).read_bytes()
                                        if name.lower().endswith((".txt", ".json")) else None) for name in names])
 
@@ -379,6 +384,8 @@ def folder(args):
 def finish(row):
     """An empty caption becomes null with a reason. `error` comes last, and only if there is one."""
     errors = row.pop("error", {})
+    if row.get("image", "?") in ("", None):
+        errors = {"image": "no image"} | errors
     for field in row:
         if field in ("alt", "vecap") or field.startswith("rewrite_"):
             texts = row[field] if isinstance(row[field], list) else [row[field]]

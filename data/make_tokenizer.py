@@ -11,7 +11,7 @@ import sys
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from train_clip import BadRow, die, new_file, new_parser, number, open_rows, parse_row  # noqa: E402
+from train_clip import BadRow, die, check_output, new_parser, number, open_rows, parse_row  # noqa: E402
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -38,7 +38,7 @@ def main(argv=None):
     parser.add_argument("--text", nargs="+", default=["alt"], metavar="FIELD", help="caption fields (default: alt)")
     parser.add_argument("--vocab-size", type=number(int, 259), default=4096, help="start and end tokens included (default: 4096)")
     args = parser.parse_args(argv)
-    new_file(args.output, args.captions)
+    check_output(args.output, args.captions)
     if next(read_texts(args.captions, args.text), None) is None:
         die(f"{args.captions} has no text in {' '.join(args.text)}")
 

@@ -284,9 +284,9 @@ def test_texts_are_drawn_by_weight_among_those_present(shapes):
 def test_one_word_gives_way_to_alt(shapes):
     tokenizer = T.Tokenizer.load(str(shapes / "tokenizer.json"))
     data = samples(shapes, tokenizer, {"r": 1}, rows=[{"image": "red-bar.png", "alt": "red bar", "r": "bar"}])
-    assert tokenizer.tokenizer.decode(data[0]["ids"][0]).strip() == "red bar" and data[0]["short"]
+    assert tokenizer.tokenizer.decode(data[0]["ids"][0]).strip() == "red bar" and data[0]["replaced"]
     data = samples(shapes, tokenizer, {"r": 1}, rows=[{"image": "red-bar.png", "alt": None, "r": "bar"}])
-    assert tokenizer.tokenizer.decode(data[0]["ids"][0]).strip() == "bar" and not data[0]["short"]
+    assert tokenizer.tokenizer.decode(data[0]["ids"][0]).strip() == "bar" and not data[0]["replaced"]
 
 
 @pytest.mark.parametrize("text, number", [
@@ -301,7 +301,7 @@ def test_sentences_without_blanks_are_drawn(shapes):
     rows = [{"image": "red-bar.png", "alt": "red bar", "r": text} for text in (
         "\u684c\u5b50\u4e0a\u653e\u7740\u4e00\u4e2a\u7ea2\u8272\u7684\u676f\u5b50", "\u8d64\u3044\u81ea\u8ee2\u8eca\u304c\u3042\u308a\u307e\u3059", "\u0e23\u0e16\u0e22\u0e19\u0e15\u0e4c\u0e2a\u0e35\u0e41\u0e14\u0e07\u0e27\u0e32\u0e07\u0e2d\u0e22\u0e39\u0e48")]
     data = samples(shapes, T.Tokenizer.load(str(shapes / "tokenizer.json")), {"r": 1}, rows=rows)
-    assert not any(data[i]["short"] for i in range(100))
+    assert not any(data[i]["replaced"] for i in range(100))
 
 
 @pytest.mark.parametrize("alt", ["plain text", ["first plain", "second plain", "third plain"]])
@@ -386,10 +386,10 @@ def test_pieces_of_a_step_join_to_this_ranks_share(rank, world, n):
 def test_joined_pieces_are_one_batch():
     def piece(lengths):
         return T.collate([{"images": torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "ids": [list(range(1, n + 1))], "drawn": 0,
-                           "filled": 1, "short": True, "bad": [("x", "y")]} for n in lengths])
+                           "filled": 1, "replaced": True, "bad": [("x", "y")]} for n in lengths])
 
     batch = T.join([piece([2, 3]), piece([5])], "cpu", 2, -1)
-    assert batch["n"] == 3 and batch["filled"] == batch["short"] == 3 and len(batch["bad"]) == 3
+    assert batch["n"] == 3 and batch["filled"] == batch["replaced"] == 3 and len(batch["bad"]) == 3
     (two, texts), (one, last) = batch["chunks"]
     assert two.shape == (2, 1, 3, 4, 4) and one.shape == (1, 1, 3, 4, 4)
     assert texts.ids.tolist() == [1, 2, 1, 2, 3] and last.ids.tolist() == [1, 2, 3, 4, 5]
