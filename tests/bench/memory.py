@@ -50,7 +50,8 @@ def presets(args):
             model = T.CLIP(T.Config(**T.PRESETS[name]))
             model.visual.transformer.grad_checkpointing = model.transformer.grad_checkpointing = checkpointing
             costs.append((kept(model, 6) - kept(model, 2)) / 4)
-        parameters = sum(p.numel() for p in model.parameters())
+            parameters = sum(p.numel() for p in model.parameters())
+            del model
         fixed = 16 * parameters
         print(f"{name:18}{parameters / 1e6:10.0f} M{costs[0] / 1e6:13.1f}{costs[1] / 1e6:14.1f}{fixed / 1e9:10.1f}"
               + "".join(f"{int((75e9 - fixed) / cost):{width},}" for cost, width in zip(costs, (17, 14))), flush=True)
