@@ -17,6 +17,7 @@ data meets the code: rows, pictures, tokenizer, batches, model, losses, the loop
 """
 import argparse
 import atexit
+import errno
 import fcntl
 import hashlib
 import html
@@ -1126,12 +1127,14 @@ def in_one_line():
         die(str(e).strip().split("\n")[-1])
     except torch.OutOfMemoryError as e:
         die(f"the GPU's memory is full: --micro-batch or --grad-checkpointing help in training, --batch-size in evaluation: {reason(e)}")
-    except (RuntimeError, ConnectionError, EOFError) as e:  # the latter two while its batch was being fetched
+    except (RuntimeError, OSError, EOFError) as e:
         if dist.is_initialized() and (isinstance(e, dist.DistError) or "gloo" in str(e)):
             die("another rank left; its own line says why")
-        if isinstance(e, RuntimeError) and ("DataLoader worker" not in str(e) or "Caught" in str(e)):
-            raise
-        die(f"a worker that reads images was killed, for want of memory perhaps (then try fewer --workers): {reason(e)}")
+        if isinstance(e, (ConnectionError, EOFError)) or "DataLoader worker" in str(e) and "Caught" not in str(e):
+            die(f"a worker that reads images was killed, for want of memory perhaps (then try fewer --workers): {reason(e)}")
+        if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+            die(f"{e.filename}: {e.strerror}")
+        raise
 
 
 def lock(path, what):
