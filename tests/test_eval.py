@@ -646,6 +646,8 @@ def test_hits_of_images(shapes, trained, tmp_path):
     (eval_retrieval, ["--captions", "{rows}", "--image-root", "."], ["--image-root", "none of the images"]),
     (eval_zeroshot, ["--dataset", "jsonl:{rows}", "--image-root", "."], ["--image-root", "none of the images"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--json", "{rows}"], ["is read"]),
+    (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--json", "{empty}"], ["can be written"]),
+    (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--json", "x.json", "--hits", "x.json"], ["two files"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--workers", "-1"], ["--workers", "0 or more"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", "missing"], ["missing"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--field", "vecap"], ["vecap"]),

@@ -139,6 +139,7 @@ def test_laclip_count_mismatch(tmp_path, out, lines):
     ("image,caption\n0.jpg,x\n", ["--rewrites", "chatgpt"], ["--rewrites chatgpt", "SOURCE=FILE"]),
     ("image,caption\n0.jpg,x\n", ["--rewrites", "bard=no/such.txt"], ["no/such.txt", "No such file"]),
     ('image,caption\n0.jpg,"never closed\n' + "x" * (1 << 24), [], ["a.csv, line", "field limit"]),
+    ('image,caption\n0.jpg,"a dog\n1.jpg,a cat\n', [], ["a.csv, line"]),  # the rest of the file is no caption
     ("image,caption\n", [], ["no rows"]),
     ("", [], ["first line"])])
 def test_laclip_mistakes(tmp_path, out, text, options, says):
@@ -196,8 +197,8 @@ def test_tsv_images(tmp_path, out):
     (tmp_path / "000000000.jpg").write_bytes(picture("red"))
     rows, _ = rows_of("tsv", tmp_path / "a.tsv", out, "--images", tmp_path, "--overwrite", out=out)
     assert rows[0] == {"image": "000000000.jpg", "url": "http://x/0", "alt": "zero"}
-    fails("tsv", tmp_path / "a.tsv", out, "--overwrite", "--image-pattern", "{i}.jpg",
-          out=out, says=["{i}.jpg"])
+    for pattern in ("{i}.jpg", "x.jpg", "{index[0]}.jpg"):
+        fails("tsv", tmp_path / "a.tsv", out, "--overwrite", "--image-pattern", pattern, out=out, says=[pattern])
 
 
 # img2dataset
@@ -285,6 +286,8 @@ def test_img2dataset_files_and_links(tmp_path, out):
     root.mkdir()
     (root / "set").symlink_to(tmp_path / "disk")
     (tmp_path / "disk" / "loop").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "00000.parquet").write_bytes(b"PAR1")  # img2dataset writes it beside the files
+    (tmp_path / "disk" / "00000_stats.json").write_text("{}")
     rows, _ = rows_of("img2dataset", root / "set", out, "--image-root", root, out=out)
     assert rows == [{"image": "set/00000/000000000.jpg", "alt": ["red", "crimson"], "url": "u"}]
     (root / "p").mkdir()
@@ -485,6 +488,17 @@ def test_folder_takes_what_the_stages_read_and_counts_the_rest(tmp_path, out):
     rows, summary = rows_of("folder", photos, out, out=out)
     assert [row["image"] for row in rows] == ["a.tif", "b.avif", "c.jfif", "d.jp2", "e.ppm", "linked/x.png"]
     assert [summary[f"passed over: {what}"] for what in ("hidden", ".heic", ".eps")] == [1, 1, 1]
+
+
+def test_links_that_go_round(tmp_path, out):
+    """Two folders that link to each other: every image once a way that leads to it, and an end."""
+    for name in ("photos", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.png").write_bytes(picture("red", "PNG"))
+    (tmp_path / "photos" / "more").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "photos")
+    rows, _ = rows_of("folder", tmp_path / "photos", out, out=out)
+    assert [row["image"] for row in rows] == ["more/other.png", "photos.png"]
 
 
 def test_folder_name_that_is_not_utf8(tmp_path, out):

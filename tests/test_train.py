@@ -709,6 +709,15 @@ def test_a_second_launch_into_the_same_folder_leaves(shapes, tmp_path):
     assert train(shapes, out, *arguments[2:], "--steps", 400, "--resume", "auto", "--log-every", 400).returncode == 0
 
 
+def test_another_runs_folder_is_not_written_to(shapes, tmp_path):
+    for name in "ab":
+        assert train(shapes, tmp_path / name, "--steps", 3).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    assert_mistake(train(shapes, tmp_path / "b", "--steps", 3, "--resume", tmp_path / "a" / "checkpoint.pt"), "not empty")
+    assert {path: path.read_bytes() for path in (tmp_path / "b").iterdir()} == before
+    assert "finished" in train(shapes, tmp_path / "a", "--steps", 3, "--resume", tmp_path / "a" / "checkpoint.pt").stdout
+
+
 def test_rows_in_another_order_do_not_go_on(shapes, tmp_path):
     lines = (shapes / "captions.jsonl").read_text().splitlines(True)
     (tmp_path / "captions.jsonl").write_text("".join(lines))
