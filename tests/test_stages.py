@@ -1139,19 +1139,6 @@ def test_prompt_of_pairs_and_of_captions_of_one_image():
     assert prompt == rewrite_llama.TASK + "\n\n" + "".join(f"{a} => {b}\n" for a, b in pairs)
 
 
-def test_every_group_draws_its_own_pairs(arguments, tmp_path, monkeypatch):
-    """From --seed, the source and where the group begins: other groups, other pairs; the same group, the same."""
-    monkeypatch.setattr(rewrite_llama, "GROUP", 4)
-    drawn, real = [], rewrite_llama.draw_prompt
-    monkeypatch.setattr(rewrite_llama, "draw_prompt", lambda *a: drawn.append(real(*a)) or drawn[-1])
-    rows = write_jsonl(tmp_path / "in", [{"alt": f"red bike {i}"} for i in range(12)])
-    for name in "abc":
-        rewrite_llama.main(list(map(str, arguments("rewrite", "--input", rows, "--output", tmp_path / name, "--sources", "bard",
-                                                   "--seed", int(name == "c")))))
-    prompts = [prompt for prompt, _ in drawn]
-    assert len(set(prompts[:3])) == 3 and prompts[:3] == prompts[3:6] and not set(prompts[:3]) & set(prompts[6:])
-
-
 # --- captioning: pictures -----------------------------------------------------------------------------------
 
 GRADIENT = np.stack(np.broadcast_arrays(*np.ogrid[0:240:6, 0:240:4], 90), -1).astype(np.uint8)  # [40, 60, 3]
