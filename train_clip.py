@@ -492,7 +492,9 @@ def train(args):
     model.visual.transformer.grad_checkpointing = model.transformer.grad_checkpointing = args.grad_checkpointing
     if args.compile == "on" or args.compile == "auto" and "cuda" in device:
         model.visual.compile()  # in place: names in the checkpoint stay as they are
-    towers = nn.parallel.DistributedDataParallel(model) if world > 1 else model  # its device_ids would copy inputs and wait
+    towers = model  # device_ids would make DDP copy the inputs, and wait
+    if world > 1:
+        towers = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     samples = Samples(rows, args.image_root, fields, args.alt_choice, AUGMENTATIONS[args.augment], config.image_size,
                       tokenizer, args.seed, steps_per_epoch * args.batch_size, args.loss == "multitext", args.ssl, SHUFFLES[args.shuffle])
     pieces = Pieces(start, steps, args.batch_size, rank, world)

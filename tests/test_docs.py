@@ -1,6 +1,7 @@
 """Every command of the documentation is accepted by its script's own parser, and the shape of the repository holds."""
 import argparse
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -61,3 +62,12 @@ def test_the_top_level_is_the_design():
 def test_seven_packages():
     names = re.findall(r"^[a-z]+", (ROOT / "requirements.txt").read_text(), re.M)
     assert sorted(names) == ["accelerate", "numpy", "pillow", "torch", "torchvision", "tqdm", "transformers"]
+
+
+def test_the_gpu_check_runs(tmp_path):
+    """On a CPU, with small models: it must not rot before somebody has a GPU."""
+    done = run("tests/bench/gpu.py", "--device", "cpu", "--tiny", "--json", tmp_path / "gpu.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["train"]["largest difference, two runs"] == found["train"]["killed and resumed"] == 0
+    assert {"text", "step", "sync", "rewrite", "loader"} <= set(found)

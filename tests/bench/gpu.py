@@ -1,0 +1,276 @@
+"""What only a GPU can tell: one command, at most 25 minutes on one, a table and JSON. Nothing is downloaded.
+
+    python tests/bench/gpu.py --json gpu.json                   # all checks
+    python tests/bench/gpu.py --checks text step                # some of them
+    python tests/bench/gpu.py --device cpu --tiny               # do they run? the numbers mean nothing
+
+train     train_clip.py on 512 pictures made here: two runs compared, and one that is killed and goes on
+text      text tower forward + backward over random batches of 1,024 captions: one attention call (varlen), one a length (groups),
+          padded to 77; ms a batch and kernels launched
+step      whole training steps of B/16 and B/16-laclip, images already on the host: images/s, share of --peak FLOP/s, peak memory, in
+          eager mode and compiled
+sync      what waits for the GPU inside a step (torch.cuda.set_sync_debug_mode): must be nothing
+rewrite   rewrite_llama.py's decoding with a LLaMA-7B of random weights: new tokens/s, bf16, batches of 64 to 512
+loader    images/s of one loader worker, 640 x 480 JPEGs to crops of 224
+"""
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+import rewrite_llama as R  # noqa: E402
+import train_clip as T  # noqa: E402
+
+
+def seconds(function, device, repeat=5):
+    """Median time of a call, after one that warms up"""
+    function()
+    times = []
+    for _ in range(repeat):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeat // 2]
+
+
+def launches(function, device):
+    """Kernels that a call launches"""
+    if device != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def write_set(folder, n, size=(640, 480)):
+    """n JPEGs, rows and a tokenizer"""
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    rows = []
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize(size, Image.BICUBIC).save(folder / "images" / f"{i}.jpg", quality=90)
+        words = " ".join(rng.choice(["red", "old", "bike", "tree", "near", "a", "river", "house"], rng.integers(3, 20)))
+        rows.append({"image": f"{i}.jpg", "alt": words, "rewrite_a": f"a photo of {words}"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subprocess.run([sys.executable, ROOT / "data/make_tokenizer.py", folder / "rows.jsonl", folder / "tokenizer.json", "--vocab-size", "400"],
+                   check=True, stdout=subprocess.DEVNULL)
+
+
+def check_train(args, folder):
+    write_set(folder, 64 if args.tiny else 512)
+    steps = 6 if args.tiny else 60
+
+    def command(name):
+        return [sys.executable, ROOT / "train_clip.py", "--captions", folder / "rows.jsonl", "--image-root", folder / "images", "--text", "alt",
+                "rewrite_a", "--model", "nano", "--tokenizer", folder / "tokenizer.json", "--batch-size", "32", "--steps", str(steps), "--warmup", "2",
+                "--save-every", "2", "--log-every", "1", "--device", args.device, "--out", folder / name, "--resume", "auto"]
+
+    def losses(name):
+        return [json.loads(line)["loss"] for line in open(folder / name / "metrics.jsonl")]
+
+    for name in ("one", "two"):
+        subprocess.run(command(name), check=True, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL)
+    while running.poll() is None and not ((folder / "killed/metrics.jsonl").exists() and len(losses("killed")) > steps // 3):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    subprocess.run(command("killed"), check=True, stderr=subprocess.DEVNULL)
+    one, two, killed = map(np.array, map(losses, ("one", "two", "killed")))
+    return {"steps": steps, "largest difference, two runs": abs(one - two).max(), "killed and resumed": abs(one - killed).max(),
+            "first loss": one[0], "last loss": one[-1]}
+
+
+def check_text(args, folder):
+    width = dict(text_width=64, text_layers=2, text_heads=2) if args.tiny else {}
+    config = T.Config(embed_dim=64, image_size=32, patch_size=16, vision_width=64, vision_layers=1, vision_heads=1, vocab_size=1000, eot_id=999, **width)
+    model = T.CLIP(config).to(args.device)
+    generator, batches = torch.Generator().manual_seed(0), []
+    for _ in range(2 if args.tiny else 30):
+        lengths = (torch.randn(32 if args.tiny else 1024, 1, generator=generator) * 8 + 20).clamp(4, 76).long()
+        tokens = torch.randint(1, 999, (len(lengths), 77), generator=generator)
+        batches.append(tokens.masked_fill(torch.arange(77) == lengths, 999))
+    packed = [T.pack(tokens, 999, args.device) for tokens in batches]
+    padded = [texts._replace(ids=tokens.flatten().to(args.device), positions=torch.arange(77).repeat(len(tokens)).to(args.device),
+                             ends=(torch.arange(len(tokens)) * 77 + (tokens == 999).int().argmax(1)).to(args.device), groups=[(len(tokens), 77)])
+              for texts, tokens in zip(packed, batches)]
+
+    def run(batches):
+        for texts in batches:
+            with torch.autocast(args.device, torch.bfloat16):
+                model.encode_packed(texts).float().sum().backward()
+        model.zero_grad()
+
+    found, varlen = {}, T.varlen_attn
+    for name, inputs, attention in (("varlen", packed, varlen), ("groups", packed, None), ("padded", padded, None)):
+        if name == "varlen" and (args.device == "cpu" or varlen is None):
+            continue
+        T.varlen_attn = attention
+        start = time.perf_counter()
+        run(inputs)
+        first = time.perf_counter() - start
+        found[name] = {"ms a batch": 1000 * seconds(lambda: run(inputs), args.device, 3) / len(inputs), "ms the first time": 1000 * first / len(inputs),
+                       "launches": launches(lambda: run(inputs[:1]), args.device)}
+    T.varlen_attn = varlen
+    with torch.no_grad():
+        reference = model.float().encode_packed(packed[0])
+        found["varlen's largest difference from fp32"] = None
+        if "varlen" in found:
+            with torch.autocast(args.device, torch.bfloat16):
+                found["varlen's largest difference from fp32"] = (model.encode_packed(packed[0]).float() - reference).abs().max().item()
+    return found
+
+
+def training_step(args, name, n, compiled=False, **changes):
+    """-> a function that does a step, its chunks made beforehand"""
+    config = T.Config(**T.PRESETS[name] | changes)
+    model = T.CLIP(config).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    if compiled:
+        model.visual.compile()
+    tokens = torch.randint(1, 400, (n, 1, 16)).index_fill(2, torch.tensor([15]), config.eot_id)
+    piece = {"images": torch.randint(0, 256, (n, 1, 3, config.image_size, config.image_size), dtype=torch.uint8), "tokens": tokens,
+             "drawn": torch.zeros(n, dtype=torch.long), "filled": 0, "replaced": 0, "bad": []}
+    if args.device == "cuda":
+        piece["images"] = piece["images"].pin_memory()
+
+    def step():
+        batch = T.join([piece], args.device, n, config.eot_id)
+        optimizer.zero_grad(set_to_none=True)
+        loss = T.backward(model, model, lambda drawn, scale, images, texts: T.clip_loss(images, texts[:, 0], scale), batch,
+                          lambda: torch.autocast(args.device, torch.bfloat16))
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, 4.6)
+        return loss
+    return step, model
+
+
+def check_step(args, folder):
+    found = {}
+    for name in (["nano"] if args.tiny else ["ViT-B/16", "ViT-B/16-laclip"]):
+        for n in ([8] if args.tiny else [256, 512, 768, 1024]):
+            for compiled in (False,) if args.tiny else (False, True):
+                key = f"{name}, {n} images, {'compiled' if compiled else 'eager'}"
+                try:
+                    if args.device == "cuda":
+                        torch.cuda.reset_peak_memory_stats()
+                    step, model = training_step(args, name, n, compiled)
+                    time_of = seconds(step, args.device)
+                    c = model.config
+                    tokens = (c.image_size // c.patch_size) ** 2 + 1
+                    weights = sum(p.numel() for p in model.visual.parameters())
+                    attention = 4 * c.vision_layers * tokens * c.vision_width  # FLOPs a token: scores and their product with the values
+                    flops = 3 * tokens * (2 * weights + attention)  # the image tower's, which are nearly all
+                    found[key] = {"images/s": n / time_of, "share of peak": flops * n / time_of / args.peak,
+                                  "peak GB": torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else None}
+                except torch.OutOfMemoryError:
+                    found[key] = "out of memory"
+                step = model = None
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()
+                print(f"  {key}: {found[key]}", flush=True)
+    return found
+
+
+def check_sync(args, folder):
+    step, _ = training_step(args, "nano", 8 if args.tiny else 256)
+    step()
+    if args.device != "cuda":
+        return "needs a GPU"
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return [f"{os.path.basename(w.filename)}:{w.lineno}: {str(w.message).splitlines()[0]}" for w in seen] or "none"
+
+
+def check_rewrite(args, folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    size = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4) if args.tiny else dict(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)  # LLaMA-7B
+    with torch.device(args.device):
+        torch.set_default_dtype(torch.float32 if args.tiny else torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, eos_token_id=2, **size)).eval()
+        torch.set_default_dtype(torch.float32)
+    tokenizer = SimpleNamespace(eos_token_id=2, batch_decode=lambda rows, **_: ["x"] * len(rows))  # no token ends a line but the end
+    found = {}
+    for n in ([4] if args.tiny else [64, 256, 512]):
+        new = 8 if args.tiny else 40
+        completer = R.Completer(model, tokenizer, SimpleNamespace(max_new_tokens=new, temperature=0.9, top_p=0.95, model="random", batch_size=n))
+        completer.set_prefix(torch.randint(5, 32000, (1, 120), device=model.device))
+        texts = [torch.randint(5, 32000, (12,)).tolist() for _ in range(n)]
+        time_of = seconds(lambda: completer.decode(texts, torch.rand(n, new)), args.device, 3)
+        found[f"batch {n}"] = {"new tokens/s": n * new / time_of, "shares the prompt": completer.shares}
+        print(f"  batch {n}: {found[f'batch {n}']}", flush=True)
+    return found
+
+
+def check_loader(args, folder):
+    write_set(folder, 64 if args.tiny else 1024)
+    T.index_rows(str(folder / "rows.jsonl"))
+    rows, tokenizer = T.Rows([str(folder / "rows.jsonl")]), T.Tokenizer.load(str(folder / "tokenizer.json"))
+    samples = T.Samples(rows, str(folder / "images"), {"alt": 1}, "random", T.augment_crop, 224, tokenizer, 0, len(rows), False, False)
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    for i in range(len(rows)):
+        samples[i]
+    return {"images/s a worker": len(rows) / (time.perf_counter() - start)}
+
+
+CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=[*CHECKS])
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small models, a minute in all")
+    parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s of the GPU in dense bf16 (default: H100 SXM's, %(default)g)")
+    parser.add_argument("--json", help="write the results there")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU: --device cpu --tiny tries the checks")
+    results = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
+    print(results)
+    for name in args.checks:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                results[name] = CHECKS[name](args, Path(folder))
+            except Exception as e:  # the other checks go on
+                if args.tiny:
+                    raise
+                results[name] = f"{type(e).__name__}: {e}"
+        print(f"=== {name}, {time.perf_counter() - start:.0f} s\n{json.dumps(results[name], indent=1, default=float)}", flush=True)
+        if args.json:
+            with contextlib.suppress(OSError):
+                Path(args.json).write_text(json.dumps(results, indent=1, default=float) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()
