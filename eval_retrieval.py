@@ -19,8 +19,8 @@ from functools import partial
 
 import torch
 
-from train_clip import (all_reduce, die, load_checkpoint, check_output, new_parser, number, in_one_line, open_image, pick_device,
-                        start_ranks, texts_of)
+from train_clip import (all_reduce, check_output, die, in_one_line, load_checkpoint, new_parser, number, open_image,
+                        pick_device, start_ranks, texts_of)
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "data"))
 from clip_scores import write_scores  # noqa: E402

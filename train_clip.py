@@ -14,8 +14,8 @@
 
 OUT holds checkpoint.pt (the newest), metrics.jsonl, settings.json and bad_images.jsonl.
 
-Read draw_texts, clip_loss, multitext_loss, CLIP and train, in this order: both papers are in them. Behind train stands what feeds it
-(samples, images, rows, tokenizer) and what lets it end well (checkpoints, arguments, ranks).
+Read draw_texts, clip_loss, multitext_loss, CLIP and train, in this order: both papers are in them. Behind train stands
+what feeds it (samples, images, rows, tokenizer) and what lets it end well (checkpoints, arguments, ranks).
 """
 import argparse
 import atexit
@@ -67,10 +67,11 @@ except ImportError:
 # === the text of a step: all that tells LaCLIP and VeCLIP from CLIP ===================================================
 
 def draw_texts(row, fields, rng, alt_choice="random", every=False):
-    """aug_T of LaCLIP (eq. 2), mix of VeCLIP (eq. 2): a field by its weight among those that the row has, then one of its texts.
+    """aug_T of LaCLIP (eq. 2), mix of VeCLIP (eq. 2): a field by its weight among those that the row has, then one of
+    its texts. Lists of the same length belong together entry by entry, as alt and the vecap made of it.
 
-    fields: {name: weight} -> the fields' texts, of which only the drawn one is there if not `every`; the number of the drawn one;
-    whether alt took its place. Lists of the same length belong together entry by entry, as alt and the vecap made of it."""
+    fields: {name: weight} -> the fields' texts (without `every` only the drawn one), its number, and whether alt took
+    its place"""
     values = [row.get(field) for field in fields]
     there = np.array([bool(texts_of(value)) for value in values], float)
     if not there.any():
@@ -93,7 +94,9 @@ def draw_texts(row, fields, rng, alt_choice="random", every=False):
     text, alt = version(values[drawn]), None
     if len(words_of(text)) < 2 and list(fields)[drawn] != "alt":
         alt = version(row.get("alt"))  # LaCLIP's release: one word says too little
-    return [alt or text if i == drawn else version(value) if every else None for i, value in enumerate(values)], drawn, bool(alt)
+    texts = [version(value) if every else None for value in values]
+    texts[drawn] = alt or text
+    return texts, drawn, bool(alt)
 
 
 def clip_scores(row, fields, n):
@@ -328,7 +331,8 @@ class Transformer(nn.Module):
 
     def forward(self, x, texts, groups):
         for block in self.resblocks:
-            x = checkpoint(block, x, texts, groups, use_reentrant=False) if self.grad_checkpointing else block(x, texts, groups)
+            x = checkpoint(block, x, texts, groups, use_reentrant=False) if self.grad_checkpointing \
+                else block(x, texts, groups)
         return x
 
 
@@ -364,8 +368,8 @@ class Attention(nn.Module):
         x = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(T, 3, self.heads, -1)
         if texts and x.is_cuda and x.dtype != torch.float32 and varlen_attn:  # one call, whatever the lengths
             q, k, v = x.unbind(1)
-            longest = groups[-1][1]
-            out = varlen_attn(self.q_norm(q), self.k_norm(k), v, texts.starts, texts.starts, longest, longest, window_size=(-1, 0))
+            starts, longest = texts.starts, groups[-1][1]
+            out = varlen_attn(self.q_norm(q), self.k_norm(k), v, starts, starts, longest, longest, window_size=(-1, 0))
             return self.out_proj(out.flatten(1))
         for part, (B, L) in zip(x.split([B * L for B, L in groups]), groups):
             q, k, v = part.view(B, L, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)  # [B, heads, L, W / heads]
@@ -461,14 +465,16 @@ def train(args):
     steps, steps_per_epoch = settings["steps"], len(rows) // args.batch_size
     try:
         os.makedirs(args.out, exist_ok=True)  # on every node, should it not be shared
-        locked = lock(os.path.join(args.out, "lock"), f"--out {args.out}") if rank == 0 else None  # noqa: F841  held until main returns
+        if rank == 0:
+            locked = lock(os.path.join(args.out, "lock"), f"--out {args.out}")  # noqa: F841  held until train returns
     except OSError as e:
         die(f"--out {args.out}: {e.strerror}")
     state = resumed_state(args, settings, tokenizer)
     start = state["step"] if state else 0
     mine = torch.tensor([start, zlib.crc32(json.dumps(settings).encode())])
     if (all_reduce(mine.clone(), dist.ReduceOp.MIN) != all_reduce(mine.clone(), dist.ReduceOp.MAX)).any():
-        die(f"the ranks begin at different steps (this one at {start}) or with different rows: --out and --captions must be the same for all")
+        die(f"the ranks begin at different steps (this one at {start}) or with different rows: --out and --captions must be "
+            "the same for all")
     if start >= steps:
         return print(f"{args.out} is finished: {start} steps") if rank == 0 else None
 
@@ -486,8 +492,8 @@ def train(args):
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
     elif init:
-        weights = init.state_dict()
-        model.load_state_dict({**weights, "positional_embedding": stretched(weights["positional_embedding"], config.context_length)})
+        positions = stretched(init.positional_embedding.detach(), config.context_length)
+        model.load_state_dict({**init.state_dict(), "positional_embedding": positions})
     del state, init
     model.visual.transformer.grad_checkpointing = model.transformer.grad_checkpointing = args.grad_checkpointing
     if args.compile == "on" or args.compile == "auto" and "cuda" in device:
@@ -496,11 +502,14 @@ def train(args):
     if world > 1:
         towers = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     samples = Samples(rows, args.image_root, fields, args.alt_choice, AUGMENTATIONS[args.augment], config.image_size,
-                      tokenizer, args.seed, steps_per_epoch * args.batch_size, args.loss == "multitext", args.ssl, SHUFFLES[args.shuffle])
+                      tokenizer, args.seed, steps_per_epoch * args.batch_size, args.loss == "multitext", args.ssl,
+                      SHUFFLES[args.shuffle])
     pieces = Pieces(start, steps, args.batch_size, rank, world)
     loader = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=pieces, num_workers=args.workers, collate_fn=collate, pin_memory="cuda" in device,
-        worker_init_fn=partial(begin_worker, os.getpid()), prefetch_factor=1 + -(-pieces.per_step // args.workers) if args.workers else None))
+        worker_init_fn=partial(begin_worker, os.getpid()),
+        prefetch_factor=1 + -(-pieces.per_step // args.workers) if args.workers else None))
+    micro_batch = args.micro_batch or args.batch_size
 
     autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16")
 
@@ -527,7 +536,7 @@ def train(args):
     wait, since, timed, losses = 0.0, time.time(), start, []
     for step in range(start, steps):
         asked = time.time()
-        batch = join([next(loader) for _ in range(pieces.per_step)], device, args.micro_batch or args.batch_size, config.eot_id)
+        batch = join([next(loader) for _ in range(pieces.per_step)], device, micro_batch, config.eot_id)
         wait += time.time() - asked
 
         optimizer.zero_grad(set_to_none=True)
@@ -545,7 +554,8 @@ def train(args):
         for name, why in batch["bad"]:
             log_line(bad_images, {"step": step + 1, "image": name, "reason": why}, faults)
         if bad > args.max_bad * max(seen + bad, 1000):
-            faults.append(f"{bad} of {seen + bad} rows were unusable, more than --max-bad {args.max_bad}: {bad_images.name} names them")
+            faults.append(f"{bad} of {seen + bad} rows were unusable, more than --max-bad {args.max_bad}: {bad_images.name} "
+                          "names them")
         leave = bool(all_reduce(torch.tensor(len(stopping + faults)), dist.ReduceOp.MAX)) or step + 1 == steps
         keep = args.keep_every and (step + 1) % args.keep_every == 0
         save = leave or keep or (step + 1) % args.save_every == 0
@@ -572,7 +582,8 @@ def train(args):
             die(f"a weight is not finite after step {step + 1}; {args.out} keeps the last good checkpoint")
         if save and rank == 0:
             save_checkpoint(os.path.join(args.out, "checkpoint.pt"), model, tokenizer, head=head.state_dict(),
-                            optimizer=optimizer.state_dict(), step=step + 1, settings={**settings, "captions": args.captions})
+                            optimizer=optimizer.state_dict(), step=step + 1,
+                            settings={**settings, "captions": args.captions})
             if keep:
                 keep_checkpoint(args.out, step + 1, faults)
         if leave:
@@ -610,8 +621,8 @@ BLOCK, WINDOW = 1000, 256  # rows, blocks
 
 
 def shuffled_in_blocks(i, n, key):
-    """The same for storage that is slow at random reads: blocks of consecutive rows in random order, the rows of a window of such
-    blocks mixed. A random shift moves the rows that make no whole block, so that no row stands at the end in every epoch."""
+    """The same for storage that is slow at random reads: blocks of consecutive rows in random order, the rows of a window
+    of such blocks mixed. A random shift moves the rows that make no whole block: none stands at the end in every epoch."""
     blocks, row = n // BLOCK, i
     if blocks < 2:
         return shuffled(i, n, key)
@@ -658,7 +669,8 @@ class Samples(torch.utils.data.Dataset):
                 bad.append((name or self.rows.name(index), f"{type(e).__name__}: {e}"))
                 index = int(rng.integers(len(self.rows)))
                 if len(bad) == 100:
-                    raise BadRow(f"a hundred rows in a row are unusable, the last one is {': '.join(map(str, bad[-1]))}") from None
+                    last = ": ".join(map(str, bad[-1]))
+                    raise BadRow(f"a hundred rows in a row are unusable, the last one is {last}") from None
 
     def encoded(self, texts, drawn, replaced):
         """The drawn text's ids, or all texts': a missing one is the first that is there."""
@@ -684,7 +696,8 @@ class Pieces:
     hold ahead does not grow with the batch and the first one is soon there."""
 
     def __init__(self, start, steps, batch_size, rank, world, size=256):
-        self.steps, self.batch_size, self.n, self.rank, self.size = range(start, steps), batch_size, batch_size // world, rank, size
+        self.steps, self.batch_size, self.n = range(start, steps), batch_size, batch_size // world
+        self.rank, self.size = rank, size
         self.per_step = -(-self.n // size)
 
     def __iter__(self):
@@ -702,7 +715,8 @@ def join(pieces, device, micro_batch, eot_id):
     length = max(piece["tokens"].shape[-1] for piece in pieces)
     images = torch.cat([piece["images"].to(device, non_blocking=True) for piece in pieces])
     tokens = torch.cat([F.pad(piece["tokens"], (0, length - piece["tokens"].shape[-1])) for piece in pieces])
-    chunks = [(part, pack(ids.flatten(0, 1), eot_id, device)) for part, ids in zip(images.split(micro_batch), tokens.split(micro_batch))]
+    chunks = [(part, pack(ids.flatten(0, 1), eot_id, device))
+              for part, ids in zip(images.split(micro_batch), tokens.split(micro_batch))]
     return {"chunks": chunks, "n": len(images), "drawn": to_device(torch.cat([piece["drawn"] for piece in pieces]), device),
             **{key: sum(piece[key] for piece in pieces) for key in ("filled", "replaced")},
             "bad": [bad for piece in pieces for bad in piece["bad"]]}
@@ -723,7 +737,7 @@ def end_workers():
 
 def begin_worker(parent, worker):
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it to every process; the main one still needs its batches to save
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it to all processes; the main one needs batches to the end
     if os.getppid() != parent:  # which died before torch's own watch began
         os._exit(1)
 
@@ -934,7 +948,8 @@ def read_index(path):
         header, now = np.fromfile(f, "<u8", INDEX_HEADER).tolist(), os.stat(path)
         if len(header) == INDEX_HEADER:
             *file, rows, content = header
-            if file == [now.st_size, now.st_mtime_ns, now.st_ctime_ns] and os.fstat(f.fileno()).st_size == 8 * (INDEX_HEADER + rows):
+            whole = os.fstat(f.fileno()).st_size == 8 * (INDEX_HEADER + rows)
+            if whole and file == [now.st_size, now.st_mtime_ns, now.st_ctime_ns]:
                 return rows, content
     return None
 
@@ -1053,7 +1068,7 @@ class Tokenizer:
 
 
 def mended(text):
-    """What OpenAI's tokenizer does first, and open_clip's and LaCLIP's after it: broken Unicode, curly quotes, HTML entities."""
+    """What the tokenizers of OpenAI, open_clip and LaCLIP do first: mend broken Unicode, curly quotes, HTML entities."""
     try:
         import ftfy
     except ImportError:
@@ -1110,8 +1125,8 @@ def reason(error):
 
 
 def read_checkpoint(path):
-    """The checkpoint's dict, on the CPU and mapped, so that ranks of a node share its pages; only tensors and plain values are
-    unpickled."""
+    """The checkpoint's dict, on the CPU and mapped, so that ranks of a node share its pages; only tensors and plain values
+    are unpickled."""
     if not os.path.isfile(path):
         die(f"{path}: no such checkpoint")
     try:
@@ -1127,8 +1142,8 @@ def read_checkpoint(path):
 
 
 def stretched(positions, length, kept=20):
-    """Position embeddings [L, W] for another context length: of a longer one the first `kept` are the trained ones, the rest is
-    interpolated (Long-CLIP, arXiv 2403.15378, section 3.1: those positions are trained best); of a shorter one, the first."""
+    """Position embeddings [L, W] for another context length. A longer one keeps the first `kept`, which are trained best,
+    and interpolates the rest (Long-CLIP, arXiv 2403.15378, section 3.1); a shorter one keeps the first."""
     if length <= len(positions):
         return positions[:length]
     kept = kept if len(positions) > kept else 0
@@ -1152,8 +1167,7 @@ def resumed_state(args, settings, tokenizer):
     """The checkpoint to go on from, or None for a new run; one that was made otherwise is a user's mistake."""
     newest = os.path.join(args.out, "checkpoint.pt")
     used = os.path.isdir(args.out) and set(os.listdir(args.out)) - {"lock"}
-    elsewhere = args.resume != "auto" and not (args.resume and used and os.path.samefile(os.path.dirname(args.resume) or ".", args.out))
-    if used and elsewhere:
+    if used and args.resume != "auto" and not (args.resume and os.path.samefile(os.path.dirname(args.resume) or ".", args.out)):
         die(f"--out {args.out} is not empty: --resume auto goes on with it, or choose another folder")
     if not args.resume or args.resume == "auto" and not os.path.exists(newest):
         return None
@@ -1178,33 +1192,33 @@ def parse_args(argv):
     add("--text", nargs="+", default=["alt"], metavar="FIELD[=WEIGHT]", help="fields to draw a text from (default: alt)")
     add("--alt-choice", choices=["random", "first", "best"], default="random",
         help="of an image with several AltTexts; best: the highest clip_score (default: %(default)s)")
-    add("--shuffle", choices=SHUFFLES, default="full", help="full: every row anywhere in the epoch, for local disks; blocks: of 1,000 rows, "
-        "mixed 256 at a time, for NFS, Lustre and object storage (default: full)")
+    add("--shuffle", choices=SHUFFLES, default="full", help="full: every row anywhere in the epoch, for local disks; blocks: "
+        "of 1,000 rows, mixed 256 at a time, for NFS, Lustre and object storage (default: full)")
     add("--augment", choices=AUGMENTATIONS, default="crop", help="crop: LaCLIP's; strong: for small sets of drawings")
-    add("--workers", type=number(int, 0), default=own_cpus(), help="processes a rank that read images, 0: none (default: this "
-        "rank's CPUs less one, %(default)s)")
+    add("--workers", type=number(int, 0), default=own_cpus(), help="processes a rank that read images, 0: none (default: "
+        "this rank's CPUs less one, %(default)s)")
     add("--max-bad", type=number(float, 0), default=0.01, help="stop above this share of unusable rows (default: %(default)s)")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=PRESETS, help="default: ViT-B/16")
-    add("--init", metavar="PATH", help="begin with the weights, sizes and tokenizer of this checkpoint (OpenAI's, open_clip's: "
-        "data/convert_checkpoint.py), instead of random weights of --model")
+    add("--init", metavar="PATH", help="begin with the weights, sizes and tokenizer of this checkpoint (OpenAI's, "
+        "open_clip's: data/convert_checkpoint.py), instead of random weights of --model")
     add("--image-size", type=number(int, 1), help="pixels a side (default: 224, nano 48)")
-    add("--context-length", type=number(int, 2), help="longest text in tokens (default: 77). With --init a longer one keeps the first 20 "
-        "positions and stretches the rest (Long-CLIP, arXiv 2403.15378)")
+    add("--context-length", type=number(int, 2), help="longest text in tokens (default: 77). With --init a longer one keeps "
+        "the first 20 positions and stretches the rest (Long-CLIP, arXiv 2403.15378)")
     add("--tokenizer", help="hub name, folder or tokenizer.json (default: openai/clip-vit-base-patch32, or that of --init)")
     add = parser.add_argument_group("training; defaults are LaCLIP's release for CC3M and CC12M").add_argument
     add("--loss", choices=["infonce", "multitext"], default="infonce", help="multitext: LaCLIP-MT")
     add("--ssl", action="store_true", help="add SLIP's loss on two more views of every image (SLIP, LaSLIP)")
     add("--batch-size", type=number(int, 1), default=8192, help="global, over all ranks (default: %(default)s)")
-    add("--micro-batch", type=number(int, 1), metavar="N", help="images that a rank holds at a time; same loss and gradients, a second "
-        "forward pass (GradCache; default: all of its share)")
+    add("--micro-batch", type=number(int, 1), metavar="N", help="images that a rank holds at a time; same loss and "
+        "gradients, a second forward pass (GradCache; default: all of its share)")
     add("--epochs", type=positive, default=40, help="passes over the rows, without the last partial batch (default: 40)")
     add("--steps", type=number(int, 1), help="steps, instead of --epochs")
     add("--lr", type=positive, default=1e-3, help="peak learning rate (default: %(default)s)")
     add("--wd", type=number(float, 0), default=0.5, help="weight decay, not on parameters of <= 1 dimension (default: %(default)s)")
     add("--beta2", type=number(float, 0, below=1), default=0.98)
     add("--eps", type=positive, default=1e-8)
-    add("--warmup", type=number(int, 0), help="steps of linear warm-up (default: one epoch, of a run that is no longer a tenth)")
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up (default: one epoch; of a run of one, a tenth)")
     add("--precision", choices=["fp32", "bf16"], default="bf16", help="bf16: autocast; weights and loss stay fp32")
     add("--grad-checkpointing", action="store_true", help="keep no activations inside blocks, compute them again")
     add("--compile", nargs="?", const="on", default="auto", choices=["auto", "on", "off"],
@@ -1217,7 +1231,8 @@ def parse_args(argv):
     add("--keep-every", type=number(int, 1), metavar="N", help="keep the checkpoints of every Nth step, as checkpoint-STEP.pt")
     add("--log-every", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl (default: %(default)s)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--timeout", type=number(float, -math.inf, above=0, below=1e5), default=10, metavar="MINUTES", help="how long ranks wait for one that died (default: %(default)s)")
+    add("--timeout", type=number(float, -math.inf, above=0, below=1e5), default=10, metavar="MINUTES",
+        help="how long ranks wait for one that died (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -1259,7 +1274,8 @@ def read_settings(args, world):
         init, tokenizer, _ = load_checkpoint(args.init)
         config = init.config
     else:
-        config, tokenizer = Config(**PRESETS[args.model or "ViT-B/16"]), Tokenizer.load(args.tokenizer or "openai/clip-vit-base-patch32")
+        config = Config(**PRESETS[args.model or "ViT-B/16"])
+        tokenizer = Tokenizer.load(args.tokenizer or "openai/clip-vit-base-patch32")
     steps_per_epoch = len(rows) // args.batch_size
     if not steps_per_epoch:
         die(f"--batch-size {args.batch_size} is more than the {len(rows)} rows of {' '.join(args.captions)}")
@@ -1267,7 +1283,8 @@ def read_settings(args, world):
     if init and args.image_size not in (None, config.image_size):
         die(f"--image-size {args.image_size}: the checkpoint of --init has {config.image_size}")
     if not init:
-        config.vocab_size, config.eot_id, config.image_size = tokenizer.vocab_size, tokenizer.eot_id, args.image_size or config.image_size
+        config.vocab_size, config.eot_id = tokenizer.vocab_size, tokenizer.eot_id
+        config.image_size = args.image_size or config.image_size
     if config.image_size % config.patch_size:
         die(f"--image-size {config.image_size}: expected a multiple of the patch size, {config.patch_size}")
     config.context_length = args.context_length or config.context_length
@@ -1320,7 +1337,8 @@ def number(kind, low, below=math.inf, above=-math.inf):
     """For argparse: low <= x < below, and x > above"""
     def parse(text):
         if not (low <= (value := kind(text)) < below and value > above):
-            bounds = [f"{low} or more"] * (low > -math.inf) + [f"more than {above}"] * (above > -math.inf) + [f"less than {below}"] * (below < math.inf)
+            bounds = {f"{low} or more": low, f"more than {above}": above, f"less than {below}": below}
+            bounds = [words for words, bound in bounds.items() if math.isfinite(bound)]
             raise argparse.ArgumentTypeError(f"{text}: expected {', '.join(bounds)}")
         return value
     parse.__name__ = kind.__name__
@@ -1365,7 +1383,8 @@ def start_ranks(device, minutes=30):
         return 0, 1
     if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         die(f"RANK is set, {' and '.join(missing)} not: torchrun sets them all")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo", timeout=timedelta(minutes=minutes))  # gloo: between CPUs
+    dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo",  # gloo: what CPUs tell each other
+                            timeout=timedelta(minutes=minutes))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -1420,7 +1439,8 @@ def lock(path, what):
 
 def die(message):
     """A user's mistake: one line on stderr and exit status 2."""
-    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)  # above a progress bar
+    line = f"{os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}"
+    tqdm.write(line, file=sys.stderr)  # above a progress bar
     raise SystemExit(2)
 
 
@@ -1432,7 +1452,8 @@ def in_one_line():
     except BadRow as e:
         die(str(e).strip().split("\n")[-1])
     except torch.OutOfMemoryError as e:
-        die(f"the GPU's memory is full: --micro-batch or --grad-checkpointing help in training, --batch-size in evaluation: {reason(e)}")
+        die("the GPU's memory is full: --micro-batch or --grad-checkpointing help in training, --batch-size in evaluation: "
+            + reason(e))
     except (RuntimeError, OSError, EOFError) as e:
         if dist.is_initialized() and (isinstance(e, dist.DistError) or "gloo" in str(e)):
             die("another rank left; its own line says why")

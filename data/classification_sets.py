@@ -96,7 +96,7 @@ def read_folder(spec, path, source=""):
         print(f"{path}: passed over: " + ", ".join(f"{count} {what}" for what, count in over.items()), file=sys.stderr)
         passed_over.clear()
     labels = [os.path.dirname(name) for name in names]
-    while len(set(labels)) > 1 and len({os.path.basename(label) for label in labels}) == 1 and all(map(os.path.dirname, labels)):
+    while len(set(labels)) > 1 and all(map(os.path.dirname, labels)) and len(set(map(os.path.basename, labels))) == 1:
         labels = [os.path.dirname(label) for label in labels]  # CLASS/images/x.png, the same folder in every class
     words = {label: re.sub("^[a-z]/", "", label).replace("_", " ").replace("/", " ") for label in labels}  # a/abbey
     return Part(names, partial(open_file, path), labels, words)
@@ -198,7 +198,8 @@ def published_names(spec, part):
     """OpenAI's class names as clip-benchmark has them -> {key: name}, by what a class is called, never by its place in a sort:
     ImageNet's by synset or number, torchvision's sets by number, Caltech-101 and EuroSAT by folder."""
     names = json.loads(packaged("clip_benchmark", "datasets/en_classnames.json"))
-    imagenet, synsets = names["imagenet1k"], packaged("timm", "data/_info/imagenet_synsets.txt").split()  # timm: with open_clip
+    imagenet = names["imagenet1k"]
+    synsets = packaged("timm", "data/_info/imagenet_synsets.txt").split()  # timm comes with open_clip
     if set(part.labels) <= set(synsets):
         return dict(zip(synsets, imagenet))
     if spec in ("imagenet1k", "imagenetv2"):
@@ -247,8 +248,9 @@ def class_names(spec, part, keys, args):
                 words = json.load(f)
         except (OSError, ValueError) as e:
             die(f"--classes {args.classes}: {e}")
-    elif all(re.fullmatch(r"\d+|n\d{8}|[0-9a-f-]{16,}", key) for key in keys) and words == part.words and spec not in TORCHVISION:
-        print(f"note: the class names of {spec} look like ids ({keys[0]!r}): --classes FILE or openai gives names", file=sys.stderr)
+    elif spec not in TORCHVISION and all(re.fullmatch(r"\d+|n\d{8}|[0-9a-f-]{16,}", key) for key in keys):
+        print(f"note: the class names of {spec} look like ids ({keys[0]!r}): --classes FILE or openai gives names",
+              file=sys.stderr)
     missing = [key for key in keys if not isinstance(words, dict) or not texts_of(words.get(key))]
     if missing:
         die(f"--dataset {spec}: no name for {len(missing)} classes, {missing[0]!r} the first: --classes FILE or openai")

@@ -242,7 +242,8 @@ def from_openai(args):
         state, path = read_state(args.input), args.input
         quick = "input_resolution" in state
     quick = quick or args.quick_gelu
-    config = infer_config(state, OPENAI, path, VISION_HEADS, vision_quick_gelu=quick, text_quick_gelu=quick, mend_texts=True, **settings)
+    config = infer_config(state, OPENAI, path, VISION_HEADS, vision_quick_gelu=quick, text_quick_gelu=quick,
+                          mend_texts=True, **settings)
     return ours_from(state, config, OPENAI, path), tokenizer or "openai/clip-vit-base-patch32"
 
 
@@ -373,19 +374,22 @@ def to_open_clip(args):
     """open_clip loads a plain state dict, under the names that are ours, too. What it must be told beside is printed."""
     model, _, _ = load_checkpoint(args.input)
     c = model.config
-    if c.qk_norm or c.patch_bias or not c.pre_norm or c.vision_quick_gelu != c.text_quick_gelu or (c.vision_eps, c.text_eps) != (1e-5, 1e-5):
-        die(f"{args.input}: its config has what open_clip's CLIP cannot express (qk_norm, patch_bias, no pre_norm, two activations or "
-            "another LayerNorm eps)")
+    plain = c.pre_norm and not c.qk_norm and not c.patch_bias and c.vision_eps == c.text_eps == 1e-5
+    if not plain or c.vision_quick_gelu != c.text_quick_gelu:
+        die(f"{args.input}: its config has what open_clip's CLIP cannot express (qk_norm, patch_bias, no pre_norm, two "
+            "activations or another LayerNorm eps)")
     if c.eot_id not in (-1, c.vocab_size - 1):
         die(f"{args.input}: its texts end with id {c.eot_id}, open_clip pools at the highest id")
     temporary = args.output + ".tmp"
     torch.save(model.state_dict(), temporary)
     os.rename(temporary, args.output)
-    config = {"embed_dim": c.embed_dim, "quick_gelu": c.vision_quick_gelu, "vision_cfg": {
-        "image_size": c.image_size, "layers": c.vision_layers, "width": c.vision_width, "head_width": c.vision_width // c.vision_heads,
-        "patch_size": c.patch_size}, "text_cfg": {
-        "context_length": c.context_length, "vocab_size": c.vocab_size, "width": c.text_width, "heads": c.text_heads, "layers": c.text_layers}}
-    print(f"open_clip.create_model(NAME, pretrained={args.output!r}), for one of its own names, or of this config: {json.dumps(config)}")
+    vision = {"image_size": c.image_size, "layers": c.vision_layers, "width": c.vision_width,
+              "head_width": c.vision_width // c.vision_heads, "patch_size": c.patch_size}
+    text = {"context_length": c.context_length, "vocab_size": c.vocab_size, "width": c.text_width, "heads": c.text_heads,
+            "layers": c.text_layers}
+    config = {"embed_dim": c.embed_dim, "quick_gelu": c.vision_quick_gelu, "vision_cfg": vision, "text_cfg": text}
+    print(f"open_clip.create_model(NAME, pretrained={args.output!r}), for one of its own names, or of this config: "
+          + json.dumps(config))
     print(f"image_mean={c.mean}, image_std={c.std}, image_interpolation={c.resize!r}")
     return model
 
@@ -398,7 +402,7 @@ COMMANDS = {  # function, default tokenizer, help
     "veclip": (from_hf, "t5-base", "a folder of VeCLIP's release"),
     "laclip": (from_laclip, "openai/clip-vit-base-patch32", "LaCLIP's or SLIP's file of weights"),
     "to-hf": (to_hf, None, "a checkpoint of ours, into a folder of Hugging Face's CLIPModel"),
-    "to-open-clip": (to_open_clip, None, "a checkpoint of ours, into a file for open_clip.create_model(NAME, pretrained=FILE)")}
+    "to-open-clip": (to_open_clip, None, "a checkpoint of ours, for open_clip.create_model(NAME, pretrained=OUTPUT)")}
 
 
 def describe(model):

@@ -9,8 +9,8 @@
 
 Each reader below yields rows and names where its format is documented. Nothing is dropped silently: a row
 that lacks something says so in `error`, or with --drop-errors is left out, and the summary counts it. All but
-COCO's JSON is streamed, so memory does not grow with the rows (of img2dataset's, one shard's texts are held). Texts are carried as they are;
-data/filter_captions.py cleans.
+COCO's JSON is streamed, so memory does not grow with the rows (of img2dataset's, one shard's texts are held). Texts are
+carried as they are; data/filter_captions.py cleans.
 """
 import argparse, codecs, contextlib, csv, io, itertools, json, os, re, signal, sys, tarfile
 from collections import Counter, defaultdict
@@ -62,7 +62,8 @@ def walk(root):
 
     for place, folders, names in os.walk(root, onerror=fail, followlinks=True):
         above = {os.path.realpath(path) for path in (place, *Path(os.path.abspath(place)).parents)}  # a link there would go round
-        folders[:] = sorted(name for name in folders if not is_hidden(name) and os.path.realpath(os.path.join(place, name)) not in above)
+        folders[:] = sorted(name for name in folders
+                            if not is_hidden(name) and os.path.realpath(os.path.join(place, name)) not in above)
         passed_over["hidden"] += sum(map(is_hidden, names))
         yield place, sorted(name for name in names if not is_hidden(name))
 
@@ -184,7 +185,8 @@ def tsv(args):
 
 TAR_NAME = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$")
 # img2dataset's own keys in KEY.json; every other one is the user's: LaCLIP's rewrites, a recaption, a url
-OWN_KEYS = frozenset("alt image error caption key status error_message original_width original_height exif sha256 md5 sha512 shard_id".split())
+OWN_KEYS = frozenset("""alt image error caption key status error_message original_width original_height exif sha256 md5 sha512
+    shard_id""".split())
 
 
 def read_members(path):
@@ -201,7 +203,8 @@ def read_members(path):
                         raise tarfile.ReadError("cut")
                     if member.isreg() and member.sparse is None:
                         text = member.name.lower().endswith((".txt", ".json"))
-                        yield part, member.name, member.offset_data, member.size, tar.extractfile(member).read() if text else None
+                        content = tar.extractfile(member).read() if text else None
+                        yield part, member.name, member.offset_data, member.size, content
                     elif not member.isdir():
                         passed_over["no plain file"] += 1
                     last = member.name
@@ -235,7 +238,7 @@ def samples_of(shard, members):
     for key in {**images, **texts, **metas}:
         whole = re.match(r"(?:.*/)?[^.]*", key)[0]
         if whole != key and key in images and not texts[key] and not metas[key] and whole in images:
-            passed_over[key[len(whole):] + images[key][0][0]] += 1  # webdataset's rule: 7.seg.png beside 7.png is another part of 7
+            passed_over[key[len(whole):] + images[key][0][0]] += 1  # webdataset: 7.seg.png beside 7.png is a part of 7
             continue
         row, errors = {"alt": "".join(texts[key][:1]).strip()}, {}
         endings = [ending for ending, _ in images[key]]
