@@ -507,7 +507,7 @@ def train(args):
     pieces = Pieces(start, steps, args.batch_size, rank, world)
     loader = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=pieces, num_workers=args.workers, collate_fn=collate, pin_memory="cuda" in device,
-        worker_init_fn=partial(begin_worker, os.getpid()),
+        worker_init_fn=begin_worker,
         prefetch_factor=1 + -(-pieces.per_step // args.workers) if args.workers else None))
     micro_batch = args.micro_batch or args.batch_size
 
@@ -735,11 +735,11 @@ def end_workers():
             child.kill()
 
 
-def begin_worker(parent, worker):
+def begin_worker(worker):
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it to all processes; the main one needs batches to the end
-    if os.getppid() != parent:  # which died before torch's own watch began
-        os._exit(1)
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)  # the main process died before torch's own watch began
 
 
 # === images ===========================================================================================================

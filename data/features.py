@@ -5,7 +5,6 @@ The same on any number of ranks: each encodes every so-many-th batch, and all ge
 import math
 import os
 import sys
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -85,7 +84,7 @@ def encode_images(model, transform, names, read, batch_size=64, workers=2, all_m
     device, features = model.logit_scale.device, torch.zeros(len(names), model.config.embed_dim)
     batches = [list(range(*block)) for block in blocks(len(names), batch_size)]
     loader = torch.utils.data.DataLoader(Pictures(names, read, transform), batch_sampler=batches, num_workers=workers,
-                                         collate_fn=collate_pictures, worker_init_fn=partial(begin_worker, os.getpid()))
+                                         collate_fn=collate_pictures, worker_init_fn=begin_worker)
     progress = tqdm(loader, desc="images", unit="batch", leave=False, disable=rank() > 0, delay=1)
     for indices, (pictures, readable, reasons) in zip(batches, progress):
         for i, reason in reasons.items():

@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,7 +67,7 @@ def make_loader(side, folder, tokenizer):
         samples = T.Samples(rows, str(folder), dict.fromkeys(FIELDS, 1.0), "random", T.augment_crop, SIZE, tokenizer,
                             seed=0, per_epoch=steps * BATCH, multitext=False, ssl=False)
         return torch.utils.data.DataLoader(samples, batch_sampler=T.Pieces(0, steps, BATCH, 0, 1), num_workers=2,
-                                           collate_fn=T.collate, worker_init_fn=partial(T.begin_worker, os.getpid()))
+                                           collate_fn=T.collate, worker_init_fn=T.begin_worker)
     samples = Lists(folder, torchvision_transform(SIZE), tokenizer) if side == "lists" else CsvDataset(
         folder / "rows.tsv", torchvision_transform(SIZE), "filepath", "title", tokenizer=tokenizer)
     return torch.utils.data.DataLoader(samples, BATCH, shuffle=True, num_workers=2, drop_last=True, collate_fn=collate)
