@@ -237,7 +237,7 @@ def samples_of(shard, members):
             passed_over[ending.lower() or "no ending"] += 1
     for key in {**images, **texts, **metas}:
         whole = re.match(r"(?:.*/)?[^.]*", key)[0]
-        if whole != key and key in images and not texts[key] and not metas[key] and whole in images:
+        if whole != key and images[key] and images[whole] and not texts[key] and not metas[key]:
             passed_over[key[len(whole):] + images[key][0][0]] += 1  # webdataset: 7.seg.png beside 7.png is a part of 7
             continue
         row, errors = {"alt": "".join(texts[key][:1]).strip()}, {}
