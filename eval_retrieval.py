@@ -19,12 +19,10 @@ from functools import partial
 
 import torch
 
+from data.clip_scores import write_scores
+from data.features import blocks, encode_images, encode_texts, label_of, read_rows, tell_left_out
 from train_clip import (all_reduce, check_output, die, in_one_line, load_checkpoint, new_parser, number, open_image,
                         pick_device, start_ranks, texts_of)
-
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "data"))
-from clip_scores import write_scores  # noqa: E402
-from features import blocks, encode_images, encode_texts, label_of, read_rows, tell_left_out  # noqa: E402
 
 KS = (1, 5, 10)
 NEVER = 2 ** 62  # the rank of what is not found

@@ -21,12 +21,11 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from train_clip import die, load_checkpoint, check_output, new_parser, number, in_one_line, pick_device, start_ranks
+from data.classification_sets import FOLDERS, SUITES, TORCHVISION, class_names, read_set, read_templates
+from data.features import encode_images, encode_texts
+from train_clip import check_output, die, in_one_line, load_checkpoint, new_parser, number, pick_device, start_ranks
 
 DATA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
-sys.path.insert(0, DATA)
-from classification_sets import FOLDERS, SUITES, TORCHVISION, class_names, read_set, read_templates  # noqa: E402
-from features import encode_images, encode_texts  # noqa: E402
 
 QUERIES = 6  # images a class that an episode classifies; assumed
 PENALTIES = [10.0 ** -i for i in range(1, 8)]  # of the linear probe, from the strongest on; assumed

@@ -16,8 +16,8 @@ from functools import partial
 from PIL import Image
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from features import label_of, read_rows, tell_left_out  # noqa: E402
-from import_captions import image_files, passed_over  # noqa: E402
+from data.features import label_of, read_rows, tell_left_out  # noqa: E402
+from data.import_captions import image_files, passed_over  # noqa: E402
 from train_clip import FORMATS, die, new_parser, open_image, open_rows, texts_of  # noqa: E402
 
 # clip-benchmark's names. What torchvision reads: its class, and its arguments for train, validation (None: every fifth

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from caption_llava import PROMPT  # noqa: E402
-from features import read_rows  # noqa: E402
+from data.features import read_rows  # noqa: E402
 from train_clip import augment_crop, die, open_image, pick_device, texts_of, to_rgb  # noqa: E402
 
 # The instruction, the picture's tokens, and the caption follow one another; a newline ends the caption for the reader

@@ -23,8 +23,8 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 import eval_retrieval
 import eval_zeroshot
 import train_clip as T
-import classification_sets  # eval_zeroshot.py puts data/ on the path
-from features import encode_images, encode_texts
+from data import classification_sets
+from data.features import encode_images, encode_texts
 from conftest import COLOURS, ROOT, assert_mistake, read_jsonl, run, worker_of
 
 
