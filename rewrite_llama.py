@@ -168,7 +168,7 @@ class Completer:
         query [B, H, T, D], key and value [B, G, S, D] of the row itself (G = H heads or fewer, grouped), mask [B, 1, T, S].
         The prompt's keys and values are [1, G, P, D]. One softmax goes over P + S."""
         if softcap is not None or s_aux is not None:
-            raise NotImplementedError("softcap or attention sinks")
+            raise ValueError("softcap or attention sinks")  # for try_sharing
         B, H, T, D = query.shape
         G, P = key.shape[1], 0
         q = query.reshape(B, G, H // G * T, D)

@@ -435,7 +435,7 @@ def report(results, root) -> str:
 def parse_row(line) -> dict:
     """The line's object; of a line that is none, what the stages write for it (data/README.md)."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))
         reason = "not a JSON object"
     except (ValueError, RecursionError) as error:
         row, reason = None, f"not JSON: {error}"
@@ -483,6 +483,8 @@ def read_rows(path, limit, sample, seed):
     size, random_below = limit if sample is None else sample, random.Random(seed).randrange
     try:
         with open(path, "rb") as file:
+            if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                die(f"{path} is UTF-16; expected UTF-8")
             for number, line in enumerate(tqdm(file, unit=" rows", unit_scale=True, disable=None, delay=2), 1):
                 row = parse_row(line)
                 count_row(row, *counters)

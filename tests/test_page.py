@@ -244,6 +244,7 @@ def test_mistakes_in_the_command(tmp_path):
     results.write_text('{"title": "t"}')
     output = tmp_path / "o.html"
     (tmp_path / "folder").mkdir()
+    (tmp_path / "wide.jsonl").write_bytes('{"alt": "a"}\n'.encode("utf-16"))
     for arguments, told in [
             ([], "COMMAND"), (["rport"], "report"), (["report", results, output], "--image-root"),
             (["report", results, output, "--image-root", tmp_path / "missing\nfolder"], "not a folder"),
@@ -255,9 +256,17 @@ def test_mistakes_in_the_command(tmp_path):
             (["rows", results, output, "--image-root", tmp_path, "--limit", "1", "--sample", "1"], "--sample"),
             (["rows", tmp_path / "no.jsonl", output, "--image-root", tmp_path], "cannot read"),
             (["rows", tmp_path / "folder", output, "--image-root", tmp_path], "cannot read"),
-            (["rows", os.devnull, output, "--image-root", tmp_path], "no rows")]:
+            (["rows", os.devnull, output, "--image-root", tmp_path], "no rows"),
+            (["rows", tmp_path / "wide.jsonl", output, "--image-root", tmp_path], "UTF-16")]:
         check_mistake(run(*arguments), told)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "r.json"]  # no partial page is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "r.json", "wide.jsonl"]  # no partial page is left
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"alt": "a red bike"}\n')
+    assert run("rows", tmp_path / "rows.jsonl", tmp_path / "o.html", "--image-root", tmp_path).returncode == 0
+    page = (tmp_path / "o.html").read_text()
+    assert "a red bike" in page and "not JSON" not in page
 
 
 def check_mistake(done, told):
