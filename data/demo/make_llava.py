@@ -1,0 +1,116 @@
+"""A LLaVA small enough to train in minutes on a CPU, built as LLaVA is (Liu et al. 2023, section 4): image tower, projector, LLM.
+
+    python -m data.demo.make_llava out/demo/tower/checkpoint.pt out/demo/captioner.jsonl out/demo/llava --image-root out/demo/images
+
+The image tower is a CLIP of train_clip.py, in its Hugging Face form; a two-layer projector carries all its tokens into the
+space of a three-layer LLaMA. LLaVA's LLM is pre-trained; this one starts from random weights and knows no word but those of
+the captions (`alt`), so all three parts learn at once from the caption's likelihood. OUT is an ordinary LLaVA folder, which
+caption_llava.py loads like any other. It does not read its prompt: it can do one thing.
+"""
+import math
+import os
+import shutil
+import tempfile
+
+import numpy as np
+import torch
+from tokenizers import processors
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from data.convert_checkpoint import main as convert
+from train_clip import AUGMENTATIONS, Rows, die, index_rows, new_parser, normalise, number, open_image, pick_device, texts_of, to_uint8
+
+# The image's tokens, then the start token: what follows is the caption, up to the end token
+TEMPLATE = "{% for message in messages %}{{ '<image><|startoftext|>' }}{% endfor %}"
+
+
+def build(checkpoint, device, width=192, layers=3):
+    """-> LlavaForConditionalGeneration with an untrained projector and LLM, and its processor"""
+    from transformers import (CLIPImageProcessor, CLIPVisionModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
+                              LlavaProcessor, PreTrainedTokenizerFast)
+    with tempfile.TemporaryDirectory() as folder:
+        convert(["to-hf", checkpoint, os.path.join(folder, "clip")])
+        tower = CLIPVisionModel.from_pretrained(os.path.join(folder, "clip"), dtype=torch.float32)
+        image_processor = CLIPImageProcessor.from_pretrained(os.path.join(folder, "clip"))
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(os.path.join(folder, "clip"), bos_token="<|startoftext|>",
+                                                            split_special_tokens=False)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()  # the template writes the start token
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    llm = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                      num_attention_heads=width // 64, num_key_value_heads=width // 64, bos_token_id=tokenizer.bos_token_id,
+                      eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True)
+    tokens = (tower.config.image_size // tower.config.patch_size) ** 2 + 1
+    config = LlavaConfig(vision_config=tower.config, text_config=llm, vision_feature_layer=-1, image_seq_length=tokens,
+                         vision_feature_select_strategy="full", tie_word_embeddings=True,
+                         image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    processor = LlavaProcessor(image_processor, tokenizer, patch_size=tower.config.patch_size, num_additional_image_tokens=1,
+                               vision_feature_select_strategy="full", chat_template=TEMPLATE)
+    if device == "cpu":  # for so few tokens the plain formula is faster than torch's kernel
+        model.set_attn_implementation("eager")
+    return model.to(device), processor
+
+
+def prepare(processor, config, root, rows, rng):
+    """-> the model's inputs: image tokens, start token, caption, end token; labels -100 where nothing is to be learned"""
+    tokenizer, S = processor.tokenizer, config.vision_config.image_size
+    images = [to_uint8(AUGMENTATIONS["drawing"](open_image(root, row["image"]), S, rng)) for row in rows]
+    captions = [tokenizer(texts_of(row["alt"])[0], add_special_tokens=False).input_ids[:20] for row in rows]
+    prompt = [config.image_token_id] * config.image_seq_length + [tokenizer.bos_token_id]
+    ids = [torch.tensor(prompt + caption + [tokenizer.eos_token_id]) for caption in captions]
+    labels = [torch.cat([torch.full((len(prompt),), -100), sequence[len(prompt):]]) for sequence in ids]
+    return {"pixel_values": normalise(torch.stack(images), processor.image_processor.image_mean, processor.image_processor.image_std),
+            "input_ids": pad_sequence(ids, True, tokenizer.eos_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(sequence) for sequence in ids], True, 0),
+            "labels": pad_sequence(labels, True, -100)}
+
+
+def train(model, processor, rows, args):
+    rng, device = np.random.default_rng(args.seed), model.device
+    tower = list(model.model.vision_tower.parameters())
+    others = [p for name, p in model.named_parameters() if "vision_tower" not in name]
+    optimizer = torch.optim.AdamW([{"params": others, "peak": 1e-3}, {"params": tower, "peak": 2e-4}], weight_decay=0.05)
+    progress = tqdm(range(args.steps), desc="LLaVA", unit="step")
+    for step in progress:
+        batch = prepare(processor, model.config, args.image_root, [rows[i] for i in rng.integers(len(rows), size=args.batch_size)], rng)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(**{name: x.to(device) for name, x in batch.items()}).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * min(1, (step + 1) / 50) * (0.505 + 0.495 * math.cos(math.pi * step / args.steps))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+    print(f"{args.steps * args.batch_size / len(rows):.1f} epochs of {len(rows)} images, last loss {loss.item():.3f}")
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", help="of train_clip.py: its image tower")
+    add("captions", help="JSONL with image and alt")
+    add("output", help="the folder to make")
+    add("--image-root", required=True)
+    add("--steps", type=number(int, 1), default=900, help="default: %(default)s")
+    add("--batch-size", type=number(int, 1), default=128, help="default: %(default)s")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--seed", type=number(int, 0), default=0)
+    args = parser.parse_args(argv)
+    if os.path.exists(args.output):
+        die(f"{args.output} exists")
+    index_rows(args.captions)
+    rows = Rows([args.captions])
+    torch.manual_seed(args.seed)
+    model, processor = build(args.checkpoint, pick_device(args.device))
+    train(model, processor, rows, args)
+    shutil.rmtree(args.output + ".tmp", ignore_errors=True)
+    model.save_pretrained(args.output + ".tmp")
+    processor.save_pretrained(args.output + ".tmp")
+    os.rename(args.output + ".tmp", args.output)
+
+
+if __name__ == "__main__":
+    main()
