@@ -1,51 +1,176 @@
-"""The demo's own figures: what its noise does, what its tables count."""
+"""The demo's own parts: what its icons and noise are, that its LLaVA learns, what its tables count, and what replicate.sh does."""
 import json
+import os
+import re
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from conftest import ROOT, read_jsonl
+from PIL import ImageFont
 
-sys.path.insert(0, str(ROOT / "data" / "demo"))
-import collect  # noqa: E402
-import prepare  # noqa: E402
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+sys.path.insert(0, str(ROOT))
+from data.demo import collect, icons, replication  # noqa: E402
 
 
-def test_noise_is_of_twemoji_alone_and_as_documented(tmp_path):
+def python(*words, **more):
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **more)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The demo's data, made of wheels whose fonts are Pillow's own and whose names are ours."""
+    out = tmp_path_factory.mktemp("icons")
+    (out / "packages").mkdir()
+    font = ImageFont.load_default(40).path.getvalue()
+    wheels = {"home_assistant_frontend": {"hass_frontend/static/mdi/iconList.json": json.dumps(
+        [{"name": "thing-0", "keywords": ["red berry"]}, {"name": "thing-1", "keywords": ["things of old"]},
+         {"name": "only-phosphor-2", "keywords": ["glow worm"]}])},
+        "fontawesomefree": {"fontawesomefree/static/fontawesomefree/metadata/icons.json": json.dumps(
+            {"thing-1": {"search": {"terms": ["red berry", "blue berry"]}}})}}
+    for team, (package, fonts, prefix, suffixes, _) in icons.TEAMS.items():
+        names = [f"thing-{i}" if i < 10 else f"only-{team}-{chr(97 + i - 10)}rest" for i in range(20)]
+        style = "-24-regular" if team == "fluent" else ""
+        for file, charmap in fonts.items():
+            wheels.setdefault(package, {})[f"{package}/{file}"] = font
+            wheels[package][f"{package}/{charmap}"] = json.dumps({prefix + name + style: f"{97 + i:x}" for i, name in enumerate(names)})
+    for package, members in wheels.items():
+        with zipfile.ZipFile(out / "packages" / f"{package}-1.0-py3-none-any.whl", "w") as wheel:
+            for name, data in members.items():
+                wheel.writestr(name, data)
+    done = python("-m", "data.demo.icons", "draw", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_name_is_what_is_left_of_the_file_name():
+    assert icons.name_of("ic-fluent-zoom-out-24-regular", "ic-fluent-", "regular|filled") == "zoom out"
+    assert icons.name_of("account_box", "", "outlined?") == "account box"
+    assert icons.name_of("eva-wifi-off-outline", "eva-", "outline") == "wifi off"
+    assert icons.name_of("4k", "", "") is None
+    assert icons.glyphs({"ic-fluent-add-16-regular": "1", "ic-fluent-add-24-regular": "2", "ic-fluent-add-28-regular": "3"},
+                        "ic-fluent-", "regular") == {2: "add"}
+    assert icons.glyphs({"add": "1", "mdi-add": "1", "plus": "2"}, "mdi-", "") == {1: "add", 2: "plus"}
+
+
+def test_nothing_held_out_is_trained_on(drawn):
+    rows = {name: read_jsonl(drawn / f"{name}.jsonl") for name in ("clean", "captioner", "validation", "heldout", "heldout_never",
+                                                                   "heldout_alias", "oracle", "demo", "noisy")}
+    teams = {name: {row["image"].split("/")[0] for row in found} for name, found in rows.items()}
+    assert teams["clean"] == set(icons.TRAINING) and teams["captioner"] == set(icons.CAPTIONER)
+    assert teams["validation"] == {"eva"} and teams["heldout"] == {"phosphor", "lucide", "typicons"}
+    named = {row["alt"] for row in rows["clean"] + rows["captioner"]}
+    assert all(row["named"] == (row["label"] in named) for row in rows["heldout"])
+    assert {row["label"] for row in rows["heldout_never"]} == {row["label"] for row in rows["heldout"]} - named != set()
+    aliases = {row["label"] for row in rows["heldout_alias"]}
+    assert {row["name"]: row["label"] for row in rows["heldout_alias"]} == {"thing 0": "red berry", "thing 1": "blue berry"}
+    assert not aliases & named  # "things of old" shares a word with the name and is no other wording
+    assert not aliases & {text for row in rows["oracle"] for text in row.get("rewrite_alias", [])}
+    assert len(rows["clean"]) == len(rows["noisy"]) == 8 * 20  # two of the six teams have two fonts
+    assert {row["image"] for row in rows["demo"]} <= {row["image"] for row in rows["noisy"]}
+    assert all((drawn / "images" / row["image"]).is_file() for found in rows.values() for row in found)
+
+
+def test_noise_is_as_documented():
     names = [f"thing {i}" for i in range(3000)]
-    write_jsonl(tmp_path / "train.jsonl", [{"image": f"{style}/{i}.png", "alt": name}
-                                           for i, name in enumerate(names) for style in ("twemoji", "openmoji")])
-    prepare.make_noise(str(tmp_path))
-    rows = read_jsonl(tmp_path / "noisy.jsonl")
-    assert [row["image"] for row in rows] == [f"twemoji/{i}.png" for i in range(3000)]  # the captioner's pictures stay out
-    assert [row["name"] for row in rows] == names
-    clean = sum(row["alt"] == row["name"] for row in rows) / 3000
-    others = sum(row["alt"] != row["name"] and row["alt"] in set(names) for row in rows) / 3000
-    boilerplate = sum(row["alt"] != row["name"] and row["name"] + " " in row["alt"] + " " for row in rows) / 3000
-    assert (clean, others, boilerplate) == pytest.approx((0.3, 0.2, 0.2), abs=0.025)
-    before = (tmp_path / "noisy.jsonl").read_bytes()
-    subprocess.run([sys.executable, ROOT / "data/demo/prepare.py", "noise", tmp_path], check=True)  # another process
-    assert (tmp_path / "noisy.jsonl").read_bytes() == before
+    for shares in icons.NOISE.values():
+        rows = [icons.with_noise({"image": f"google/{i}.png", "alt": name}, names, shares) for i, name in enumerate(names)]
+        assert [row["name"] for row in rows] == names
+        found = [sum(row["noise"] == kind for row in rows) / 3000 for kind in ("file", "boilerplate", "meaningless", "other", "name")]
+        assert found == pytest.approx(shares, abs=0.03) and sum(shares) == pytest.approx(1)
+        for row in rows:
+            assert (row["noise"] in ("boilerplate", "name")) == bool(re.search(rf"\b{row['name']}\b", row["alt"])) or row["noise"] == "other"
+        assert rows == [icons.with_noise({"image": f"google/{i}.png", "alt": name}, names, shares) for i, name in enumerate(names)]
 
 
-def test_captioner_share_counts_content_words(tmp_path):
+def test_pairs_of_the_demo_name_no_icon_by_accident():
+    sources = {}
+    for pair in read_jsonl(ROOT / "data/demo/rewrite_pairs.jsonl"):
+        sources.setdefault(pair["source"], []).append(pair["input"])
+    assert len(sources) == 2 and all(len(set(inputs)) == len(inputs) == 24 for inputs in sources.values())
+
+
+@pytest.mark.parametrize("break_it, words", [
+    (lambda out: (out / "packages/tkinter_icons_eva-1.0-py3-none-any.whl").unlink(), "0 wheels of tkinter_icons_eva"),
+    (lambda out: (out / "packages/tkinter_icons_eva-1.0-py3-none-any.whl").write_bytes(b"no zip"), "not a zip"),
+    (lambda out: zipfile.ZipFile(out / "packages/tkinter_icons_eva-1.0-py3-none-any.whl", "w").close(), "has no tkinter_icons_eva"),
+])
+def test_a_package_of_another_layout_is_one_line(drawn, tmp_path, break_it, words):
+    subprocess.run(["cp", "-r", drawn / "packages", tmp_path], check=True)
+    break_it(tmp_path)
+    done = python("-m", "data.demo.icons", "draw", tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert [line for line in done.stderr.splitlines() if "error: " in line and words in line], done.stderr
+
+
+def test_spread_gives_every_row_its_texts(drawn, tmp_path):
+    made = [{"alt": row["alt"], "rewrite_wording": row["alt"] + "!"} for row in read_jsonl(drawn / "names.jsonl")]
+    (tmp_path / "made.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    done = python("-m", "data.demo.icons", "spread", tmp_path / "made.jsonl", drawn / "clean.jsonl", tmp_path / "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    before, after = read_jsonl(drawn / "clean.jsonl"), read_jsonl(tmp_path / "out.jsonl")
+    assert after == [{**row, "rewrite_wording": row["alt"] + "!"} for row in before]
+
+
+def test_the_small_llava_learns_to_name_icons(drawn, tmp_path):
+    """Tower, projector and LLM from scratch, then caption_llava.py on the folder: it says the names it was taught."""
+    captions = drawn / "few.jsonl"
+    captions.write_text("".join(json.dumps(row) + "\n" for row in read_jsonl(drawn / "clean.jsonl")[:4]))
+    assert python("-m", "data.make_tokenizer", captions, tmp_path / "t.json", "--vocab-size", 300).returncode == 0
+    done = python("train_clip.py", "--captions", captions, "--image-root", drawn / "images", "--tokenizer", tmp_path / "t.json", "--text", "alt",
+                  "--model", "nano", "--batch-size", 4, "--steps", 2, "--workers", 0, "--device", "cpu", "--out", tmp_path / "tower")
+    assert done.returncode == 0, done.stderr
+    make = ["-m", "data.demo.make_llava", tmp_path / "tower/checkpoint.pt", captions, tmp_path / "llava", "--image-root", drawn / "images",
+            "--steps", 120, "--batch-size", 16, "--device", "cpu"]
+    done = python(*make)
+    assert done.returncode == 0, done.stderr
+    done = python("caption_llava.py", "--input", captions, "--output", tmp_path / "out.jsonl", "--image-root", drawn / "images",
+                  "--model", tmp_path / "llava", "--max-new-tokens", 12, "--workers", 0, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert sum(row["vec"] == row["alt"] for row in rows) >= 3, rows
+    done = python(*make)
+    assert done.returncode == 2 and "exists" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_captioner_share_counts_content_words():
     names = ["red apple", "the cat", "a dog", "green apple"]
     captions = ["an apple in red", "the dog", "the dog", None]  # "the" is no content word; no caption: a row that counts as wrong
-    write_jsonl(tmp_path / "half_b_captioned.jsonl", [{"alt": a, "vec": b} for a, b in zip(names, captions)])
-    right, shuffled = collect.captioner_share(str(tmp_path), "half_b_captioned.jsonl", "alt")
+    right, shuffled = collect.captioner_share([{"name": a, "vec": b} for a, b in zip(names, captions)])
     assert right == 2 / 4
     assert shuffled == 1 / 4  # green apple, beside what was said of the red one
 
 
-def test_paired_difference_is_per_query(tmp_path):
-    (tmp_path / "eval").mkdir()
-    found = {"clip": [1, 1, 0, 0], "laclip": [1, 0, 1, 1]}  # whether the right picture is among the first five
-    for model, hits in found.items():
-        write_jsonl(tmp_path / "eval" / f"{model}-seen-alt.hits.jsonl",
-                    [{"truth": "a", "hits": [{"image": "b"}] * 4 + [{"image": "a" if hit else "b"}, {"image": "a"}]} for hit in hits])
-    mean, error = collect.paired_difference(str(tmp_path), ("seen", "alt"))
-    assert mean == 0.25 and error == pytest.approx(0.4787, abs=1e-4)  # 0, -1, 1, 1: stdev 0.957 / 2
+def test_gains_are_paired_by_seed():
+    metrics = lambda x: {column: x for column in replication.COLUMNS}  # noqa: E731
+    lines = replication.table({"clip": {0: metrics(10.0), 1: metrics(20.0), 2: metrics(30.0)}, "laclip": {0: metrics(11.0), 1: metrics(22.0)}})
+    text = "\n".join(lines)
+    assert "| CLIP | 3 | 20.0 ± 5.8 |" in text and "| LaCLIP | 2 | 16.5 ± 5.5 |" in text
+    assert "| *gain over CLIP* | 2 | +1.5 ± 0.5 |" in text  # 1 and 2, not 16.5 - 20
+    assert "| LaCLIP-MT | not run |" in text
+    assert replication.cell([3.25]) == "3.2"  # one run has no error
+
+
+def replicate(*words):
+    return subprocess.run(["bash", "data/replicate.sh", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_every_row_of_the_table_can_be_run_and_none_else():
+    script = (ROOT / "data/replicate.sh").read_text()
+    rows = set(re.search(r'^rows="(.*?)"', script, re.M | re.S)[1].split())
+    assert rows == {row for group in replication.GROUPS.values() for row in group}
+    if os.access(ROOT / ".venv/bin/python", os.X_OK):
+        done = replicate("clip", "no-such-row")
+        assert done.returncode == 2 and done.stderr == "replicate.sh: error: no-such-row: no such row; --list lists them\n"
+    done = replicate("--no-such-flag")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_results_are_whole_and_name_what_made_them():
+    with open(replication.RESULTS) as f:
+        runs = [json.loads(line) for line in f]
+    assert len({(run["row"], run["seed"]) for run in runs}) == len(runs)
+    for run in runs:
+        assert {"row", "seed", "llm", "settings", "metrics", "versions"} <= set(run)
+        assert set(replication.SETS) <= set(run["metrics"])

@@ -19,19 +19,19 @@ The teams play different parts, fixed before any run. Every row is an image with
 
 The packages are data: they are read as zip files, and nothing of theirs runs. Licences: data/demo/README.md.
 """
-import argparse
 import glob
 import io
 import json
 import os
 import random
 import re
-import sys
 import zipfile
 from collections import Counter
 
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+from train_clip import die, new_parser
 
 SIZE, EM = 56, 40  # pixels: the image's side, the font's size
 
@@ -60,11 +60,6 @@ TRAINING = ("fluent", "google", "rpg", "weather", "codicon", "elusive")
 CAPTIONER = ("material", "bootstrap", "remix", "awesome")
 VALIDATION = ("eva",)
 HELD_OUT = ("phosphor", "lucide", "typicons")
-
-
-def die(message):
-    print(f"icons.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def open_package(out, name):
@@ -230,8 +225,7 @@ def write_rows(path, rows):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = die
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("draw").add_argument("out", help="the folder; packages/ in it holds the wheels")
     add = commands.add_parser("spread").add_argument

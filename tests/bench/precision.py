@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 def curve(demo, precision, steps, out):
     """-> the loss of every step"""
     command = ["train_clip.py", "--captions", demo / "filtered.jsonl", "--image-root", demo / "images", "--tokenizer",
-               demo / "tokenizer.json", "--text", "alt", "rewrite_chatgpt", "rewrite_bard", "rewrite_coco", "rewrite_human",
-               "--model", "nano", "--augment", "strong", "--batch-size", 256, "--steps", steps, "--warmup", 50, "--lr", 1.5e-3,
-               "--wd", 0.1, "--workers", 1, "--log-every", 1, "--device", "cpu", "--precision", precision, "--out", out]
+               demo / "tokenizer.json", "--text", "alt", "rewrite_wording",
+               "--model", "nano", "--augment", "drawing", "--batch-size", 256, "--steps", steps, "--warmup", 50, "--lr", 7e-4,
+               "--wd", 0.1, "--workers", 0, "--log-every", 1, "--device", "cpu", "--precision", precision, "--out", out]
     subprocess.run([sys.executable, *map(str, command)], check=True, cwd=ROOT)
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
 
