@@ -1,0 +1,430 @@
+"""data/baselines.py: EDA and back-translation as a user runs them, the operations against the paper, restarts, faults."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, assert_mistake
+from data import baselines
+from train_clip import draw_texts
+
+LICENCE = "  1 This is the licence, indented by two blanks\n  2 as WordNet's own files have it\n"
+SYNSETS = {"noun": [["dog", "hound"], ["dog", "frank", "hot_dog"], ["goose", "Honker"], ["bike", "bicycle", "wheel"], ["wall", "barrier"],
+                    ["mosque"], ["city", "town"]],
+           "verb": [["ride", "sit"], ["dog", "chase"]], "adj": [["red(p)", "scarlet"], ["old", "aged"], ["the", "teh"]], "adv": []}
+IRREGULAR = {"noun": "geese goose\n", "verb": "rode ride\n", "adj": "", "adv": ""}
+
+
+@pytest.fixture(scope="session")
+def wordnet(tmp_path_factory):
+    """A dictionary in the format of wndb(5WN)."""
+    folder = tmp_path_factory.mktemp("wordnet")
+    for pos, synsets in SYNSETS.items():
+        data, index = LICENCE, {}
+        for words in synsets:
+            for word in words:
+                index.setdefault(word.split("(")[0].lower(), []).append(len(data))
+            pairs = "".join(f"{word} 0 " for word in words)
+            data += f"{len(data):08d} 05 {pos[0]} {len(words):02x} {pairs}001 @ 00000042 n 0000 | a gloss; \"dog eat dog\"  \n"
+        (folder / f"data.{pos}").write_text(data)
+        lines = [f"{word} {pos[0]} {len(at)} 2 @ ~ {len(at)} 0 {' '.join(f'{i:08d}' for i in at)}  \n"
+                 for word, at in sorted(index.items())]
+        (folder / f"index.{pos}").write_text(LICENCE + "".join(lines))
+        (folder / f"{pos}.exc").write_text(IRREGULAR[pos])
+    return folder
+
+
+def marian(folder, seed=0):
+    """A random Marian whose tokens are words and whose texts end after a few of them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
+
+    words = ["a", "red", "bike", "by", "the", "old", "wall", "two", "dogs", *map(str, range(40))]
+    vocabulary = {word: i for i, word in enumerate(["</s>", "<unk>", *words, "<pad>"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+    torch.manual_seed(seed)
+    pad = len(vocabulary) - 1
+    model = MarianMTModel(MarianConfig(
+        vocab_size=pad + 1, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, init_std=1.0,
+        encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=512, pad_token_id=pad,
+        decoder_start_token_id=pad, eos_token_id=0, forced_eos_token_id=0))
+    with torch.no_grad():
+        model.final_logits_bias[0, 0], model.final_logits_bias[0, 1], model.final_logits_bias[0, pad] = 4, -99, -99
+    model.generation_config.update(num_beams=4, max_length=512)  # as the published ones
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def marians(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("marian")
+    return marian(folder / "there", 0), marian(folder / "back", 1)
+
+
+ROWS = ['{"image": "1.jpg", "alt": "A red bike by the old wall", "mine": [1, {"a": null}]}',
+        '{"image": "2.jpg", "alt": ["two dogs, geese", null, "the mosque", " "], "error": {"vec": "no image"}}',
+        "no JSON", "[1]", '{"image": "3.jpg"}', '{"image": "4.jpg", "alt": "mosque"}', '{"image": "5.jpg", "alt": "東京タワー"}',
+        '{"image": "6.jpg", "alt": "\\ud800 red\\n bike\\u2028 </s>"}']
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(ROWS))  # no newline at the end
+    return path
+
+
+@pytest.fixture
+def many(tmp_path):
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"alt": f"a red bike {i % 40} by the old wall {i % 7}"}) + "\n" for i in range(800)))
+    return path
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_bytes().splitlines()]  # a str's would split at U+2028, too
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "data.baselines", *map(str, arguments)]
+
+
+def baseline(*arguments, env=None):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+
+
+def run_eda(rows, out, wordnet, *more):
+    done = baseline("eda", rows, out, "--wordnet", wordnet, *more)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# --- WordNet ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("word, synonyms", [
+    ("dog", ["chase", "frank", "hot dog", "hound"]),  # all senses, all parts of speech
+    ("Dogs,", ["chase", "frank", "hot dog", "hound"]), ("geese", ["honker"]), ("honker", ["goose"]), ("cities", ["town"]),
+    ("rode", ["sit"]), ("riding", ["sit"]), ("red", ["scarlet"]), ("older", ["aged"]), ("hot", []), ("mosque", []), ("the", []),
+    ("teh", ["the"]), ("unheard", []), ("!", [])])
+def test_synonyms(wordnet, word, synonyms):
+    assert list(baselines.WordNet(wordnet).synonyms(word)) == synonyms
+
+
+# --- the operations: Wei & Zou 2019, section 2 ------------------------------------------------------------------------
+
+WORDS = [f"w{i}" for i in range(30)]
+
+
+def synonyms(word):
+    return (word + "+", word + "*") if word.startswith("w") and int(word[1:]) % 2 else ()
+
+
+def changed(operation, words=WORDS, n=3, alpha=0.1, times=2000):
+    rng = random.Random(0)
+    return [operation(words, n, alpha, synonyms, rng) for _ in range(times)]
+
+
+def test_replacement_changes_n_words_that_have_synonyms():
+    places, chosen = Counter(), Counter()
+    for new in changed(baselines.replace_synonyms):
+        at = [i for i, (a, b) in enumerate(zip(WORDS, new)) if a != b]
+        assert len(new) == 30 and len(at) == 3 and all(new[i] in synonyms(WORDS[i]) for i in at)
+        places.update(at)
+        chosen.update(new[i][-1] for i in at)
+    assert set(places) == set(range(1, 30, 2)) and max(places.values()) < 1.3 * min(places.values())
+    assert abs(chosen["+"] - chosen["*"]) < 400
+    assert baselines.replace_synonyms(["(w1,", "w2"], 5, 0.1, lambda word: ("x",) * ("1" in word), random.Random(0)) == ["(x,", "w2"]
+
+
+def test_insertion_adds_n_synonyms_anywhere():
+    places = Counter()
+    for new in changed(baselines.insert_synonyms):
+        added = [i for i, word in enumerate(new) if word not in WORDS]
+        assert len(added) == 3 and [word for word in new if word in WORDS] == WORDS
+        places.update(added)
+    assert {0, 32} <= set(places)
+    assert baselines.insert_synonyms(["w2", "w4"], 1, 0.1, synonyms, random.Random(0)) == ["w2", "w4"]
+
+
+def test_swap_exchanges_two_words_n_times():
+    moved = Counter(sum(a != b for a, b in zip(WORDS, new)) for new in changed(baselines.swap, n=1))
+    assert moved == {2: 2000}
+    assert all(sorted(new) == sorted(WORDS) for new in changed(baselines.swap))
+    assert baselines.swap(["w1"], 1, 0.1, synonyms, random.Random(0)) == ["w1"]
+
+
+def test_deletion_drops_every_word_with_probability_alpha():
+    left = changed(baselines.delete)
+    assert np.mean([len(new) for new in left]) == pytest.approx(27, abs=0.2)  # of 30; five standard errors
+    assert all(new == [word for word in WORDS if word in new] for new in left)
+
+
+def test_eda_draws_the_four_operations_equally_and_never_the_original():
+    text, kinds = " ".join(WORDS), Counter()
+    for new, why in baselines.eda(text, 2000, 0.1, synonyms, random.Random(0)):
+        words = new.split()
+        kinds["insert" if len(words) > 30 else "delete" if len(words) < 30 else
+              "swap" if sorted(words) == sorted(WORDS) else "replace"] += 1
+        assert new != text and why is None
+    assert all(kinds[kind] == pytest.approx(500, abs=100) for kind in ("insert", "delete", "swap", "replace"))
+
+
+@pytest.mark.parametrize("words, alpha, n", [(5, 0.1, 1), (19, 0.1, 1), (20, 0.1, 2), (20, 0.5, 10)])
+def test_n_is_alpha_of_the_words(words, alpha, n, monkeypatch):
+    monkeypatch.setattr(baselines, "OPERATIONS", [baselines.insert_synonyms] * 4)
+    (new, _), = baselines.eda(" ".join(WORDS[:words]), 1, alpha, synonyms, random.Random(0))
+    assert len(new.split()) == words + n
+
+
+# --- EDA as a command -------------------------------------------------------------------------------------------------
+
+def test_eda_keeps_the_contract(rows, wordnet, tmp_path):
+    run_eda(rows, tmp_path / "out.jsonl", wordnet)
+    out = read_jsonl(tmp_path / "out.jsonl")
+    fields = [f"rewrite_eda_{i}" for i in range(1, 5)]
+    assert len(out) == len(ROWS) and (tmp_path / "out.jsonl").read_bytes().endswith(b"\n")
+    first, listed, bad, number, none, alone, tokyo, broken = out
+    assert first["mine"] == [1, {"a": None}] and list(first) == ["image", "alt", "mine", *fields]
+    assert all(isinstance(first[field], str) and first[field] != first["alt"] for field in fields)
+    assert "wall" in " ".join(first[field] for field in fields) and "A" in first[fields[0]].split()
+    for field in fields:
+        made = listed[field]
+        assert len(made) == 4 and isinstance(made[0], str) and made[1] is made[3] is None
+        assert listed["error"][field][1] == listed["error"][field][3] == "empty input" and listed["error"]["vec"] == "no image"
+        assert none[field] is None and none["error"][field] == "empty input"
+        assert alone[field] is None and alone["error"][field] == "no operation changes it"
+        assert tokyo[field] is None and "blanks" in tokyo["error"][field]
+        assert "\n" not in broken[field] and "\u2028" not in broken[field]
+    assert bad["line"] == "no JSON" and "not JSON" in bad["error"]["line"] and number["line"] == "[1]"
+    texts, drawn, _ = draw_texts(first, dict.fromkeys(["alt", *fields], 1.0), np.random.default_rng(0), every=True)
+    assert texts == [first["alt"], *(first[field] for field in fields)]  # train_clip.py --text alt rewrite_eda_1 ...
+
+
+def test_eda_depends_on_seed_source_and_place_alone(many, wordnet, tmp_path):
+    run_eda(many, tmp_path / "a.jsonl", wordnet)
+    lines = many.read_text().splitlines()
+    lines[300] = lines[300].replace("red", "old")  # another text of the same length
+    many.write_text("\n".join(lines) + "\n")
+    run_eda(many, tmp_path / "b.jsonl", wordnet)
+    a, b = ((tmp_path / name).read_text().splitlines() for name in ("a.jsonl", "b.jsonl"))
+    assert [i for i, (one, other) in enumerate(zip(a, b)) if one != other] == [300]
+    run_eda(many, tmp_path / "c.jsonl", wordnet, "--seed", 1, "--n", 1)
+    c = read_jsonl(tmp_path / "c.jsonl")
+    assert sum(row["rewrite_eda_1"] == json.loads(line)["rewrite_eda_1"] for row, line in zip(c, a)) < 200
+    run_eda(tmp_path / "c.jsonl", tmp_path / "d.jsonl", wordnet, "--source", "eda2", "--n", 2)  # beside the first
+    assert {"rewrite_eda_1", "rewrite_eda2_1", "rewrite_eda2_2"} <= set(read_jsonl(tmp_path / "d.jsonl")[0])
+
+
+# --- restarts ---------------------------------------------------------------------------------------------------------
+
+def test_a_torn_part_is_cut_back_to_whole_blocks(many, wordnet, tmp_path):
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    run_eda(many, out, wordnet)
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for tail in (b"", b'{"alt": "torn', b"".join(lines[512:600]), b"\0" * 50):
+        part.write_bytes(b"".join(lines[:512]) + tail)
+        out.unlink()
+        done = run_eda(many, out, wordnet)
+        assert out.read_bytes() == whole and "288 rows after 512" in done.stdout and not part.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["many.jsonl", "out.jsonl", "out.jsonl.settings.json"]
+    assert "is finished" in run_eda(many, out, wordnet).stdout and out.read_bytes() == whole
+
+
+def test_sigkill_changes_no_byte(many, marians, tmp_path):
+    arguments = ["back-translation", many, "--there", marians[0], "--back", marians[1], "--n", 2, "--device", "cpu"]
+    done = baseline(*arguments[:2], tmp_path / "whole.jsonl", *arguments[2:])
+    assert done.returncode == 0, done.stderr
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    process = subprocess.Popen(command(*arguments[:2], out, *arguments[2:]), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.time() + 300
+    while time.time() < until and process.poll() is None and not (part.exists() and part.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not out.exists() and part.stat().st_size
+    done = baseline(*arguments[:2], out, *arguments[2:])
+    assert done.returncode == 0 and "of an earlier launch" in done.stdout, done.stderr
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+# --- back-translation -------------------------------------------------------------------------------------------------
+
+def one_by_one(text, folders):
+    """The naive twin: transformers' own greedy search, one text at a time, there and back again."""
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    for folder in folders:
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSeq2SeqLM.from_pretrained(folder)
+        ids = model.generate(**tokenizer(text, return_tensors="pt"), num_beams=1, do_sample=False, max_new_tokens=20, max_length=None,
+                             forced_eos_token_id=None)[0]
+        if 0 not in ids[1:].tolist():
+            return None
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+    return text or None
+
+
+def test_greedy_is_transformers_own(many, marians, tmp_path):
+    lines = many.read_text().splitlines()[:24]
+    lines[3] = json.dumps({"alt": ["two dogs", "a red bike by the old wall " * 9]})
+    (rows := tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    arguments = ("back-translation", rows, tmp_path / "out.jsonl", "--there", marians[0], "--back", marians[1], "--n", 1,
+                 "--temperature", 0, "--dtype", "fp32", "--device", "cpu", "--batch-size", 7, "--max-new-tokens", 20)
+    done = baseline(*arguments)
+    assert done.returncode == 0, done.stderr
+    texts = 0
+    for line, row in zip(lines, read_jsonl(tmp_path / "out.jsonl")):
+        values, made = ([x] if isinstance(x, str) or x is None else x for x in (json.loads(line)["alt"], row["rewrite_backtranslation_1"]))
+        assert made == [one_by_one(text, marians) for text in values]
+        texts += sum(text is not None for text in made)
+    assert texts > 12
+
+
+def test_sampling_keeps_the_contract(rows, marians, tmp_path):
+    arguments = ("--there", marians[0], "--back", marians[1], "--n", 3, "--device", "cpu")
+    for name, *more in ("a",), ("b",), ("c", "--seed", 1):
+        done = baseline("back-translation", rows, tmp_path / name, *arguments, *more)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
+    first, listed, bad, number, none, *_, broken = read_jsonl(tmp_path / "a")
+    fields = [f"rewrite_backtranslation_{i}" for i in (1, 2, 3)]
+    assert len({first[field] for field in fields}) > 1
+    assert all(len(listed[field]) == 4 and listed[field][1] is listed[field][3] is None for field in fields)
+    assert listed["error"][fields[0]][1] == none["error"][fields[0]] == "empty input" and listed["error"]["vec"] == "no image"
+    assert bad["line"] == "no JSON" and number["line"] == "[1]"
+    assert all(f"{word}" not in json.dumps(broken[field]) for field in fields for word in ("</s>", "<pad>"))
+
+
+class Says:
+    """Stands for a Translator."""
+    def __init__(self, answers):
+        self.answers = answers
+
+    def translate(self, texts):
+        return [(self.answers.get(text, text), None) if text else (text, why) for text, why in texts]
+
+
+def test_the_original_again_is_null():
+    made = baselines.back_translate([("Red  bike", None), (None, "empty input"), ("dog", None)], Says({"dog": "Hund"}),
+                                    Says({"Red  bike": "red bike", "Hund": "hound"}))
+    assert made == [(None, "identical"), (None, "empty input"), ("hound", None)]
+
+
+def test_long_and_endless_texts_are_null(marians, tmp_path):
+    (rows := tmp_path / "rows.jsonl").write_text(json.dumps({"alt": ["bike " * 300, "a red bike by the old wall"]}))
+    done = baseline("back-translation", rows, tmp_path / "out.jsonl", "--there", marians[0], "--back", marians[1], "--device", "cpu",
+                    "--max-new-tokens", 1, "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    row, = read_jsonl(tmp_path / "out.jsonl")
+    reasons = [row["error"][f"rewrite_backtranslation_{i}"] for i in (1, 2, 3, 4)]
+    assert {pair[0] for pair in reasons} == {"over 256 tokens"} and "no end within --max-new-tokens" in {pair[1] for pair in reasons}
+
+
+def test_a_real_marian_tokenizer(tmp_path):
+    spm = pytest.importorskip("sentencepiece")
+    from transformers import MarianTokenizer
+    (tmp_path / "c.txt").write_text("\n".join(f"a {c} {t} by the {w}" for c in ("red", "old") for t in ("bike", "dog") for w in ("sea", "wall")))
+    folder = marian(tmp_path / "model")
+    spm.SentencePieceTrainer.train(input=str(tmp_path / "c.txt"), model_prefix=str(tmp_path / "p"), vocab_size=20, minloglevel=2)
+    pieces = spm.SentencePieceProcessor(model_file=str(tmp_path / "p.model"))
+    names = [name for name in map(pieces.id_to_piece, range(20)) if name not in ("<s>", "</s>", "<unk>")]
+    vocabulary = {name: i for i, name in enumerate(["</s>", "<unk>", *names])}
+    vocabulary |= {f"filler{i}": i for i in range(len(vocabulary), 51)} | {"<pad>": 51}
+    (tmp_path / "v.json").write_text(json.dumps(vocabulary))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    MarianTokenizer(*(str(tmp_path / name) for name in ("p.model", "p.model", "v.json"))).save_pretrained(folder)
+    (rows := tmp_path / "rows.jsonl").write_text('{"alt": ">>fr<< a red bike </s> by the sea"}\n')
+    done = baseline("back-translation", rows, tmp_path / "out.jsonl", "--there", folder, "--back", folder, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert any(read_jsonl(tmp_path / "out.jsonl")[0][f"rewrite_backtranslation_{i}"] for i in (1, 2, 3, 4))
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+def test_a_wrong_wordnet_folder_is_one_line(rows, wordnet, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert_mistake(baseline("eda", rows, out, "--wordnet", tmp_path / "no"), "--wordnet", "index.noun", "wordnet-base")
+    assert_mistake(baseline("eda", rows, out), "--wordnet")
+    broken = shutil.copytree(wordnet, tmp_path / "broken")
+    (broken / "data.noun").write_text("shorter by this" + (wordnet / "data.noun").read_text()[20:])
+    assert_mistake(baseline("eda", rows, out, "--wordnet", broken), "data.noun", "synset")
+    (broken / "index.verb").write_text("ride verb\n")
+    assert_mistake(baseline("eda", rows, out, "--wordnet", broken), "index.verb")
+    (broken / "verb.exc").unlink()
+    assert not out.exists()
+
+
+def test_a_wrong_marian_folder_is_one_line(rows, marians, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert_mistake(baseline("back-translation", rows, out, "--there", tmp_path / "no", "--back", marians[1]), "--there", "Marian")
+    (tmp_path / "empty").mkdir()
+    assert_mistake(baseline("back-translation", rows, out, "--there", tmp_path / "empty", "--back", marians[1]), "--there", "Marian")
+    assert_mistake(baseline("back-translation", rows, out, "--there", marians[0], "--back", marians[1], "--temperature", 0), "--n 1")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in.jsonl"]
+
+
+def test_no_sentencepiece_is_one_line(rows, marians, tmp_path):
+    folder = shutil.copytree(marians[0], tmp_path / "marian")
+    for path in folder.glob("*token*"):
+        path.unlink()
+    for name in ("source.spm", "target.spm"):
+        (folder / name).write_bytes(b"")
+    (folder / "vocab.json").write_text('{"<unk>": 0}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
+    (tmp_path / "hide").mkdir()  # an environment without it, whatever this one has
+    (tmp_path / "hide" / "sitecustomize.py").write_text(
+        "import importlib.util as u, sys\nfind = u.find_spec\nsys.modules['sentencepiece'] = None\n"
+        "u.find_spec = lambda name, *a: None if name == 'sentencepiece' else find(name, *a)\n")
+    done = baseline("back-translation", rows, tmp_path / "out.jsonl", "--there", folder, "--back", folder,
+                    env={"PYTHONPATH": str(tmp_path / "hide")})
+    assert_mistake(done, "--there", "pip install sentencepiece")
+
+
+def test_users_mistakes_are_one_line(rows, wordnet, tmp_path):
+    out = tmp_path / "out.jsonl"
+
+    def eda(*more, read=rows, write=out):
+        return baseline("eda", read, write, "--wordnet", wordnet, *more)
+    assert_mistake(baseline("rewrite", rows, out), "eda")
+    assert_mistake(eda(read=tmp_path / "no.jsonl"), "no.jsonl")
+    assert_mistake(eda(write=rows), "is read")
+    assert_mistake(eda(write=tmp_path / "no" / "out.jsonl"), "no such folder")
+    assert_mistake(eda("--field", "vecap"), "vecap", "alt")
+    assert_mistake(eda("--alpha", 1), "--alpha")
+    assert_mistake(eda("--n", 0), "--n")
+    assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+
+    run_eda(rows, out, wordnet)
+    before = out.read_bytes()
+    assert_mistake(eda("--seed", 1), "seed = 0", "1")
+    os.utime(rows, (1, 1))
+    assert_mistake(eda(), "input_mtime_ns")
+    assert_mistake(eda(read=out, write=tmp_path / "again.jsonl"), "rewrite_eda_1", "--source")
+    (tmp_path / "out.jsonl.settings.json").unlink()
+    assert_mistake(eda(), "nothing says")
+    assert out.read_bytes() == before
+
+
+def test_two_launches_at_once_are_one(rows, wordnet, tmp_path):
+    from train_clip import lock
+    held = lock(str(tmp_path / "out.jsonl.lock"), "test")
+    assert_mistake(baseline("eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet), "another launch")
+    held.close()
+
+
+def test_the_help_teaches():
+    done = baseline("--help")
+    assert done.returncode == 0 and "python -m data.baselines eda" in done.stdout
