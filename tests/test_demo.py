@@ -174,3 +174,19 @@ def test_results_are_whole_and_name_what_made_them():
     for run in runs:
         assert {"row", "seed", "llm", "settings", "metrics", "versions"} <= set(run)
         assert set(replication.SETS) <= set(run["metrics"])
+
+
+def test_the_row_that_readme_follows_is_real_output():
+    shown = [json.loads(line) for line in re.findall(r"^(?:in|rewrite|caption|fuse) +(\{.*\})$", (ROOT / "README.md").read_text(), re.M)]
+    rows = {row["image"]: row for row in read_jsonl(ROOT / "data/demo/example.jsonl")}
+    assert len(shown) == 4
+    row, (first, rewritten, captioned, fused) = rows[shown[0]["image"]], shown
+    assert first == {"image": row["image"], "alt": row["alt"]}
+    assert rewritten == {**first, "rewrite_wording": row["rewrite"]}
+    assert captioned == {**rewritten, "vec": row["vec"]} and fused == {**captioned, "vecap": row["vecap"]}
+
+
+def test_readmes_table_is_made_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    for line in replication.table(replication.read_results(), replication.README_ROWS, replication.README_COLUMNS):
+        assert line in text, f"README.md needs this line of `python -m data.demo.replication readme`: {line}"

@@ -107,6 +107,9 @@ def main(out):
                          "VeC": row["vec"], "VeCap": str(row.get("vecap"))}} for row in shown]}]}
     with open(os.path.join(out, "results.json"), "w", encoding="utf-8") as f:
         json.dump(results, f, indent=1)
+    with open(os.path.join(out, "example.jsonl"), "w", encoding="utf-8") as f:  # data/demo/example.jsonl, one of which README follows
+        for row in shown:
+            f.write(json.dumps({key: row.get(key) for key in ("image", "name", "alt", "rewrite", "vec", "vecap")}) + "\n")
     print_table(table)
     print("\n" + results["summary"][0])
 

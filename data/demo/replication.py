@@ -1,6 +1,7 @@
 """The results of data/replicate.sh: one line of data/replication.jsonl a run, and the table and page that are made of them.
 
     python -m data.demo.replication                       # the table, in Markdown, and out/replicate/report.html
+    python -m data.demo.replication readme                # README's part of it
     python -m data.demo.replication add ROW RUN --llm M   # after an evaluation; replicate.sh does it
 
 All rows take the same steps of the same batch (but those that say 2 x). Zero-shot accuracy in %, images of three teams that nothing
@@ -44,6 +45,9 @@ CANNOT_RUN = {  # rows of the papers that need what a laptop has not: the comman
     "LLaMA-7B's rewrites": "bash data/replicate.sh --model huggyllama/llama-7b laclip laclip-unfiltered",
     "ViT-B/16 on CC3M": "README, section 3",
 }
+# What README shows
+README_ROWS = ("clip", "laclip", "laclip-mt", "oracle", "clip-noisy", "veclip", "vec-only")
+README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"), ("heldout_alias", "top10"), ("heldout", "top1"), ("heldout", "top10")]
 
 
 def read_results(path=RESULTS):
@@ -66,23 +70,23 @@ def cell(values, sign=""):
     return f"{mean:{sign}.1f}" + (f" ± {error:.1f}" if error is not None else "")
 
 
-def table(results, names=None):
+def table(results, names=None, columns=COLUMNS):
     """Markdown lines: per group a row's metrics, and, below a group's first row, what the others gain over it"""
-    lines = ["| | seeds | " + " | ".join(f"{SETS[name]}, top-{metric[3:]}" for name, metric in COLUMNS) + " | the paper |",
-             "|---|--:|" + "--:|" * len(COLUMNS) + "---|"]
+    lines = ["| | seeds | " + " | ".join(f"{SETS[name]}, top-{metric[3:]}" for name, metric in columns) + " | the paper |",
+             "|---|--:|" + "--:|" * len(columns) + "---|"]
     for group, rows in GROUPS.items():
         rows = {row: text for row, text in rows.items() if names is None or row in names}
         base = results.get(next(iter(rows), None))
         if rows:
-            lines.append(f"| **{group}** |" + " |" * (len(COLUMNS) + 2))
+            lines.append(f"| **{group}** |" + " |" * (len(columns) + 2))
         for row, (name, paper) in rows.items():
             runs = results.get(row)
             if not runs:
-                lines.append(f"| {name} | not run |" + " |" * len(COLUMNS) + f" {paper} |")
+                lines.append(f"| {name} | not run |" + " |" * len(columns) + f" {paper} |")
                 continue
-            lines.append(f"| {name} | {len(runs)} | " + " | ".join(cell([run[c] for run in runs.values()]) for c in COLUMNS) + f" | {paper} |")
+            lines.append(f"| {name} | {len(runs)} | " + " | ".join(cell([run[c] for run in runs.values()]) for c in columns) + f" | {paper} |")
             if base and runs is not base and (pairs := [seed for seed in runs if seed in base]):
-                gains = " | ".join(cell([runs[seed][c] - base[seed][c] for seed in pairs], "+") for c in COLUMNS)
+                gains = " | ".join(cell([runs[seed][c] - base[seed][c] for seed in pairs], "+") for c in columns)
                 lines.append(f"| *gain over {next(iter(rows.values()))[0]}* | {len(pairs)} | {gains} | |")
     return lines
 
@@ -125,7 +129,10 @@ def main(argv=None):
     adding.add_argument("row")
     adding.add_argument("run")
     adding.add_argument("--llm", required=True)
+    commands.add_parser("readme")
     args = parser.parse_args(argv)
+    if args.command == "readme":
+        return print("\n".join(table(read_results(), README_ROWS, README_COLUMNS)))
     if args.command == "add":
         return add(args.row, args.run, args.llm)
     lines = table(read_results())
