@@ -235,11 +235,13 @@ class Config:
     std: tuple = (0.26862954, 0.26130258, 0.27577711)
     resize: str = "bicubic"  # see EvalTransform
     mend_texts: bool = False  # see mended; of OpenAI, open_clip and LaCLIP True
+    text_model: dict | None = None  # config of the transformers encoder that is the text tower (--text-model)
 
 
 PRESETS = {  # as open_clip has them; parameters with OpenAI's vocabulary
-    "nano":     dict(embed_dim=128, image_size=48, patch_size=8, vision_width=128, vision_layers=4, vision_heads=2,
-                     text_width=128, text_layers=2, text_heads=2),  # 1.2 M and the vocabulary: for the demo
+    "nano":     dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=2, vision_heads=2,
+                     text_width=128, text_layers=2, text_heads=2,  # 0.9 M and the vocabulary: for the demo's icons
+                     mean=(1.0, 1.0, 1.0), std=(0.27, 0.27, 0.27)),  # white is 0, or icons would all look the same at first
     "ViT-S/16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_heads=6, text_width=384, text_heads=6),  # 62 M
     "ViT-B/32": dict(patch_size=32),  # 151 M
     "ViT-B/16": dict(patch_size=16),  # 150 M
@@ -260,13 +262,16 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = c = config
         self.visual = VisionTransformer(c)
-        self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
-        self.positional_embedding = nn.Parameter(torch.randn(c.context_length, c.text_width) * 0.01)
-        self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, c.text_quick_gelu, c.text_eps)
-        self.ln_final = nn.LayerNorm(c.text_width, c.text_eps)
+        if c.text_model:
+            self.text_encoder = build_text_encoder(c.text_model)
+        else:
+            self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
+            self.positional_embedding = nn.Parameter(torch.randn(c.context_length, c.text_width) * 0.01)
+            self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, c.text_quick_gelu, c.text_eps)
+            self.ln_final = nn.LayerNorm(c.text_width, c.text_eps)
+            nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.text_projection = nn.Parameter(torch.randn(c.text_width, c.embed_dim) * c.text_width ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # ln(1 / tau)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.register_buffer("mean", torch.tensor(c.mean), persistent=False)  # on the device: a copy would wait for it
         self.register_buffer("std", torch.tensor(c.std), persistent=False)
 
@@ -278,10 +283,13 @@ class CLIP(nn.Module):
         """[B, L] ids with L <= context_length -> [B, embed_dim], not normalised: the feature at the first end token.
 
         Attention is causal, so what stands behind that token has no effect and is not computed: the texts are packed one
-        behind another, and each costs its own tokens. Padding to 77 gives the same."""
+        behind another, and each costs its own tokens. Padding to 77 gives the same. A text encoder (--text-model) attends
+        both ways; its feature is the mean over the tokens up to the end token."""
         return self.encode_packed(pack(tokens.cpu(), self.config.eot_id, self.logit_scale.device))
 
     def encode_packed(self, texts):
+        if self.config.text_model:
+            return mean_over_tokens(self.text_encoder, texts) @ self.text_projection
         # Not positional_embedding[positions]: on a CPU threads would add up its gradient in no fixed order
         x = self.token_embedding(texts.ids) + F.embedding(texts.positions, self.positional_embedding)  # [T, W]
         x = self.transformer(x, texts, texts.groups)
@@ -295,6 +303,30 @@ class CLIP(nn.Module):
         image_features = F.normalize((x[:, 0] @ self.visual.proj).float(), dim=-1)
         text_features = F.normalize(self.encode_packed(texts).float(), dim=-1).view(n, -1, image_features.shape[1])
         return self.logit_scale.exp(), image_features, text_features, *([x[:, 1:]] if V > 1 else [])
+
+
+def build_text_encoder(config):
+    """A transformers encoder (BERT, RoBERTa, T5, ...) with random weights; `config` is its own, as a dict.
+
+    It stays in eval mode while it trains: dropout would differ between the two passes of a micro-batch and after a restart."""
+    from transformers import AutoConfig, AutoModelForTextEncoding
+    encoder = AutoModelForTextEncoding.from_config(AutoConfig.for_model(**config), dtype=torch.float32,
+                                                   attn_implementation="sdpa", trust_remote_code=False)
+    encoder.pooler = None  # it has no gradient, and DDP waits for the gradient of every parameter
+    return encoder.eval()
+
+
+def mean_over_tokens(encoder, texts):
+    """Texts -> [B, W]: the mean of the encoder's outputs at a text's tokens, first and end token included.
+
+    LaCLIP does not say how it pools (assumed): Sentence-BERT (arXiv 1908.10084) finds the mean at least as good as the class
+    token, and T5 has no class token."""
+    lengths = texts.starts.diff()  # [B], ascending
+    mask = torch.arange(texts.groups[-1][1], device=lengths.device) < lengths[:, None]  # [B, L]
+    ids = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, texts.ids)
+    states = encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()  # [B, L, W]
+    means = (states * mask[..., None]).sum(1) / lengths[:, None]
+    return means[torch.searchsorted(texts.starts[1:], texts.ends.int(), right=True)]  # in the order in which they came
 
 
 class VisionTransformer(nn.Module):
@@ -461,7 +493,7 @@ def train(args):
         while local and not read_index(path):
             time.sleep(1)
     rank, world = start_ranks(device, args.timeout)
-    rows, fields, tokenizer, config, settings, init = read_settings(args, world)
+    rows, fields, tokenizer, config, settings, weights = read_settings(args, world)
     steps, steps_per_epoch = settings["steps"], len(rows) // args.batch_size
     try:
         os.makedirs(args.out, exist_ok=True)  # on every node, should it not be shared
@@ -481,9 +513,11 @@ def train(args):
     # model, optimizer, data
     torch.manual_seed(args.seed)
     model = CLIP(config).to(device)
+    if args.freeze_text:
+        model.text_encoder.requires_grad_(False)
     head = projection_head(config.vision_width).to(device) if args.ssl else nn.Identity()
     decay, no_decay = [], []
-    for parameter in [*model.parameters(), *head.parameters()]:
+    for parameter in filter(lambda p: p.requires_grad, [*model.parameters(), *head.parameters()]):
         (decay if parameter.ndim > 1 else no_decay).append(parameter)
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": args.wd}, {"params": no_decay, "weight_decay": 0}],
                                   lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
@@ -491,11 +525,11 @@ def train(args):
         model.load_state_dict(state["model"])
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
-    elif init:
-        positions = stretched(init.positional_embedding.detach(), config.context_length)
-        model.load_state_dict({**init.state_dict(), "positional_embedding": positions})
-    del state, init
-    model.visual.transformer.grad_checkpointing = model.transformer.grad_checkpointing = args.grad_checkpointing
+    else:
+        model.load_state_dict({**model.state_dict(), **weights})
+    del state, weights
+    for transformer in (module for module in model.modules() if isinstance(module, Transformer)):
+        transformer.grad_checkpointing = args.grad_checkpointing
     if args.compile == "on" or args.compile == "auto" and "cuda" in device:
         model.visual.compile()  # in place: names in the checkpoint stay as they are
     towers = model  # device_ids would make DDP copy the inputs, and wait
@@ -874,23 +908,17 @@ def augment_crop(image, S, rng, scale=(0.5, 1.0)):
     return image.resize((S, S), Image.BICUBIC, box=(left * x, top * y, right * x, bottom * y))
 
 
-def augment_strong(image, S, rng):
-    """For a few thousand drawings: rotate, scale, shift and shear, mix the colour channels, at times draw the edges."""
+def augment_drawing(image, S, rng):
+    """For small sets of drawings: turn, zoom, shift and shear a little; at times draw the edges too."""
     image = to_rgb(image)
-    angle, (shear, dx, dy) = rng.uniform(-0.35, 0.35), rng.uniform(-0.15, 0.15, 3)
-    zx, zy = np.array(image.size) / S * rng.uniform(0.8, 1.25) * rng.uniform(0.9, 1.1, 2)
+    angle, (shear, dx, dy) = rng.uniform(-0.105, 0.105), rng.uniform(-0.045, 0.045, 3)
+    zx, zy = np.array(image.size) / S * rng.uniform(0.93, 1.07) * rng.uniform(0.97, 1.03, 2)
     cos, sin = math.cos(angle), math.sin(angle)
     a, b, d, e = zx * cos, zx * (shear - sin), zy * sin, zy * cos  # output pixel -> input pixel
     cx, cy = image.width * (0.5 + dx), image.height * (0.5 + dy)
     image = image.transform((S, S), Image.AFFINE, (a, b, cx - (a + b) * S / 2, d, e, cy - (d + e) * S / 2),
                             Image.BILINEAR, fillcolor="white")
-    if rng.random() < 0.3:
-        image = ImageChops.multiply(image, image.filter(ImageFilter.CONTOUR))
-    mix = np.eye(3) + rng.normal(0, 0.25, (3, 3))
-    if rng.random() < 0.2:
-        mix[:] = mix.mean(0)  # grey
-    mix /= mix.sum(1, keepdims=True)  # white stays white
-    return image.convert("RGB", np.hstack([mix, np.zeros((3, 1))]).ravel().tolist())
+    return ImageChops.multiply(image, image.filter(ImageFilter.CONTOUR)) if rng.random() < 0.3 else image
 
 
 def augment_slip(image, S, rng):
@@ -908,7 +936,7 @@ def augment_slip(image, S, rng):
     return TF.hflip(image) if rng.random() < 0.5 else image
 
 
-AUGMENTATIONS = {"crop": augment_crop, "strong": augment_strong}
+AUGMENTATIONS = {"crop": augment_crop, "drawing": augment_drawing}
 
 
 # === rows =============================================================================================================
@@ -1040,7 +1068,7 @@ class Tokenizer:
     @classmethod
     def load(cls, name):
         """From a tokenizer.json, a folder or a hub name."""
-        if os.path.isdir(name) and not {"tokenizer.json", "vocab.json"} & set(os.listdir(name)):
+        if os.path.isdir(name) and not {"tokenizer.json", "vocab.json", "vocab.txt"} & set(os.listdir(name)):
             die(f"--tokenizer {name}: no tokenizer.json in it")  # transformers would make up an empty one
         try:
             if name.endswith(".json"):
@@ -1141,6 +1169,22 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def load_text_encoder(name):
+    """The encoder with its pre-trained weights, from a folder or the hub. Weights that are missing are a mistake, not drawn."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        encoder, report = transformers.AutoModelForTextEncoding.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+    except Exception as e:  # of every class, as for tokenizers
+        die(f"--text-model {name}: expected the folder or hub name of a transformers text encoder: {reason(e)}")
+    if missing := [key for key in report["missing_keys"] if not key.startswith("pooler.")]:
+        die(f"--text-model {name}: its weights lack {missing[0]} and {len(missing) - 1} more")
+    encoder.pooler = None  # as in build_text_encoder
+    return encoder.eval()
+
+
 def stretched(positions, length, kept=20):
     """Position embeddings [L, W] for another context length. A longer one keeps the first `kept`, which are trained best,
     and interpolates the rest (Long-CLIP, arXiv 2403.15378, section 3.1); a shorter one keeps the first."""
@@ -1194,7 +1238,7 @@ def parse_args(argv):
         help="of an image with several AltTexts; best: the highest clip_score (default: %(default)s)")
     add("--shuffle", choices=SHUFFLES, default="full", help="full: every row anywhere in the epoch, for local disks; blocks: "
         "of 1,000 rows, mixed 256 at a time, for NFS, Lustre and object storage (default: full)")
-    add("--augment", choices=AUGMENTATIONS, default="crop", help="crop: LaCLIP's; strong: for small sets of drawings")
+    add("--augment", choices=AUGMENTATIONS, default="crop", help="crop: LaCLIP's; drawing: for small sets of drawings")
     add("--workers", type=number(int, 0), default=own_cpus(), help="processes a rank that read images, 0: none (default: "
         "this rank's CPUs less one, %(default)s)")
     add("--max-bad", type=number(float, 0), default=0.01, help="stop above this share of unusable rows (default: %(default)s)")
@@ -1202,10 +1246,14 @@ def parse_args(argv):
     add("--model", choices=PRESETS, help="default: ViT-B/16")
     add("--init", metavar="PATH", help="begin with the weights, sizes and tokenizer of this checkpoint (OpenAI's, "
         "open_clip's: data/convert_checkpoint.py), instead of random weights of --model")
-    add("--image-size", type=number(int, 1), help="pixels a side (default: 224, nano 48)")
+    add("--text-model", metavar="NAME", help="hub name or folder of a pre-trained transformers encoder (BERT, RoBERTa, T5, ...): it "
+        "and its tokenizer replace the text tower of --model; a text's feature is a projection of the mean over its tokens")
+    add("--freeze-text", action="store_true", help="train the projection of --text-model only, not its encoder")
+    add("--image-size", type=number(int, 1), help="pixels a side (default: 224, nano 32)")
     add("--context-length", type=number(int, 2), help="longest text in tokens (default: 77). With --init a longer one keeps "
         "the first 20 positions and stretches the rest (Long-CLIP, arXiv 2403.15378)")
-    add("--tokenizer", help="hub name, folder or tokenizer.json (default: openai/clip-vit-base-patch32, or that of --init)")
+    add("--tokenizer", help="hub name, folder or tokenizer.json (default: openai/clip-vit-base-patch32, or that of --init or "
+        "--text-model)")
     add = parser.add_argument_group("training; defaults are LaCLIP's release for CC3M and CC12M").add_argument
     add("--loss", choices=["infonce", "multitext"], default="infonce", help="multitext: LaCLIP-MT")
     add("--ssl", action="store_true", help="add SLIP's loss on two more views of every image (SLIP, LaSLIP)")
@@ -1260,22 +1308,29 @@ def own_cpus():
 
 def read_settings(args, world):
     """The user's mistakes, before anything is written. -> rows, fields, tokenizer, config, the settings that change
-    the mathematics (a run goes on only with the same), and --init's model."""
+    the mathematics (a run goes on only with the same), and the weights to begin with, {name: tensor}."""
     if args.batch_size % world:
         die(f"--batch-size {args.batch_size} does not divide by the number of ranks, {world}")
     if not os.path.isdir(args.image_root):
         die(f"--image-root {args.image_root}: no such folder")
     if args.resume not in (None, "auto") and not os.path.isfile(args.resume):
         die(f"--resume {args.resume}: no such checkpoint")
-    rows, fields, init = Rows(args.captions), parse_text(args.text), None
-    if args.init and (args.model or args.tokenizer):
-        die("--init brings its own sizes and tokenizer: no --model and no --tokenizer beside it")
+    rows, fields, init, encoder = Rows(args.captions), parse_text(args.text), None, None
+    if args.init and (args.model or args.tokenizer or args.text_model):
+        die("--init brings its own sizes and tokenizer: no --model, --text-model or --tokenizer beside it")
+    if args.text_model and args.tokenizer:
+        die("--text-model brings its own tokenizer: no --tokenizer beside it")
     if args.init:
         init, tokenizer, _ = load_checkpoint(args.init)
-        config = init.config
+        config, encoder = init.config, getattr(init, "text_encoder", None)
     else:
         config = Config(**PRESETS[args.model or "ViT-B/16"])
-        tokenizer = Tokenizer.load(args.tokenizer or "openai/clip-vit-base-patch32")
+        tokenizer = Tokenizer.load(args.tokenizer or args.text_model or "openai/clip-vit-base-patch32")
+        if args.text_model:
+            encoder = load_text_encoder(args.text_model)
+            config.text_model, config.text_width = encoder.config.to_dict(), encoder.config.hidden_size
+    if args.freeze_text and not encoder:
+        die("--freeze-text: expected --text-model, or an --init that was trained with it")
     steps_per_epoch = len(rows) // args.batch_size
     if not steps_per_epoch:
         die(f"--batch-size {args.batch_size} is more than the {len(rows)} rows of {' '.join(args.captions)}")
@@ -1289,6 +1344,16 @@ def read_settings(args, world):
         die(f"--image-size {config.image_size}: expected a multiple of the patch size, {config.patch_size}")
     config.context_length = args.context_length or config.context_length
     tokenizer = Tokenizer(tokenizer.json_text, config.context_length, config.mend_texts)
+    weights = init.state_dict() if init else {f"text_encoder.{name}": x for name, x in encoder.state_dict().items()} if encoder else {}
+    if encoder:
+        try:
+            with torch.no_grad():
+                encoder(input_ids=torch.full((1, config.context_length), config.vocab_size - 1))
+        except (IndexError, RuntimeError) as e:
+            die(f"--context-length {config.context_length}: the text encoder takes no text of so many tokens with ids up to "
+                f"{config.vocab_size - 1}: {reason(e)}")
+    elif init:
+        weights["positional_embedding"] = stretched(weights["positional_embedding"], config.context_length)
     steps = args.steps if args.steps is not None else round(args.epochs * steps_per_epoch)
     if not steps:
         die(f"--epochs {args.epochs}: no step, since an epoch has {steps_per_epoch}")
@@ -1300,10 +1365,10 @@ def read_settings(args, world):
         print(f"note: a warm-up of one epoch would be the whole run of {steps} steps; it is {warmup} (--warmup)", file=sys.stderr)
     settings = {"rows": len(rows), "contents": list(rows.contents), "text": fields, "steps": steps,
                 "warmup": warmup, "model": args.init or args.model or "ViT-B/16", "image_size": config.image_size,
-                "context_length": config.context_length}
-    settings |= {name: getattr(args, name) for name in ("loss", "ssl", "alt_choice", "augment", "shuffle", "batch_size", "lr",
+                "context_length": config.context_length, "text_model": args.text_model}
+    settings |= {name: getattr(args, name) for name in ("loss", "ssl", "freeze_text", "alt_choice", "augment", "shuffle", "batch_size", "lr",
                                                         "wd", "beta2", "eps", "precision", "seed")}
-    return rows, fields, tokenizer, config, settings, init
+    return rows, fields, tokenizer, config, settings, weights
 
 
 def check_rows(rows, fields, image_root):

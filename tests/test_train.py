@@ -127,6 +127,132 @@ def test_text_does_not_depend_on_its_padding():
     torch.testing.assert_close(model.encode_text(tokens), model.encode_text(longer), atol=1e-6, rtol=1e-5)
 
 
+# --- a pre-trained text encoder ---------------------------------------------------------------------------------------
+
+def without(command, *flags):
+    """A command line without these flags and their values."""
+    for flag in flags:
+        at = command.index(flag)
+        command = command[:at] + command[at + 2:]
+    return command
+
+
+@pytest.fixture(scope="session")
+def encoders(shapes, tmp_path_factory):
+    """Folders of a small BERT, RoBERTa and T5 with random weights, each with a tokenizer of its family's kind."""
+    import tokenizers
+    import transformers as hf
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    folder = tmp_path_factory.mktemp("encoders")
+    texts = [text for row in read_jsonl(shapes / "captions.jsonl") for key in ("alt", "rewrite_a") for text in [row[key]]]
+    size = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96)
+    families = {  # model, what trains its tokenizer, its start and end token, its padding token
+        "bert": (lambda n: hf.BertModel(hf.BertConfig(vocab_size=n, max_position_embeddings=80, **size)),
+                 models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer, ["[CLS]", "[SEP]"], "[PAD]", "[UNK]"),
+        "roberta": (lambda n: hf.RobertaModel(hf.RobertaConfig(vocab_size=n, max_position_embeddings=82, **size)),
+                    models.BPE(), trainers.BpeTrainer, ["<s>", "</s>"], "<pad>", "<unk>"),
+        "t5": (lambda n: hf.T5EncoderModel(hf.T5Config(vocab_size=n, d_model=48, d_kv=16, d_ff=96, num_layers=2, num_heads=3)),
+               models.Unigram(), trainers.UnigramTrainer, ["</s>"], "<pad>", "<unk>")}
+    for name, (model, kind, trainer, ends, pad, unknown) in families.items():
+        tokenizer = tokenizers.Tokenizer(kind)
+        tokenizer.normalizer = normalizers.BertNormalizer() if name == "bert" else None
+        tokenizer.pre_tokenizer = {"bert": pre_tokenizers.BertPreTokenizer(), "roberta": pre_tokenizers.ByteLevel(),
+                                   "t5": pre_tokenizers.Metaspace()}[name]
+        special = [*ends[:-1], pad, ends[-1], unknown]
+        more = {"unk_token": unknown} if name == "t5" else {}
+        tokenizer.train_from_iterator(texts, trainer(vocab_size=200, special_tokens=special, show_progress=False, **more))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join([*ends[:-1], "$A", ends[-1]]), special_tokens=[(end, tokenizer.token_to_id(end)) for end in ends])
+        hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, unk_token=unknown).save_pretrained(folder / name)
+        torch.manual_seed(1)
+        model = model(tokenizer.get_vocab_size())
+        model.config.pad_token_id = tokenizer.token_to_id(pad)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def with_encoder(shapes, out, encoder, *arguments):
+    return without(train_arguments(shapes, out, "--text-model", encoder, "--text", "alt", *arguments), "--tokenizer")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "t5"])
+def test_a_text_encoder_equals_transformers(shapes, encoders, tmp_path, family):
+    """A frozen one keeps the weights of its folder; the feature is the projected mean over the tokens of a text, whatever
+    stands beside it in the batch. The checkpoint holds all that evaluation needs: the folder is gone."""
+    import shutil
+
+    from data.features import encode_texts
+    from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+    shutil.copytree(encoders / family, tmp_path / family)
+    T.main(with_encoder(shapes, tmp_path / "out", tmp_path / family, "--freeze-text", "--steps", 2, "--warmup", 0))
+    (tmp_path / family).rename(tmp_path / "gone")
+    model, tokenizer, _ = T.load_checkpoint(str(tmp_path / "out" / "checkpoint.pt"))
+    theirs = AutoModelForTextEncoding.from_pretrained(encoders / family).eval()
+    texts = ["red bar", "a cross that is green all over", "x", "", "a square that is blue all over and red and yellow"]
+    inputs = AutoTokenizer.from_pretrained(encoders / family)(texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        states, mask = theirs(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state, inputs.attention_mask[..., None]
+        expected = (states * mask).sum(1) / mask.sum(1) @ model.text_projection
+        torch.testing.assert_close(model.encode_text(tokenizer(texts)), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(encode_texts(model, tokenizer, texts), torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-4)
+    assert not model.training and model.text_projection.shape == (48, 128)
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("frozen", [[], ["--freeze-text"]], ids=["tuned", "frozen"])
+def test_a_text_encoder_goes_on_exactly(shapes, encoders, tmp_path, frozen):
+    """Resumed in the middle it ends with the same weights; what is frozen has not moved, all else has."""
+    arguments = [*frozen, "--steps", 6, "--keep-every", 3, "--wd", 0.1]
+    T.main(with_encoder(shapes, tmp_path / "whole", encoders / "bert", *arguments))
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "checkpoint.pt").write_bytes((tmp_path / "whole" / "checkpoint-3.pt").read_bytes())
+    T.main(with_encoder(shapes, tmp_path / "cut", encoders / "bert", *arguments, "--resume", "auto"))
+    whole, cut, before = (torch.load(tmp_path / path, weights_only=True)["model"]
+                          for path in ("whole/checkpoint.pt", "cut/checkpoint.pt", "whole/checkpoint-3.pt"))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")[3:]
+    for name in whole:
+        assert torch.equal(whole[name], cut[name]), name
+        assert torch.equal(whole[name], before[name]) == (bool(frozen) and name.startswith("text_encoder.")), name
+
+
+def test_a_text_encoder_in_bf16_and_as_init(shapes, encoders, tmp_path):
+    """--init takes the encoder with the rest; a longer context needs no stretched positions, only an encoder that has them."""
+    T.main(with_encoder(shapes, tmp_path / "bf16", encoders / "roberta", "--precision", "bf16", "--steps", 3))
+    T.main(with_encoder(shapes, tmp_path / "fp32", encoders / "roberta", "--steps", 3))
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), abs=0.05)
+    command = without(train_arguments(shapes, tmp_path / "init", "--text", "alt", "--init", tmp_path / "fp32" / "checkpoint.pt",
+                                      "--context-length", 80, "--freeze-text", "--steps", 3), "--model", "--tokenizer")
+    T.main(command)
+    fp32, init = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("fp32", "init"))
+    assert init["config"]["context_length"] == 80
+    for name, value in fp32["model"].items():
+        assert torch.equal(init["model"][name], value) or not name.startswith("text_encoder.")
+
+
+def test_mistakes_with_a_text_encoder(shapes, encoders, tmp_path, capfd):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no weights").mkdir()
+    for path in (encoders / "bert").iterdir():
+        if path.suffix == ".json":
+            (tmp_path / "no weights" / path.name).write_bytes(path.read_bytes())
+    both = train_arguments(shapes, tmp_path / "out", "--text-model", encoders / "bert")
+    for command, words in (
+            (both, ["--text-model", "--tokenizer"]),
+            (train_arguments(shapes, tmp_path / "out", "--freeze-text"), ["--freeze-text", "--text-model"]),
+            (with_encoder(shapes, tmp_path / "out", tmp_path / "empty"), ["empty", "no tokenizer.json"]),
+            (with_encoder(shapes, tmp_path / "out", tmp_path / "no weights"), ["--text-model", "no weights"]),
+            (with_encoder(shapes, tmp_path / "out", encoders / "bert", "--context-length", 81), ["--context-length 81"]),
+            (with_encoder(shapes, tmp_path / "out", encoders / "roberta", "--context-length", 81), ["--context-length 81"])):
+        with pytest.raises(SystemExit) as stop:
+            T.main(command)
+        assert_mistake(subprocess.CompletedProcess([], stop.value.code, stderr=capfd.readouterr().err), *words)
+        assert not (tmp_path / "out").exists()
+
+
 # --- the losses equal their formulas ----------------------------------------------------------------------------------
 
 def plain_nce(queries, keys, scale):
@@ -492,31 +618,34 @@ def test_it_learns(trained):
         read_jsonl(trained / "metrics.jsonl")[0])
 
 
-METHODS = {"infonce": [], "multitext": ["--loss", "multitext"], "ssl": ["--ssl"], "multitext-ssl": ["--loss", "multitext", "--ssl"]}
+METHODS = {"infonce": [], "multitext": ["--loss", "multitext"], "ssl": ["--ssl"], "multitext-ssl": ["--loss", "multitext", "--ssl"],
+           "encoder": ["--text-model", "bert"], "encoder-frozen": ["--text-model", "t5", "--freeze-text"]}
 
 
-def run_cases(shapes, folder, ranks, cases):
+def run_cases(shapes, encoders, folder, ranks, cases):
     """Trains METHODS[case] with more arguments, in `ranks` processes, into folder/case."""
     commands = [train_arguments(shapes, folder / name, "--batch-size", 12, "--eps", "1e-3", "--steps", 4, *arguments)
                 for name, arguments in cases.items()]
+    commands = [[str(encoders / word) if word in ("bert", "t5") else word for word in without(command, "--tokenizer")]
+                if "--text-model" in command else command for command in commands]
     done = run("tests/run_cases.py", json.dumps(commands), ranks=ranks)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
-def one_process(shapes, tmp_path_factory):
+def one_process(shapes, encoders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    run_cases(shapes, folder, None, METHODS)
+    run_cases(shapes, encoders, folder, None, METHODS)
     return folder
 
 
 @pytest.mark.parametrize("ranks", [None, 2, 3, 4])
-def test_ranks_and_micro_batches_equal_one_process_with_the_whole_batch(shapes, tmp_path, one_process, ranks):
+def test_ranks_and_micro_batches_equal_one_process_with_the_whole_batch(shapes, encoders, tmp_path, one_process, ranks):
     """Of 12 samples a rank has 6, 4 or 3 and holds 6, 4, 3 or 2 (the last chunk is shorter where 2 does not divide 3). The eps keeps
     AdamW from blowing up gradients that are 0 but for rounding: a key's bias, a bias before BatchNorm."""
     micro = {f"{name}-micro": [*arguments, "--micro-batch", 2 if ranks else 5] for name, arguments in METHODS.items()}
     cases = {**METHODS, **micro} if ranks else {**micro, "infonce-checkpointing": ["--grad-checkpointing"]}
-    run_cases(shapes, tmp_path, ranks, cases)
+    run_cases(shapes, encoders, tmp_path, ranks, cases)
     for case in cases:
         method = case.removesuffix("-micro").removesuffix("-checkpointing")
         np.testing.assert_allclose(losses(tmp_path / case), losses(one_process / method), rtol=1e-5, err_msg=case)
