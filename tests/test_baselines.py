@@ -1,4 +1,5 @@
 """data/baselines.py: EDA and back-translation as a user runs them, the operations against the paper, restarts, faults."""
+import io
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
@@ -102,9 +104,20 @@ def command(*arguments):
     return [sys.executable, "-m", "data.baselines", *map(str, arguments)]
 
 
-def baseline(*arguments, env=None):
+def as_a_user(*arguments, env=None):
     return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+
+
+def baseline(*arguments):
+    """The same in this process, which need not import torch again."""
+    streams, status = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)], 0
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+        try:
+            baselines.main([*map(str, arguments)])
+        except SystemExit as leave:
+            status = leave.code
+    return subprocess.CompletedProcess(arguments, status, *(stream.buffer.getvalue().decode() for stream in streams))
 
 
 def run_eda(rows, out, wordnet, *more):
@@ -193,7 +206,8 @@ def test_n_is_alpha_of_the_words(words, alpha, n, monkeypatch):
 # --- EDA as a command -------------------------------------------------------------------------------------------------
 
 def test_eda_keeps_the_contract(rows, wordnet, tmp_path):
-    run_eda(rows, tmp_path / "out.jsonl", wordnet)
+    done = as_a_user("eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet)
+    assert done.returncode == 0 and "8 rows" in done.stdout, done.stderr
     out = read_jsonl(tmp_path / "out.jsonl")
     fields = [f"rewrite_eda_{i}" for i in range(1, 5)]
     assert len(out) == len(ROWS) and (tmp_path / "out.jsonl").read_bytes().endswith(b"\n")
@@ -247,7 +261,7 @@ def test_a_torn_part_is_cut_back_to_whole_blocks(many, wordnet, tmp_path):
 
 def test_sigkill_changes_no_byte(many, marians, tmp_path):
     arguments = ["back-translation", many, "--there", marians[0], "--back", marians[1], "--n", 2, "--device", "cpu"]
-    done = baseline(*arguments[:2], tmp_path / "whole.jsonl", *arguments[2:])
+    done = as_a_user(*arguments[:2], tmp_path / "whole.jsonl", *arguments[2:])
     assert done.returncode == 0, done.stderr
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     process = subprocess.Popen(command(*arguments[:2], out, *arguments[2:]), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -256,7 +270,7 @@ def test_sigkill_changes_no_byte(many, marians, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not out.exists() and part.stat().st_size
-    done = baseline(*arguments[:2], out, *arguments[2:])
+    done = as_a_user(*arguments[:2], out, *arguments[2:])
     assert done.returncode == 0 and "of an earlier launch" in done.stdout, done.stderr
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -295,7 +309,7 @@ def test_greedy_is_transformers_own(many, marians, tmp_path):
 def test_sampling_keeps_the_contract(rows, marians, tmp_path):
     arguments = ("--there", marians[0], "--back", marians[1], "--n", 3, "--device", "cpu")
     for name, *more in ("a",), ("b",), ("c", "--seed", 1):
-        done = baseline("back-translation", rows, tmp_path / name, *arguments, *more)
+        done = (as_a_user if name == "a" else baseline)("back-translation", rows, tmp_path / name, *arguments, *more)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
     first, listed, bad, number, none, *_, broken = read_jsonl(tmp_path / "a")
@@ -356,20 +370,21 @@ def test_a_real_marian_tokenizer(tmp_path):
 
 def test_a_wrong_wordnet_folder_is_one_line(rows, wordnet, tmp_path):
     out = tmp_path / "out.jsonl"
-    assert_mistake(baseline("eda", rows, out, "--wordnet", tmp_path / "no"), "--wordnet", "index.noun", "wordnet-base")
+    assert_mistake(as_a_user("eda", rows, out, "--wordnet", tmp_path / "no"), "--wordnet", "index.noun", "wordnet-base")
     assert_mistake(baseline("eda", rows, out), "--wordnet")
     broken = shutil.copytree(wordnet, tmp_path / "broken")
     (broken / "data.noun").write_text("shorter by this" + (wordnet / "data.noun").read_text()[20:])
     assert_mistake(baseline("eda", rows, out, "--wordnet", broken), "data.noun", "synset")
     (broken / "index.verb").write_text("ride verb\n")
     assert_mistake(baseline("eda", rows, out, "--wordnet", broken), "index.verb")
-    (broken / "verb.exc").unlink()
+    (broken / "index.noun").unlink()
+    assert_mistake(baseline("eda", rows, out, "--wordnet", broken), "index.noun", "wordnet-base")
     assert not out.exists()
 
 
 def test_a_wrong_marian_folder_is_one_line(rows, marians, tmp_path):
     out = tmp_path / "out.jsonl"
-    assert_mistake(baseline("back-translation", rows, out, "--there", tmp_path / "no", "--back", marians[1]), "--there", "Marian")
+    assert_mistake(as_a_user("back-translation", rows, out, "--there", tmp_path / "no", "--back", marians[1]), "--there", "Marian")
     (tmp_path / "empty").mkdir()
     assert_mistake(baseline("back-translation", rows, out, "--there", tmp_path / "empty", "--back", marians[1]), "--there", "Marian")
     assert_mistake(baseline("back-translation", rows, out, "--there", marians[0], "--back", marians[1], "--temperature", 0), "--n 1")
@@ -388,8 +403,8 @@ def test_no_sentencepiece_is_one_line(rows, marians, tmp_path):
     (tmp_path / "hide" / "sitecustomize.py").write_text(
         "import importlib.util as u, sys\nfind = u.find_spec\nsys.modules['sentencepiece'] = None\n"
         "u.find_spec = lambda name, *a: None if name == 'sentencepiece' else find(name, *a)\n")
-    done = baseline("back-translation", rows, tmp_path / "out.jsonl", "--there", folder, "--back", folder,
-                    env={"PYTHONPATH": str(tmp_path / "hide")})
+    done = as_a_user("back-translation", rows, tmp_path / "out.jsonl", "--there", folder, "--back", folder,
+                     env={"PYTHONPATH": str(tmp_path / "hide")})
     assert_mistake(done, "--there", "pip install sentencepiece")
 
 
@@ -421,10 +436,10 @@ def test_users_mistakes_are_one_line(rows, wordnet, tmp_path):
 def test_two_launches_at_once_are_one(rows, wordnet, tmp_path):
     from train_clip import lock
     held = lock(str(tmp_path / "out.jsonl.lock"), "test")
-    assert_mistake(baseline("eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet), "another launch")
+    assert_mistake(as_a_user("eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet), "another launch")
     held.close()
 
 
 def test_the_help_teaches():
-    done = baseline("--help")
+    done = as_a_user("--help")
     assert done.returncode == 0 and "python -m data.baselines eda" in done.stdout

@@ -1,0 +1,197 @@
+"""data/plan.py: FLOPs against torch's counter, bytes against the files of a real run, hours against arithmetic by hand.
+
+Exact: FLOPs of CLIP's towers and of a LLaMA's decoding steps, bytes of JSONL and of the index. Within 2 %: a training step
+(the pixels need no gradient), parameters of the LLMs (without norms). Within 10 %: a LLaMA that reads a prompt (kernels also
+multiply what the causal mask hides), a checkpoint (the tokenizer and torch's own bookkeeping are in it)."""
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import ROOT, assert_mistake, train
+from data import plan
+from train_clip import CLIP, PRESETS, Config, backward, clip_loss, multitext_loss, pack, projection_head, simclr_loss
+
+HOUR = 3600
+
+
+def counted(function):
+    """FLOPs of a call; attention as plain products, since torch does not count its fused CPU kernel"""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.fixture
+def nano():
+    torch.manual_seed(0)
+    return CLIP(Config(**PRESETS["nano"], vocab_size=100, eot_id=99))
+
+
+def texts(n, length):
+    ids = torch.full((n, length), 5)
+    ids[:, -1] = 99
+    return ids
+
+
+def test_the_towers_are_exact(nano):
+    c = nano.config
+    assert counted(lambda: nano.encode_image(torch.zeros(8, 3, c.image_size, c.image_size))) == 8 * plan.image_flops(c)
+    assert counted(lambda: nano.encode_text(texts(8, 12))) == 8 * plan.text_flops(c, 12)
+
+
+@pytest.mark.parametrize("loss, K, views, chunk", [("infonce", 1, 1, 8), ("multitext", 5, 1, 8), ("infonce", 1, 3, 8), ("infonce", 1, 1, 4)])
+def test_a_training_step_within_2_percent(nano, loss, K, views, chunk):
+    c, head = nano.config, projection_head(nano.config.vision_width)
+    images, ids = torch.zeros(8, views, 3, c.image_size, c.image_size, dtype=torch.uint8), texts(8 * K, 12)
+    chunks = [(images[at:at + chunk], pack(ids[at * K:(at + chunk) * K], 99, "cpu")) for at in range(0, 8, chunk)]
+
+    def objective(drawn, scale, images, texts, views=None):
+        value = multitext_loss(images, texts, drawn, scale) if loss == "multitext" else clip_loss(images, texts[:, 0], scale)
+        return value if views is None else value + simclr_loss(head, views)
+
+    batch = {"chunks": chunks, "drawn": torch.zeros(8, dtype=torch.long)}
+    flops = counted(lambda: backward(nano, nano, objective, batch, nullcontext))
+    expected = plan.train_flops(c, 12, batch=8, texts=K, views=views, forwards=3 if chunk == 8 else 4)
+    assert flops == pytest.approx(8 * expected, rel=0.02)
+
+
+def test_a_llama_reads_and_generates():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=172, num_hidden_layers=2,
+                                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None)).eval()
+    llm, ids = plan.LLM(64, 2, 172, 500, 32), torch.ones(1, 20, dtype=torch.long)
+
+    def generated(n):
+        with torch.no_grad():
+            return counted(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False,
+                                                  pad_token_id=0))
+    short, long = generated(1), generated(10)
+    assert short == pytest.approx(llm.flops(20, 1), rel=0.1)
+    rotary = 2 * model.config.head_dim / 2  # angles of a token's position: an outer product, once a step
+    assert long - short == pytest.approx(llm.flops(20, 10) - llm.flops(20, 1), rel=1e-9, abs=9 * rotary)
+    assert llm.flops(5, 3, cached=20) == pytest.approx(llm.flops(25, 3) - llm.flops(20, 0))  # a shared beginning is read once
+
+
+@pytest.mark.parametrize("name, published", [("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320), ("llama-3.1-8b", 8_030_261_248)])
+def test_the_llms_have_the_published_sizes(name, published):
+    llm, one = plan.LLMS[name], plan.LLMS[name]._replace(layers=1)
+    matrices = (llm.flops(10 ** 6, 0) - 4 * llm.layers * llm.width * 10 ** 6 * (10 ** 6 + 1) / 2) / 2 / 10 ** 6
+    assert matrices + 2 * llm.width * llm.vocabulary == pytest.approx(published, rel=1e-3)  # and embeddings and head
+    assert one.flops(9, 4) - one._replace(layers=0).flops(9, 4) == pytest.approx(
+        (llm.flops(9, 4) - llm._replace(layers=0).flops(9, 4)) / llm.layers)
+
+
+@pytest.mark.parametrize("model, millions", [("ViT-S/16", 62), ("ViT-B/32", 151), ("ViT-B/16", 150), ("ViT-L/14", 428), ("ViT-H/14", 986)])
+def test_parameters_are_the_presets(model, millions):
+    assert round(plan.parameters(Config(**PRESETS[model])) / 1e6) == millions
+
+
+def test_vit_b_16_is_the_published_size():
+    """open_clip's table of its models: 41.1 GFLOP for ViT-B/16 and 14.8 for ViT-B/32 (multiplications and additions), 77 tokens"""
+    for model, gflop in ("ViT-B/16", 41.1), ("ViT-B/32", 14.8), ("ViT-L/14", 175.3), ("ViT-H/14", 381.7):
+        c = Config(**PRESETS[model])
+        assert (plan.image_flops(c) + plan.text_flops(c, 77)) / 1e9 == pytest.approx(gflop, rel=0.05)
+
+
+def test_bytes_are_those_of_a_real_run(shapes, tmp_path):
+    rows = [{"image": f"{i:03d}.png", "alt": "a red bike", "vec": "one “red” bike"} for i in range(20)]
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    lengths = {"image": 7, "alt": 10, "vec": len("one “red” bike".encode())}
+    assert len(data) == 20 * plan.jsonl_bytes(lengths)
+
+    done = train(shapes, tmp_path / "run", "--steps", 2, "--warmup", 1)
+    assert done.returncode == 0, done.stderr
+    assert (shapes / "captions.jsonl.idx").stat().st_size == plan.index_bytes(16)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    n = plan.parameters(Config(**state["config"]))
+    assert n == sum(x.numel() for x in state["model"].values())
+    assert (tmp_path / "run" / "checkpoint.pt").stat().st_size == pytest.approx(plan.checkpoint_bytes(n), rel=0.1)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+def as_json(tmp_path, *arguments):
+    plan.main([*map(str, arguments), "--json", str(tmp_path / "plan.json")])
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_hours_by_hand(tmp_path):
+    result, = as_json(tmp_path, "--rows", 3.6e6, "--epochs", 2, "--rate", "train=1000", "rewrite=50", "caption=26t", "fuse=100")
+    hours = {name: stage["hours"] for name, stage in result["stages"].items()}
+    assert hours == pytest.approx({"train": 3.6e6 * 2 / 1000 / HOUR, "rewrite": 20, "caption": 1000, "fuse": 10})  # 26 tokens a caption
+    assert result["LaCLIP"]["hours"] == pytest.approx(22) and result["VeCLIP"]["hours"] == pytest.approx(1012)
+    assert result["VeCLIP"]["longest"] == "caption" and result["LaCLIP"]["share"] == pytest.approx(20 / 22)
+    assert result["LaCLIP"]["even_epochs"] == pytest.approx(20)  # of one hour each
+
+
+def test_peak_and_utilisation(tmp_path):
+    result, = as_json(tmp_path, "--rows", 1e6, "--epochs", 10, "--peak", 100, "--mfu", 0.5, "--model", "ViT-B/32")
+    c = Config(**PRESETS["ViT-B/32"])
+    expected = 1e7 * plan.train_flops(c, 27, 8192) / 50e12 / HOUR
+    assert result["stages"]["train"]["hours"] == result["stages"]["train"]["hours_peak"] == pytest.approx(expected)
+    double, = as_json(tmp_path, "--rows", 2e6, "--epochs", 10, "--peak", 100, "--mfu", 0.25, "--model", "ViT-B/32")
+    assert double["stages"]["fuse"]["hours"] == pytest.approx(4 * result["stages"]["fuse"]["hours"])
+    assert double["bytes"]["images"] == 2e6 * 30e3 and double["bytes"]["index"] == 8 * (2e6 + 5)
+
+
+def test_published_rates_are_reachable():
+    for gpu in plan.PEAKS:
+        for rate, note in plan.published(gpu).values():
+            assert 0.05 < rate / (plan.PEAKS[gpu] * 1e12) < 1.0, note  # else a count is wrong by a factor
+
+
+def test_the_loader_can_be_the_bottleneck(tmp_path):
+    arguments = ("--rows", 3.6e6, "--epochs", 1, "--rate", "train=10000")
+    fast, = as_json(tmp_path, *arguments, "--cores", 16, "--read", 1000)
+    cores, = as_json(tmp_path, *arguments, "--cores", 4, "--decode", 500, "--read", 1000)
+    disk, = as_json(tmp_path, *arguments, "--cores", 16, "--read", 30, "--image-kb", 60)
+    assert [x["stages"]["train"]["limited_by"] for x in (fast, cores, disk)] == ["the GPU", "decoding", "reading"]
+    assert [x["train_images_per_s"] for x in (fast, cores, disk)] == pytest.approx([10000, 2000, 500])
+    assert [x["stages"]["train"]["hours"] for x in (fast, cores, disk)] == pytest.approx([0.1, 0.5, 2])
+
+
+def test_the_bottleneck_moves(tmp_path):
+    short, = as_json(tmp_path, "--rows", 12e6, "--epochs", 1)
+    long, = as_json(tmp_path, "--rows", 12e6, "--epochs", 40)
+    large, = as_json(tmp_path, "--rows", 12e6, "--epochs", 1, "--model", "ViT-H/14", "--image-size", 336, "--grad-checkpointing")
+    assert [x["VeCLIP"]["longest"] for x in (short, long)] == ["caption", "train"]
+    assert large["stages"]["train"]["hours"] > 15 * short["stages"]["train"]["hours"]
+    assert [x["epochs"] for x in as_json(tmp_path)] == [40, 35, 32, 32]
+
+
+def test_as_a_user():
+    done = subprocess.run([sys.executable, "-m", "data.plan", "--rows", "3e6", "300e6", "--gpu", "H100"], capture_output=True, text=True,
+                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    tables = re.findall(r"^[\d,]+ rows.*?\n\n", done.stdout, re.M | re.S)
+    assert len(tables) == 2 and all(max(map(len, table.splitlines())) <= 140 for table in tables)
+    for table in tables:
+        lines = [line for line in table.splitlines() if line.split(" ")[0] in ("rewrite", "caption", "fuse", "train")]
+        assert len({len(line) for line in lines}) == 1  # aligned
+        assert all(f"[{number}]" in done.stdout.split("\nrates")[1] for line in lines for number in re.findall(r"\[(\d+)\]", line))
+    assert "SGLang" in done.stdout and "989 TFLOP/s x 40%" in done.stdout
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--rows", "0"], ["--rows"]), (["--rows", "many"], ["--rows"]), (["--rate", "sleep=3"], ["rewrite", "train"]),
+    (["--rate", "train=3t"], ["rows a second"]), (["--rate", "fuse=-1"], ["fuse=-1"]), (["--rate", "fuse=nan"], ["fuse=nan"]),
+    (["--gpu", "B300"], ["A100"]), (["--mfu", "1.5"], ["--mfu"]), (["--model", "RN50"], ["ViT-B/16"]),
+    (["--image-size", "225"], ["multiple"]), (["--json", "/no/such/file"], ["no such folder"])])
+def test_mistakes_are_one_line(arguments, words, capfd):
+    with pytest.raises(SystemExit) as leave:
+        plan.main(arguments)
+    done = subprocess.CompletedProcess(arguments, leave.value.code, stderr=capfd.readouterr().err)
+    assert_mistake(done, *words)
+
+
+def test_a_mistake_as_a_user():
+    assert_mistake(subprocess.run([sys.executable, "-m", "data.plan", "--rate", "sleep=3"], capture_output=True, text=True, cwd=ROOT), "train")
