@@ -14,9 +14,10 @@ out=${OUT:-out/replicate} model=Qwen/Qwen2.5-0.5B-Instruct steps=1200
 
 # --- the rows: NAME) captions, number of seeds, flags of train_clip.py -------------------------------------------------------------
 laclip="--text alt=2 rewrite_wording rewrite_scene"
-rows="clip laclip laclip-mt laclip-unfiltered laclip-1 laclip-scene oracle oracle-alone slip laslip eda clip-2x laclip-2x
-  clip-noisy laclip-noisy vec-only vecap-only veclip veclip-vec veclip-25-75 veclip-75-25 veclip-join clip-quarter veclip-quarter
-  clip-half clip-eighth laclip-half laclip-eighth"
+rows="clip laclip laclip-mt laclip-unfiltered laclip-1 laclip-scene laclip-shots-0 laclip-shots-1 laclip-shots-3 laclip-small-llm
+  oracle oracle-alone slip laslip eda clip-2x laclip-2x clip-wide laclip-wide
+  clip-noisy laclip-noisy vec-only vecap-only veclip veclip-vec veclip-25-75 veclip-75-25 veclip-cut veclip-join
+  alt-random alt-first alt-best clip-quarter veclip-quarter clip-half laclip-half clip-eighth laclip-eighth"
 row() { # row NAME: sets $captions, $seeds and $flags
   seeds="0 1 2"
   case $1 in
@@ -27,6 +28,8 @@ row() { # row NAME: sets $captions, $seeds and $flags
     laclip-unfiltered) captions=rewritten flags=$laclip ;;                                      # as the paper: no filter
     laclip-1)          captions=filtered flags="--text alt rewrite_wording" ;;                  # one rewrite
     laclip-scene)      captions=filtered flags="--text alt rewrite_scene" ;;                    # the other source alone
+    laclip-shots-?)    captions=filtered_shots_${1#laclip-shots-} flags=$laclip ;;              # eight in the others
+    laclip-small-llm)  captions=filtered_small flags=$laclip ;;                                 # SmolLM2-135M, the demo's
     oracle)            captions=oracle flags="--text alt rewrite_alias" ;;                      # what perfect rewriting would give
     oracle-alone)      captions=oracle flags="--text alt=0 rewrite_alias" ;;
     slip)              captions=clean flags="--text alt --ssl" ;;
@@ -34,6 +37,8 @@ row() { # row NAME: sets $captions, $seeds and $flags
     eda)               captions=eda flags="--text alt rewrite_eda_1 rewrite_eda_2" ;;           # needs a WordNet folder: WORDNET=DIR
     clip-2x)           captions=clean flags="--text alt --steps $((2 * steps))" ;;
     laclip-2x)         captions=filtered flags="$laclip --steps $((2 * steps))" ;;
+    clip-wide)         captions=clean flags="--text alt --model ViT-S/16 --image-size 64" ;;    # 21 M instead of 1
+    laclip-wide)       captions=filtered flags="$laclip --model ViT-S/16 --image-size 64" ;;
     # VeCLIP: AltText as the web has it, about half of it useless
     clip-noisy)        captions=noisy seeds="0 1 2 3 4" flags="--text alt" ;;
     laclip-noisy)      captions=noisy_rewritten flags=$laclip ;;
@@ -43,7 +48,9 @@ row() { # row NAME: sets $captions, $seeds and $flags
     veclip-vec)        captions=fused flags="--text alt=0.5 vec=0.5" ;;                         # not fused
     veclip-25-75)      captions=fused flags="--text alt=0.25 vecap=0.75" ;;
     veclip-75-25)      captions=fused flags="--text alt=0.75 vecap=0.25" ;;
+    veclip-cut)        captions=fused flags="--text alt=0.5 vecap=0.5 --context-length 6" ;;    # long texts cut to four words or so
     veclip-join)       captions="fused captioner" flags="--text alt=0.5 vecap=0.5" ;;           # VeCap + DFN: a clean set joined
+    alt-random|alt-first|alt-best) captions=several_scored flags="--text alt --alt-choice ${1#alt-}" ;;   # three AltTexts an image
     clip-quarter)      captions=noisy_quarter flags="--text alt" ;;                             # a quarter useless
     veclip-quarter)    captions=fused_quarter flags="--text alt=0.5 vecap=0.5" ;;
     # less data
@@ -55,22 +62,27 @@ row() { # row NAME: sets $captions, $seeds and $flags
 
 # --- captions: each file is made once, by the stages of README -------------------------------------------------------------------
 make_captions() { # make_captions NAME: out/replicate/NAME.jsonl
-  local file=$out/$1.jsonl rewrite="--sources wording scene --pairs data/demo/rewrite_pairs.jsonl --shots 8 --temperature 0.7
-    --max-new-tokens 20 --batch-size 256 --model $model"
+  local file=$out/$1.jsonl llm=$model shots=8
+  case $1 in *_shots_?) shots=${1##*_} ;; *_small) llm=out/demo/smollm2 ;; esac
+  local rewrite="--sources wording scene --pairs data/demo/rewrite_pairs.jsonl --shots $shots --temperature 0.7
+    --max-new-tokens 20 --batch-size 256 --model $llm"
   [ -f "$file" ] && return
   echo "=== $file"
   case $1 in
-    names_rewritten) python rewrite_llama.py --input $out/names.jsonl --output "$file" $rewrite ;;
-    rewritten)       make_captions names_rewritten; python -m data.demo.icons spread $out/names_rewritten.jsonl $out/clean.jsonl "$file" ;;
-    filtered)        make_captions rewritten; python -m data.filter_captions $out/rewritten.jsonl "$file" ;;
+    *_half)          make_captions ${1%_half}; awk 'NR % 2 == 0' $out/${1%_half}.jsonl > "$file" ;;
+    *_eighth)        make_captions ${1%_eighth}; awk 'NR % 8 == 0' $out/${1%_eighth}.jsonl > "$file" ;;
+    names_made*)     python rewrite_llama.py --input $out/names.jsonl --output "$file" $rewrite ;;   # every name once,
+    rewritten*)      make_captions names_made${1#rewritten}                                               # then to all its rows
+                     python -m data.demo.icons spread $out/names_made${1#rewritten}.jsonl $out/clean.jsonl "$file" ;;
+    filtered*)       make_captions rewritten${1#filtered}; python -m data.filter_captions $out/rewritten${1#filtered}.jsonl "$file" ;;
     noisy_rewritten) python rewrite_llama.py --input $out/noisy.jsonl --output "$file" $rewrite ;;
+    several_scored)  make_captioner; python -m data.clip_scores --checkpoint $out/tower/checkpoint.pt --captions $out/several.jsonl \
+                       --image-root $out/images --output "$file" --workers 0 ;;
     eda)             python -m data.baselines eda $out/clean.jsonl "$file" --n 2 --wordnet "${WORDNET:-/usr/share/wordnet}" ;;
     vec|vec_quarter) make_captioner; python caption_llava.py --input $out/noisy${1#vec}.jsonl --output "$file" --image-root $out/images \
                        --model $out/llava --max-new-tokens 12 --workers 1 --batch-size 256 ;;
     fused|fused_quarter) make_captions vec${1#fused}; python fuse_vicuna.py --input $out/vec${1#fused}.jsonl --output "$file" \
                        --model "$model" --format pairs --pairs data/demo/fuse_pairs.jsonl --max-new-tokens 20 --batch-size 256 ;;
-    *_half)          make_captions ${1%_half}; awk 'NR % 2 == 0' $out/${1%_half}.jsonl > "$file" ;;
-    *_eighth)        make_captions ${1%_eighth}; awk 'NR % 8 == 0' $out/${1%_eighth}.jsonl > "$file" ;;
   esac
 }
 make_captioner() { # a LLaVA that learned to speak from other teams' clean names

@@ -14,6 +14,7 @@ The teams play different parts, fixed before any run. Every row is an image with
     heldout_never.jsonl   those of them whose name no training set has
     heldout_alias.jsonl   those of them that have a human alias in another wording: here the alias is the label
     oracle.jsonl          clean.jsonl with other aliases as rewrites of its names: what perfect rewriting would give
+    several.jsonl         the same images with three noisy AltTexts each
     names.jsonl           the names of clean.jsonl, each once, to be rewritten
     demo.jsonl            two fifths of noisy.jsonl, for data/demo.sh
 
@@ -154,9 +155,9 @@ MEANINGLESS = ("IMG_{:04}.png", "image ({})", "untitled-{}.png", "{:08x}.png", "
 NOISE = {"noisy": (0.25, 0.20, 0.25, 0.20, 0.10), "noisy_quarter": (0.35, 0.25, 0.12, 0.13, 0.15)}
 
 
-def with_noise(row, names, shares):
+def with_noise(row, names, shares, draw=""):
     """The row with a noisy `alt`; what it was stays in `name`, which no stage reads."""
-    rng, name = random.Random(row["image"]), row["alt"]  # one draw an image, whatever the level
+    rng, name = random.Random(row["image"] + draw), row["alt"]  # one draw an image, whatever the level
     kind = rng.choices(["file", "boilerplate", "meaningless", "other", "name"], shares)[0]
     alt = {"file": TEAMS[row["image"].split("/")[0]][4].replace("{_}", name.replace(" ", "_")).replace("{-}", name.replace(" ", "-")),
            "boilerplate": rng.choice(BOILERPLATE).format(name),
@@ -196,16 +197,18 @@ def draw_all(out):
     for row in clean:  # what is asked for stays out of training
         others = [alias for alias in aliases.get(row["alt"], []) if alias not in asked.values()]
         oracle.append({**row, "rewrite_alias": others} if others else row)
-    noisy = {level: [with_noise(row, sorted({row["alt"] for row in clean}), shares) for row in clean] for level, shares in NOISE.items()}
+    names = sorted({row["alt"] for row in clean})
+    noisy = {level: [with_noise(row, names, shares) for row in clean] for level, shares in NOISE.items()}
+    several = [{**row, "alt": [with_noise(row, names, NOISE["noisy"], draw)["alt"] for draw in ("", "2", "3")]} for row in clean]
     files = {
         "clean": clean, **noisy, "captioner": captioner, "validation": validation, "heldout": heldout,
         "heldout_never": [row for row in heldout if not row["named"]],
         "heldout_alias": [{**row, "label": asked[row["label"]], "name": row["label"]} for row in heldout if row["label"] in asked],
-        "oracle": oracle, "names": [{"alt": name} for name in sorted({row["alt"] for row in clean})],
+        "oracle": oracle, "several": several, "names": [{"alt": name} for name in names],
         "demo": [row for row in noisy["noisy"] if random.Random(row["image"] + "demo").random() < 0.4]}
     for name, rows in files.items():
         write_rows(os.path.join(out, f"{name}.jsonl"), rows)
-        texts = {row.get("label") or row["alt"] for row in rows}
+        texts = {str(row.get("label") or row["alt"]) for row in rows}
         print(f"{name + '.jsonl':22} {len(rows):6} rows {len(texts):6} texts")
     print(", ".join(f"{team} {len(rows)}" for team, rows in drawn.items()))
 
