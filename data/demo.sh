@@ -52,8 +52,7 @@ laclip_track() {
   step train-clip $train 600 --captions $out/demo.jsonl --tokenizer $out/tokenizer.json --text alt --out $out/clip
   step rewrite python rewrite_llama.py --input $out/demo.jsonl --output $out/rewritten.jsonl --model $out/smollm2 --sources wording \
     --pairs data/demo/rewrite_pairs.jsonl --shots 8 --temperature 0.7 --max-new-tokens 20 --batch-size 256 --device $device
-  step filter python -m data.filter_captions $out/rewritten.jsonl $out/filtered.jsonl
-  step train-laclip $train 600 --captions $out/filtered.jsonl --tokenizer $out/tokenizer.json --text alt rewrite_wording --out $out/laclip
+  step train-laclip $train 600 --captions $out/rewritten.jsonl --tokenizer $out/tokenizer.json --text alt rewrite_wording --out $out/laclip
   evaluate clip
   evaluate laclip
 }

@@ -41,7 +41,7 @@ row() { # row NAME: sets $captions, $seeds and $flags
     laclip-wide)       captions=filtered flags="$laclip --model ViT-S/16 --image-size 64" ;;
     # VeCLIP: AltText as the web has it, about half of it useless
     clip-noisy)        captions=noisy seeds="0 1 2 3 4" flags="--text alt" ;;
-    laclip-noisy)      captions=noisy_rewritten flags=$laclip ;;
+    laclip-noisy)      captions=noisy_rewritten flags="--text alt rewrite_wording" ;;
     vec-only)          captions=fused flags="--text vec" ;;
     vecap-only)        captions=fused flags="--text vecap" ;;
     veclip)            captions=fused seeds="0 1 2 3 4" flags="--text alt=0.5 vecap=0.5" ;;
@@ -75,7 +75,7 @@ make_captions() { # make_captions NAME: out/replicate/NAME.jsonl
     rewritten*)      make_captions names_made${1#rewritten}                                               # then to all its rows
                      python -m data.demo.icons spread $out/names_made${1#rewritten}.jsonl $out/clean.jsonl "$file" ;;
     filtered*)       make_captions rewritten${1#filtered}; python -m data.filter_captions $out/rewritten${1#filtered}.jsonl "$file" ;;
-    noisy_rewritten) python rewrite_llama.py --input $out/noisy.jsonl --output "$file" $rewrite ;;
+    noisy_rewritten) python rewrite_llama.py --input $out/noisy.jsonl --output "$file" ${rewrite/ scene} ;;
     several_scored)  make_captioner; python -m data.clip_scores --checkpoint $out/tower/checkpoint.pt --captions $out/several.jsonl \
                        --image-root $out/images --output "$file" --workers 0 ;;
     eda)             python -m data.baselines eda $out/clean.jsonl "$file" --n 2 --wordnet "${WORDNET:-/usr/share/wordnet}" ;;

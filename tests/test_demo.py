@@ -182,7 +182,7 @@ def test_the_row_that_readme_follows_is_real_output():
     assert len(shown) == 4
     row, (first, rewritten, captioned, fused) = rows[shown[0]["image"]], shown
     assert first == {"image": row["image"], "alt": row["alt"]}
-    assert rewritten == {**first, "rewrite_wording": row["rewrite"]}
+    assert rewritten == {**first, "rewrite_wording": row["rewrite_wording"]}
     assert captioned == {**rewritten, "vec": row["vec"]} and fused == {**captioned, "vecap": row["vecap"]}
 
 

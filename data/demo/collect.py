@@ -76,18 +76,17 @@ def print_table(table):
 
 
 def main(out):
-    rewritten, filtered, fused = (read_jsonl(out, f"{name}.jsonl") for name in ("rewritten", "filtered", "fused"))
+    rewritten, fused = (read_jsonl(out, f"{name}.jsonl") for name in ("rewritten", "fused"))
     right, shuffled = captioner_share(fused)
     settings = read_json(out, "clip", "settings.json")
     table, steps = zero_shot_table(out), read_steps(out)
-    rows = [{**vec, "rewrite": row["rewrite_wording"], "kept": kept["rewrite_wording"]} for vec, row, kept in zip(fused, rewritten, filtered)]
-    shown = random.Random(0).sample([row for row in rows if row.get("vec") and row["rewrite"]], 24)
-    kept = sum(row["kept"] is not None for row in rows)
+    rows = [{**row, **again} for row, again in zip(rewritten, fused)]
+    shown = random.Random(0).sample([row for row in rows if row["vec"] and row["rewrite_wording"] and row["vecap"]], 24)
     results = {
         "title": "Caption rewriting for CLIP: the demo",
         "summary": [
-            f"{len(rows)} icons by six teams, with AltText as noisy as the web's: {NOISE}. SmolLM2-135M rewrote every AltText "
-            f"({100 * kept / len(rows):.0f} % of the rewrites passed the filter). A small LLaVA, which learned to speak from four other teams' icons, "
+            f"{len(rows)} icons by six teams, with AltText as noisy as the web's: {NOISE}. SmolLM2-135M rewrote every AltText. "
+            f"A small LLaVA, which learned to speak from four other teams' icons, "
             f"captioned every image: {100 * right:.1f} % of its captions share a content word with the icon's true name, {100 * shuffled:.1f} % "
             f"with another's. SmolLM2-135M fused caption and AltText. Three CLIPs were trained for {settings['steps']} steps of "
             f"{settings['batch_size']}, seed {settings['seed']}, which differ in the text alone."],
@@ -103,13 +102,13 @@ def main(out):
             for model, name in MODELS.items()]},
         "samples": [{"title": "Rows, from stage to stage", "note": "Drawn at random. `name` is what the icon's team calls it; no stage reads it.",
                      "items": [{"image": row["image"], "fields": {
-                         "name (unseen)": row["name"], "AltText": row["alt"], "rewrite": row["rewrite"] + ("" if row["kept"] else " (dropped)"),
-                         "VeC": row["vec"], "VeCap": str(row.get("vecap"))}} for row in shown]}]}
+                         "name (unseen)": row["name"], "AltText": row["alt"], "rewrite": row["rewrite_wording"], "VeC": row["vec"],
+                         "VeCap": row["vecap"]}} for row in shown]}]}
     with open(os.path.join(out, "results.json"), "w", encoding="utf-8") as f:
         json.dump(results, f, indent=1)
     with open(os.path.join(out, "example.jsonl"), "w", encoding="utf-8") as f:  # data/demo/example.jsonl, one of which README follows
         for row in shown:
-            f.write(json.dumps({key: row.get(key) for key in ("image", "name", "alt", "rewrite", "vec", "vecap")}) + "\n")
+            f.write(json.dumps({key: row[key] for key in ("image", "name", "alt", "rewrite_wording", "vec", "vecap")}) + "\n")
     print_table(table)
     print("\n" + results["summary"][0])
 
