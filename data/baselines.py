@@ -1,13 +1,15 @@
-"""The two text augmentations that LaCLIP compares its rewrites with (arXiv 2305.20088, section 4): EDA, back-translation.
+"""The text augmentations that LaCLIP compares its rewrites with (arXiv 2305.20088): EDA and back-translation.
 
     python -m data.baselines eda IN.jsonl OUT.jsonl --wordnet /usr/share/wordnet
-    python -m data.baselines back-translation IN.jsonl OUT.jsonl --there Helsinki-NLP/opus-mt-en-de --back Helsinki-NLP/opus-mt-de-en
-    python train_clip.py --captions OUT.jsonl --text alt rewrite_eda_1 rewrite_eda_2 rewrite_eda_3 rewrite_eda_4 ...
+    python -m data.baselines back-translation IN.jsonl OUT.jsonl \\
+        --there Helsinki-NLP/opus-mt-en-de --back Helsinki-NLP/opus-mt-de-en
+    python train_clip.py --captions OUT.jsonl --text alt rewrite_eda_1 rewrite_eda_2 ...
 
 Row in:  {"image": "photos/1.jpg", "alt": "a red bike by the wall"}
-Row out: the same and "rewrite_eda_1": "a red wheel by the wall", ... "rewrite_eda_4": ...; or rewrite_backtranslation_1, ...
-A list gives lists, entry by entry. What could not be made is null, with the reason in "error": also a text that would be
-the original again, because train_clip.py --text alt ... draws the original already.
+Row out: the same and "rewrite_eda_1": "a red wheel by the wall", ... "rewrite_eda_4": ...;
+         or "rewrite_backtranslation_1": ..., ...
+A list gives lists, entry by entry. What could not be made is null, with the reason in "error". So is a text
+that would be the original again: train_clip.py --text alt ... draws the original already.
 
 The same command resumes after any interruption, and its output is then identical byte for byte.
 
@@ -28,20 +30,21 @@ from tqdm import tqdm
 
 from data.filter_captions import STOP_WORDS
 from rewrite_llama import DTYPES, as_list, batched, one_line, pick_device, put_texts, special_markers
-from train_clip import (NO_BLANKS, BadRow, check_output, die, in_one_line, lock, new_parser, number, open_rows, parse_row,
-                        reason, words_of)
+from train_clip import (NO_BLANKS, BadRow, check_output, die, in_one_line, lock, new_parser, number,
+                        open_rows, parse_row, reason, words_of)
 
 BLOCK = 256  # rows that are written, and resumed, as a whole
 DRAWS = 10  # of an operation that changes nothing, before another one is tried; ours
 MAX_INPUT_TOKENS = 256  # a longer text is not a caption: it is not translated; as in rewrite_llama.py
 
 
-# --- EDA (Wei & Zou 2019, arXiv 1901.11196, section 2) ----------------------------------------------------------------
+# --- EDA (Wei & Zou 2019, arXiv 1901.11196, section 2) ------------------------------------------------------
 #
-# From the paper: the four operations, n = alpha * l words of a text of l words, p = alpha for deletion, one operation at
-# random for each new text. From its release: n is rounded down and at least 1; synonyms come from all senses of a word in
-# all parts of speech, and from its base form if the word is inflected. Ours: words keep their case and punctuation; a
-# text that would be the original is drawn again (the release keeps it); data.filter_captions' stop words.
+# Paper: the four operations, n = alpha * l words of a text of l words, deletion with p = alpha, one operation
+# at random for each new text. Release: n is rounded down and at least 1; synonyms come from all senses of a
+# word in all parts of speech, and from the base form of an inflected word. Ours: words keep their case and
+# punctuation; a text that would be the original is drawn again (the release keeps it); the stop words are
+# data/filter_captions.py's. Assumed: LaCLIP used alpha = 0.1.
 
 def replace_synonyms(words, n, alpha, synonyms, rng):
     """Replace n random words that are no stop words by one of their synonyms."""
@@ -78,34 +81,37 @@ OPERATIONS = [replace_synonyms, insert_synonyms, swap, delete]
 
 
 def eda(text, number, alpha, synonyms, rng):
-    """`number` new texts, each by one operation. synonyms: word -> tuple of words. -> [(text or None, reason or None)]"""
+    """`number` new texts, each by one operation. -> [(text or None, reason or None)]
+
+    synonyms: a function, word -> tuple of words"""
     words = words_of(one_line(text)) if isinstance(text, str) else []
     if not words or NO_BLANKS.search(text):
         return [(None, "no blanks between words" if words else "empty input")] * number
     n, results = max(1, int(alpha * len(words))), []
     for _ in range(number):
-        draws = (operation(words, n, alpha, synonyms, rng) for operation in rng.sample(OPERATIONS, 4) for _ in range(DRAWS))
+        draws = (operation(words, n, alpha, synonyms, rng)
+                 for operation in rng.sample(OPERATIONS, 4) for _ in range(DRAWS))
         new = next((new for new in draws if new and new != words), None)
         results.append((" ".join(new), None) if new else (None, "no operation changes it"))
     return results
 
 
 def make_eda(args):
-    """-> what makes the texts of a block: [(byte offset, the row's texts)] -> [a row's [[(text or None, reason or None)]]]"""
+    """-> a function that makes a block's texts: [(byte offset, the row's texts)] -> for each row, for each of
+    its texts, [(text or None, reason or None)]"""
     wordnet = WordNet(args.wordnet)
 
     def make(block):
         for offset, texts in block:
-            rng = random.Random(f"{args.seed} {args.source} {offset}")  # of the row: batches and restarts change nothing
+            rng = random.Random(f"{args.seed} {args.source} {offset}")  # one a row: restarts change nothing
             yield [eda(text, args.n, args.alpha, wordnet.synonyms, rng) for text in texts]
     return make
 
 
-# --- back-translation (Sennrich et al. 2016; as an augmentation Xie et al. 2020, arXiv 1904.12848) --------------------
+# --- back-translation (Sennrich et al. 2016; as an augmentation Xie et al. 2020, arXiv 1904.12848) ----------
 #
-# LaCLIP's languages, models and decoding are not in its paper: assumed are one other language, sampling at temperature 0.9
-# in both directions, since several texts of one caption have to differ (beam search gives the same one again), and no
-# top-k or nucleus.
+# Assumed, since LaCLIP does not say how it translates: one other language, and sampling at temperature 0.9 in
+# both directions without top-k or nucleus. Several texts of a caption have to differ; beam search gives one.
 
 class Translator:
     """A Marian model of one direction."""
@@ -115,29 +121,32 @@ class Translator:
         try:
             AutoConfig.from_pretrained(name)  # whose message is the clearest if this is no model
             self.tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=DTYPES[args.dtype], device_map=device).eval()
+            self.model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=DTYPES[args.dtype],
+                                                               device_map=device).eval()
             pattern = special_markers(self.tokenizer).pattern
-            self.markers = re.compile(pattern + r"|>>\w+<<")  # of models of several languages: the one to translate into
+            self.markers = re.compile(pattern + r"|>>\w+<<")  # ">>fra<<": the target of multilingual models
         except Exception as e:  # transformers raises nearly everything for a folder without a model
             lacking = "sentencepiece" in str(e).lower() and find_spec("sentencepiece") is None
             why = "its tokenizer needs: pip install sentencepiece" if lacking else reason(e)
             die(f"{flag} {name}: expected a Marian folder or hub name: {why}")
         sampling = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature else {}
-        self.model.generation_config.update(  # the rest is the model's own; the forced end would hide that a text was cut
-            do_sample=args.temperature > 0, **sampling, num_beams=1, max_length=None, max_new_tokens=args.max_new_tokens,
-            forced_eos_token_id=None)
+        self.model.generation_config.update(  # a forced end would hide that a text was cut
+            do_sample=args.temperature > 0, **sampling, num_beams=1, max_length=None,
+            max_new_tokens=args.max_new_tokens, forced_eos_token_id=None)
         self.batch_size = args.batch_size
 
     def translate(self, texts):
-        """[(text or None, reason or None)] -> the same, translated; what has a reason already stays as it is"""
+        """[(text or None, reason or None)] -> the same, translated; an entry without a text stays as it is"""
         results, end = list(texts), self.model.generation_config.eos_token_id
-        ids = {i: self.tokenizer(one_line(text, self.markers)).input_ids for i, (text, _) in enumerate(texts) if text}
+        ids = {i: self.tokenizer(one_line(text, self.markers)).input_ids
+               for i, (text, _) in enumerate(texts) if text}
         for i in [i for i in ids if len(ids[i]) > MAX_INPUT_TOKENS]:
             del ids[i]
             results[i] = None, f"over {MAX_INPUT_TOKENS} tokens"
-        for places in batched(sorted(ids, key=lambda i: (len(ids[i]), i)), self.batch_size):  # texts of about one length
-            inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in places]}, return_tensors="pt").to(self.model.device)
-            for i, new in zip(places, self.model.generate(**inputs).tolist()):
+        by_length = sorted(ids, key=lambda i: (len(ids[i]), i))
+        for places in batched(by_length, self.batch_size):
+            inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in places]}, return_tensors="pt")
+            for i, new in zip(places, self.model.generate(**inputs.to(self.model.device)).tolist()):
                 text = one_line(self.tokenizer.decode(new, skip_special_tokens=True))
                 fault = "no end within --max-new-tokens" if end not in new[1:] else None if text else "empty"
                 results[i] = None if fault else text, fault
@@ -170,32 +179,39 @@ def make_back_translation(args):
     return make
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 def main(argv=None):
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(metavar="eda|back-translation", required=True, dest="command")
-    for command, source, make in ("eda", "eda", make_eda), ("back-translation", "backtranslation", make_back_translation):
+    for command, source, make in (("eda", "eda", make_eda),
+                                  ("back-translation", "backtranslation", make_back_translation)):
         add = (sub := commands.add_parser(command)).add_argument
         sub.error = die
         sub.set_defaults(make=make, server=None)
         add("input", metavar="IN.jsonl")
         add("output", metavar="OUT.jsonl")
         add("--field", default="alt", help="the caption field to augment (default: %(default)s)")
-        add("--n", type=number(int, 1), default=4, help="texts a caption (default: %(default)s, as many as LaCLIP's rewrites)")
+        add("--n", type=number(int, 1), default=4,
+            help="texts a caption (default: %(default)s, as many as LaCLIP's rewrites)")
         add("--source", default=source, help="makes rewrite_SOURCE_1 ... (default: %(default)s)")
         add("--seed", type=number(int, 0), default=0)
         if make is make_eda:
-            add("--wordnet", required=True, metavar="DIR", help="WordNet's dictionary files (data.noun, index.noun, ...), as "
-                "Debian's package wordnet-base has them in /usr/share/wordnet")
-            add("--alpha", type=number(float, 0, below=1), default=0.1, help="share of the words (default: %(default)s)")
+            add("--wordnet", required=True, metavar="DIR", help="WordNet's dictionary files (data.noun, "
+                "index.noun, ...), as Debian's package wordnet-base has them in /usr/share/wordnet")
+            add("--alpha", type=number(float, 0, below=1), default=0.1,
+                help="share of the words (default: %(default)s)")
             continue
-        add("--there", required=True, metavar="MODEL", help="Marian folder or hub name, from the captions' language to another")
+        add("--there", required=True, metavar="MODEL",
+            help="Marian folder or hub name, from the captions' language to another")
         add("--back", required=True, metavar="MODEL", help="the other direction")
-        add("--temperature", type=number(float, 0), default=0.9, help="0 is greedy (default: %(default)s, assumed)")
+        add("--temperature", type=number(float, 0), default=0.9,
+            help="0 is greedy (default: %(default)s, assumed)")
         add("--batch-size", type=number(int, 1), default=64, help="texts a batch (default: %(default)s)")
-        add("--max-new-tokens", type=number(int, 1), default=128, help="longest translation (default: %(default)s)")
-        add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16 where the hardware computes in it, else fp32")
+        add("--max-new-tokens", type=number(int, 1), default=128,
+            help="longest translation (default: %(default)s)")
+        add("--dtype", default="auto", choices=["auto", *DTYPES],
+            help="auto: bf16 where the hardware computes in it, else fp32")
         add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     args = parser.parse_args(argv)
     check_output(args.output, args.input)
@@ -206,14 +222,16 @@ def main(argv=None):
         write_rows(args, args.make(args), fields)
 
 
-# --- WordNet ----------------------------------------------------------------------------------------------------------
+# --- WordNet ------------------------------------------------------------------------------------------------
 
 class WordNet:
     """Synonyms from WordNet's own files (wndb(5WN)); inflected words by its rules (morphy(7WN))."""
 
     ENDINGS = {  # part of speech: what an inflected word ends in, and its base form
-        "noun": [("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("men", "man"), ("ies", "y")],
-        "verb": [("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"), ("ing", "")],
+        "noun": [("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
+                 ("men", "man"), ("ies", "y")],
+        "verb": [("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"),
+                 ("ing", "")],
         "adj": [("er", ""), ("est", ""), ("er", "e"), ("est", "e")], "adv": []}
 
     def __init__(self, folder):
@@ -227,14 +245,15 @@ class WordNet:
                     if name == "data":
                         self.data[pos] = content
                         continue
-                    lines = [line.split() for line in content.decode().splitlines() if line[:1].strip()]  # the licence is indented
+                    lines = [line.split() for line in content.decode().splitlines()
+                             if line[:1].strip()]  # the licence is indented
                     if name == "exc":  # inflected base base ...
                         self.irregular[pos] = {word: bases for word, *bases in lines}
                     else:  # word pos synset_cnt p_cnt ... synset_offset synset_offset ...
                         self.index[pos] = {line[0]: [*map(int, line[-int(line[2]):])] for line in lines}
             except OSError as e:
-                die(f"--wordnet {folder}: {path}: {e.strerror}; expected WordNet's data.noun, index.noun, noun.exc, ..., as "
-                    "Debian's package wordnet-base has them in /usr/share/wordnet")
+                die(f"--wordnet {folder}: {path}: {e.strerror}; expected data.noun, index.noun, noun.exc, "
+                    "..., as Debian's package wordnet-base has them in /usr/share/wordnet")
             except (ValueError, LookupError) as e:
                 die(f"--wordnet {folder}: {path} is not in WordNet's format: {e}")
 
@@ -245,7 +264,8 @@ class WordNet:
     @cache
     def _synonyms(self, word):
         bases = {(base, pos) for pos in self.ENDINGS for base in self.bases(word, pos)}
-        found = {synonym for base, pos in bases for offset in self.index[pos][base] for synonym in self.synset(pos, offset)}
+        found = {synonym for base, pos in bases for offset in self.index[pos][base]
+                 for synonym in self.synset(pos, offset)}
         return () if word in STOP_WORDS else tuple(sorted(found - {word} - {base for base, _ in bases}))
 
     def bases(self, word, pos):
@@ -254,18 +274,18 @@ class WordNet:
         return [base for base in (word, *self.irregular[pos].get(word, regular)) if base in self.index[pos]]
 
     def synset(self, pos, offset):
-        """The words of the line at `offset`: synset_offset lex_filenum ss_type w_cnt word lex_id word lex_id ..."""
+        """The words of the line at `offset`: synset_offset lex_filenum ss_type w_cnt word lex_id ..."""
         try:
             line = self.data[pos][offset:self.data[pos].index(b"\n", offset)].decode().split()
-            if int(line[0]) != offset:
+            if line[0] != f"{offset:08d}":
                 raise ValueError
             words = line[4:4 + 2 * int(line[3], 16):2]
         except (ValueError, LookupError):
-            die(f"--wordnet {self.folder}: data.{pos} has no synset at {offset}, where index.{pos} expects one")
-        return [re.sub(r"\(\w+\)$", "", word).replace("_", " ").lower() for word in words]  # "(p)": a predicative adjective
+            die(f"--wordnet {self.folder}: index.{pos} expects a synset in data.{pos} at {offset}")
+        return [re.sub(r"\(\w+\)$", "", word).replace("_", " ").lower() for word in words]  # galore(ip)
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- rows ---------------------------------------------------------------------------------------------------
 
 def read_block(lines, offset):
     """-> rows, and [(byte offset, row)] of those that are JSON objects"""
@@ -275,17 +295,20 @@ def read_block(lines, offset):
             rows.append(parse_row(line))
             good.append((offset, rows[-1]))
         except BadRow as e:
-            rows.append({"error": {"line": str(e)}, "line": line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")})
+            text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+            rows.append({"error": {"line": str(e)}, "line": text})
         offset += len(line)
     return rows, good
 
 
 def write_rows(args, make, fields):
-    """Every row of IN with `n` more fields to OUT, a block of rows at a time. Whole blocks are appended to OUT.part: after a
-    kill the same command cuts it back to its last whole block and goes on with the next. OUT.settings.json says how both
-    are made."""
+    """Write every row of IN with `fields` to OUT, a block of rows at a time.
+
+    Whole blocks are appended to OUT.part. After a kill the same command cuts it back to its last whole block
+    and goes on with the next one. OUT.settings.json says how both are made."""
     status, part, about = os.stat(args.input), args.output + ".part", args.output + ".settings.json"
-    settings = {name: value for name, value in vars(args).items() if name not in ("make", "server", "input", "output", "device")}
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("make", "server", "input", "output", "device")}
     settings |= {"input_size": status.st_size, "input_mtime_ns": status.st_mtime_ns}
     outcomes, rows_written = Counter(), 0
     held = lock(args.output + ".lock", args.output)
@@ -307,7 +330,8 @@ def write_rows(args, make, fields):
                     outcomes.update(why or "made" for entry in entries for _, why in entry)
                     for field, version in zip(fields, zip(*entries)):
                         put_texts(row, field, row.get(args.field), list(version))
-                out.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace") for row in rows)
+                out.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+                               for row in rows)
                 out.flush()
                 os.fsync(out.fileno())
                 rows_written, offset = rows_written + len(rows), offset + sum(map(len, lines))
@@ -334,7 +358,8 @@ def begun(output, part, about, settings):
                 die(f"{about} is damaged: remove it, {output} and {part}, or choose another name")
         for name in settings if os.path.exists(output) or os.path.exists(part) else ():
             if before.get(name) != settings[name]:
-                die(f"{output} was made with {name} = {before.get(name)!r}, now it is {settings[name]!r}: choose another name")
+                die(f"{output} was made with {name} = {before.get(name)!r}, now it is {settings[name]!r}: "
+                    "choose another name")
     elif os.path.exists(output) or os.path.exists(part):
         die(f"{output} exists, but nothing says how it was made: choose another name")
     with open(about + ".tmp", "w") as f:
@@ -347,9 +372,11 @@ def check_fields(args, rows, fields):
     """The first 1,000 rows must have the field to read, and none of those to make."""
     there = {key for row in rows for key, value in row.items() if value is not None}
     if rows and args.field not in there:
-        die(f"none of the first {len(rows)} rows of {args.input} has {args.field}, only {', '.join(sorted(there))}")
+        die(f"none of the first {len(rows)} rows of {args.input} has {args.field}, only "
+            f"{', '.join(sorted(there))}")
     if there & set(fields):
-        die(f"{args.input} has {', '.join(sorted(there & set(fields)))} already: --source gives the new ones another name")
+        die(f"{args.input} has {', '.join(sorted(there & set(fields)))} already: --source gives the new ones "
+            "another name")
 
 
 if __name__ == "__main__":

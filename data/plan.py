@@ -1,13 +1,13 @@
-"""What a data set asks of each stage, from first principles: tokens, FLOPs, bytes, GPU-hours, and where the bottleneck is.
+"""What a data set asks of each stage, from first principles: tokens, FLOPs, bytes, GPU-hours, the bottleneck.
 
-    python -m data.plan                                                   # CC3M, CC12M, 100 M and 300 M rows on A100s
+    python -m data.plan                            # CC3M, CC12M, 100 M and 300 M rows on A100s
     python -m data.plan --rows 12e6 --gpu H100 --mfu 0.35 --model ViT-L/14 --grad-checkpointing
-    python -m data.plan --rows 12e6 --rate rewrite=65 caption=19 train=1200    # rows a second that you measured on one GPU
-    python -m data.plan --rows 12e6 --rate rewrite=28300t                 # or a server's output tokens a second
+    python -m data.plan --rows 12e6 --rate rewrite=65 caption=19 train=1200    # rows/s measured on one GPU
+    python -m data.plan --rows 12e6 --rate rewrite=28300t                      # or a server's output tokens/s
 
-A rate that somebody measured on another model becomes FLOP/s, so that it can be applied to this one. GPU-hours are then
-FLOPs / (FLOP/s); "peak x MFU" is the same with a data sheet's peak and an assumed utilisation. tests/test_plan.py counts
-the FLOPs with torch and the bytes in real files; hours are an estimate.
+A rate that somebody measured on another model becomes FLOP/s, so that it can be applied to this one.
+GPU-hours are then FLOPs / (FLOP/s). "Peak x MFU" is the same with a data sheet's peak and an assumed share of
+it. tests/test_plan.py counts the FLOPs with torch and the bytes in real files. The hours are an estimate.
 """
 import json
 from typing import NamedTuple
@@ -18,16 +18,17 @@ from rewrite_llama import GROUP, SOURCES
 from train_clip import CLIP, INDEX_HEADER, PRESETS, Config, check_output, die, new_parser, number, positive
 
 
-# --- FLOPs: a matrix of n weights costs a token 2n, one multiplication and one addition a weight ----------------------
+# --- FLOPs: a matrix of n weights costs a token 2n, one multiplication and one addition a weight ------------
 
 def transformer_flops(width, layers, tokens):
-    """A CLIP tower's blocks for one sequence. Weights a block: 3 W^2 (q, k, v) + W^2 (out) + 8 W^2 (MLP). Attention: q . k and
-    the weighted sum of v cost 2 W each for every pair of a token and one that it sees."""
+    """A CLIP tower's blocks for one sequence. Weights a block: 3 W^2 (q, k, v) + W^2 (out) + 8 W^2 (MLP).
+    Attention: q . k and the weighted sum of v cost 2 W each for every pair of tokens."""
     return layers * (2 * 12 * width ** 2 * tokens + 4 * width * tokens * tokens)
 
 
 def image_flops(c):
-    """Forward pass of one image: patches by a convolution, blocks on patches and class token, projection of one token."""
+    """Forward pass of one image: a convolution makes patches, the blocks see these and the class token, whose
+    feature is projected."""
     patches = (c.image_size // c.patch_size) ** 2
     return (2 * 3 * c.patch_size ** 2 * c.vision_width * patches + 2 * c.vision_width * c.embed_dim
             + transformer_flops(c.vision_width, c.vision_layers, patches + 1))
@@ -39,11 +40,11 @@ def text_flops(c, tokens):
 
 
 def train_flops(c, tokens, batch, texts=1, views=1, forwards=3):
-    """One image of a training step: forward, and twice as much backward (a product for the weights' gradient and one for the
-    inputs'); a fourth forward with --grad-checkpointing or --micro-batch. The loss compares an image with the whole batch:
-    2 * batch * embed_dim for image to text (each of `texts`, LaCLIP-MT) and for text to image."""
+    """One image of a training step. Backward costs two forwards: a product for the weights' gradient, one for
+    the inputs'. --grad-checkpointing and --micro-batch make a fourth forward. The loss compares an image with
+    the whole batch: 2 * batch * embed_dim for every text (LaCLIP-MT: all), and as much for text to image."""
     similarities = 2 * batch * c.embed_dim * (texts + 1)
-    head = 2 * (c.vision_width * 4096 + 4096 * 4096 + 4096 * 256) * 2 if views > 1 else 0  # SLIP's, on two views
+    head = 2 * 2 * (c.vision_width * 4096 + 4096 * 4096 + 4096 * 256) if views > 1 else 0  # SLIP's, two views
     return forwards * (views * image_flops(c) + texts * text_flops(c, tokens)) + 3 * (similarities + head)
 
 
@@ -56,20 +57,22 @@ class LLM(NamedTuple):
     kv: int
 
     def flops(self, prompt, answer, cached=0):
-        """Read `prompt` tokens behind `cached` ones, then generate `answer` tokens. The output matrix is needed only for a
-        token that is drawn; a token sees itself and those before it."""
+        """Read `prompt` tokens behind `cached` ones, then generate `answer` tokens. Only a token that is
+        drawn needs the output matrix. A token sees itself and those before it."""
         block = 2 * self.width ** 2 + 2 * self.width * self.kv + 3 * self.width * self.mlp
         new = prompt + max(answer - 1, 0)  # the last token drawn is not read again
         seen = new * cached + new * (new + 1) / 2
-        return self.layers * (2 * block * new + 4 * self.width * seen) + 2 * self.width * self.vocabulary * answer
+        head = 2 * self.width * self.vocabulary * answer
+        return self.layers * (2 * block * new + 4 * self.width * seen) + head
 
 
 LLMS = {"llama-7b": LLM(4096, 32, 11008, 32000, 4096), "llama-13b": LLM(5120, 40, 13824, 32000, 5120),
         "llama-3.1-8b": LLM(4096, 32, 14336, 128256, 1024), "smollm2-135m": LLM(576, 30, 1536, 49152, 192)}
-LLAVA_TOWER = Config(**PRESETS["ViT-L/14"] | {"image_size": 336})  # LLaVA-1.5; its 576 patches become tokens of the LLM
+LLAVA_TOWER = Config(**PRESETS["ViT-L/14"] | {"image_size": 336})  # LLaVA-1.5: 576 patches, tokens of the LLM
+LLAVA_PROMPT = 576 + 25  # "USER: <image>\nDescribe the image concisely, less than 20 words ASSISTANT:"
 
 
-# --- tokens: what a stage reads and writes for a row ------------------------------------------------------------------
+# --- tokens: what a stage reads and writes for a row --------------------------------------------------------
 
 class Stage(NamedTuple):
     tokens_in: float
@@ -78,17 +81,18 @@ class Stage(NamedTuple):
 
 
 def stages(args, epochs):
-    """-> {name: Stage}. C: tokens of a caption. The prompts' own tokens are LLaMA's, counted by hand to within a few."""
+    """-> {name: Stage}. C: tokens of a caption. The prompts' own tokens are estimates for LLaMA."""
     C, config = args.caption_tokens, args.config
     rewriter, captioner, fuser = (LLMS[name] for name in (args.rewriter, args.captioner, args.fuser))
-    M, prefix = len(SOURCES), 15 + 3 * (2 * C + 3)  # task line and three pairs "a => b\n": read once for GROUP captions
-    prompt = 576 + 25  # "USER: <image>\nDescribe the image concisely, less than 20 words ASSISTANT:"
+    M = len(SOURCES)
+    prefix = 15 + 3 * (2 * C + 3)  # the task line and three pairs "a => b\n": read once for GROUP captions
     fusion = 95 + 2 * C  # Vicuna's system line, the paper's instruction, AltText and VeC
     texts, views = M + 1 if args.multitext else 1, 3 if args.ssl else 1
     train = train_flops(config, C + 2, args.batch_size, texts, views, 4 if args.grad_checkpointing else 3)
     return {"rewrite": Stage(M * (C + 2 + prefix / GROUP), M * (C + 1),
                              M * (rewriter.flops(C + 2, C + 1, prefix) + rewriter.flops(prefix, 0) / GROUP)),
-            "caption": Stage(prompt, C + 1, image_flops(LLAVA_TOWER) + captioner.flops(prompt, C + 1)),
+            "caption": Stage(LLAVA_PROMPT, C + 1,
+                             image_flops(LLAVA_TOWER) + captioner.flops(LLAVA_PROMPT, C + 1)),
             "fuse": Stage(fusion, C + 1, fuser.flops(fusion, C + 1)),
             "train": Stage(epochs * texts * (C + 2), 0, epochs * train)}
 
@@ -96,7 +100,7 @@ def stages(args, epochs):
 METHODS = {"LaCLIP": ["rewrite", "train"], "VeCLIP": ["caption", "fuse", "train"]}
 
 
-# --- rates ------------------------------------------------------------------------------------------------------------
+# --- rates --------------------------------------------------------------------------------------------------
 
 PEAKS = {"A100": 312, "H100": 989, "V100": 125}  # TFLOP/s, dense bf16 (V100: fp16), NVIDIA's data sheets
 
@@ -104,18 +108,19 @@ PEAKS = {"A100": 312, "H100": 989, "V100": 125}  # TFLOP/s, dense bf16 (V100: fp
 def published(gpu):
     """Rates that others measured on one GPU, as FLOP/s. -> {stage: (FLOP/s, note)}"""
     b16 = train_flops(Config(), 77, 32768)  # open_clip computes all 77 tokens
-    chat = LLMS["llama-3.1-8b"].flops(128, 128) / 128  # a token that comes out, its share of the 128 that went in included
-    llava = image_flops(LLAVA_TOWER) + LLMS["llama-13b"].flops(576 + 25, 26)  # its answers' length: ours assumed
+    chat = LLMS["llama-3.1-8b"].flops(128, 128) / 128  # an output token and its share of the 128 that went in
+    llava = image_flops(LLAVA_TOWER) + LLMS["llama-13b"].flops(LLAVA_PROMPT, 26)  # 26: assumed
     text = "output tokens/s, Llama-3.1-8B, 128 in and 128 out, TensorRT-LLM"
+    fp8 = 28_300 * chat, f"28,300 {text}, FP8 (whose peak is twice bf16's)"
     rates = {"A100": {"rewrite": (6_500 * chat, f"6,500 {text}"), "fuse": (6_500 * chat, f"6,500 {text}"),
                       "train": (390 * b16, "390 images/s, ViT-B/16, open_clip's LAION-400M runs")},
-             "H100": {"rewrite": (28_300 * chat, f"28,300 {text}, FP8 (its peak is twice)"), "fuse": (28_300 * chat, f"28,300 {text}, FP8 (its peak is twice)"),
+             "H100": {"rewrite": fp8, "fuse": fp8,
                       "caption": (18.6 * llava, "18.6 images/s, LLaVA-1.5-13B, SGLang")}}
     return rates.get(gpu, {})
 
 
 def measured(specs, work, epochs):
-    """["train=1200", "rewrite=28300t"] -> {stage: (FLOP/s, note)}. Rows a second; of train, images a second."""
+    """["train=1200", "rewrite=28300t"] -> {stage: (FLOP/s, note)}. Rows a second; train: images."""
     rates = {}
     for spec in specs:
         stage, _, value = spec.partition("=")
@@ -126,17 +131,18 @@ def measured(specs, work, epochs):
             if not 0 < rate < float("inf") or value.endswith("t") and not work[stage].tokens_out:
                 raise ValueError
         except ValueError:
-            die(f"--rate {spec}: expected rows a second, or of a stage that generates, output tokens a second with a t: 28300t")
-        rows = rate / work[stage].tokens_out if value.endswith("t") else rate / (epochs if stage == "train" else 1)
-        unit = "output tokens/s" if value.endswith("t") else "images/s" if stage == "train" else "rows/s"
-        rates[stage] = rows * work[stage].flops, f"{rate:,.6g} {unit}, given by --rate"
+            die(f"--rate {spec}: expected rows a second, as in rewrite=65, or, where texts are generated, "
+                "output tokens a second, as in rewrite=28300t")
+        unit, a_row = ("output tokens/s", work[stage].tokens_out) if value.endswith("t") else \
+            ("images/s", epochs) if stage == "train" else ("rows/s", 1)
+        rates[stage] = rate / a_row * work[stage].flops, f"{rate:,.6g} {unit}, given by --rate"
     return rates
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
+# --- bytes --------------------------------------------------------------------------------------------------
 
 def jsonl_bytes(lengths):
-    """One row as the stages write it: {"key": "text", ...} and a newline. lengths: {key: bytes of its text}"""
+    """A row as the stages write it, {"key": "text", ...} and a newline. lengths: {key: bytes of its text}"""
     return sum(len(key) + n + len('"": "", ') for key, n in lengths.items()) - len(", ") + len("{}\n")
 
 
@@ -155,7 +161,7 @@ def checkpoint_bytes(n):
     return 12 * n
 
 
-# --- the plan ---------------------------------------------------------------------------------------------------------
+# --- the plan -----------------------------------------------------------------------------------------------
 
 def plan(rows, args):
     """-> dict of one size, as --json writes it; hours are GPU-hours"""
@@ -168,76 +174,90 @@ def plan(rows, args):
     for name, stage in work.items():
         per_second, note = rates.get(name, (peak * args.mfu, f"{peak / 1e12:g} TFLOP/s x {args.mfu:.0%}"))
         total = rows * stage.flops
-        result["stages"][name] = {**stage._asdict(), "total_flops": total, "hours_peak": total / (peak * args.mfu) / 3600,
-                                  "hours": total / per_second / 3600, "utilisation": per_second / peak, "rate": note}
+        result["stages"][name] = {
+            **stage._asdict(), "total_flops": total, "hours": total / per_second / 3600, "rate": note,
+            "hours_peak": total / (peak * args.mfu) / 3600, "utilisation": per_second / peak}
     train = result["stages"]["train"]
     images = rows * epochs / train["hours"] / 3600  # a second and GPU
-    limits = {"the GPU": images, "decoding": args.cores * args.decode, "reading": args.read * 1e6 / (args.image_kb * 1e3)}
+    limits = {"the GPU": images, "decoding": args.cores * args.decode,
+              "reading": args.read * 1e6 / (args.image_kb * 1e3)}
     train["limited_by"] = min(limits, key=limits.get)
     train["hours"] *= images / min(limits.values())
     result["train_images_per_s"], result["limits_images_per_s"] = min(limits.values()), limits
     for method, names in METHODS.items():
         hours = {name: result["stages"][name]["hours"] for name in names}
-        longest = max(hours, key=hours.get)
-        result[method] = {"hours": sum(hours.values()), "longest": longest, "share": hours[longest] / sum(hours.values()),
-                          "even_epochs": (sum(hours.values()) - hours["train"]) / hours["train"] * epochs}
+        longest, total = max(hours, key=hours.get), sum(hours.values())
+        result[method] = {"hours": total, "longest": longest, "share": hours[longest] / total,
+                          "even_epochs": (total - hours["train"]) / hours["train"] * epochs}
     text = args.caption_tokens * 4.2  # bytes a token of English (assumed)
     keys = ["alt", *(f"rewrite_{source}" for source in SOURCES), "vec", "vecap"]
-    result["bytes"] = {"jsonl": rows * jsonl_bytes({"image": 20} | dict.fromkeys(keys, text)), "index": index_bytes(rows),
-                       "images": rows * args.image_kb * 1e3, "checkpoint": checkpoint_bytes(parameters(args.config))}
+    result["bytes"] = {"jsonl": rows * jsonl_bytes({"image": 20} | dict.fromkeys(keys, text)),
+                       "index": index_bytes(rows), "images": rows * args.image_kb * 1e3,
+                       "checkpoint": checkpoint_bytes(parameters(args.config))}
     return result
 
 
 def show(result, args, notes):
     """One size as a table; the rates' sources are numbered in `notes`."""
-    print(f"\n{result['rows']:,} rows; {args.model}, {result['epochs']:g} epochs; {args.peak or PEAKS[args.gpu]:g} TFLOP/s peak")
-    print(f"{'':8}{'tokens in':>11}{'tokens out':>12}{'TFLOP/row':>11}{'EFLOP':>12}{'GPU-hours':>13}{'of peak':>9}  note"
-          f"{'at peak x MFU':>15}")
+    print(f"\n{result['rows']:,} rows; {args.model}, {result['epochs']:g} epochs; "
+          f"{args.peak or PEAKS[args.gpu]:g} TFLOP/s peak")
+    print(f"{'':8}{'tokens in':>11}{'tokens out':>12}{'TFLOP/row':>11}{'EFLOP':>12}{'GPU-hours':>13}"
+          f"{'of peak':>9}  note{'at peak x MFU':>15}")
     for name, s in result["stages"].items():
         note = notes.setdefault(s["rate"], len(notes) + 1)
-        print(f"{name:8}{s['tokens_in']:11,.0f}{s['tokens_out']:12,.0f}{s['flops'] / 1e12:11.3f}{s['total_flops'] / 1e18:12,.1f}"
-              f"{s['hours']:13,.1f}{s['utilisation']:9.0%}  [{note}] {s['hours_peak']:15,.1f}")
+        print(f"{name:8}{s['tokens_in']:11,.0f}{s['tokens_out']:12,.0f}{s['flops'] / 1e12:11.3f}"
+              f"{s['total_flops'] / 1e18:12,.1f}{s['hours']:13,.1f}{s['utilisation']:9.0%}"
+              f"  {f'[{note}]':4}{s['hours_peak']:15,.1f}")
     for method, names in METHODS.items():
         m = result[method]
-        print(f"{method}: {' + '.join(names)} = {m['hours']:,.1f} GPU-hours, {m['share']:.0%} of them {m['longest']}; "
-              f"its texts cost as much as {m['even_epochs']:.1f} epochs of training")
-    print(f"train: {result['train_images_per_s']:,.0f} images/s a GPU, limited by {result['stages']['train']['limited_by']} ("
-          + ", ".join(f"{name} allows {n:,.0f}" for name, n in result["limits_images_per_s"].items()) + ")")
+        print(f"{method}: {' + '.join(names)} = {m['hours']:,.1f} GPU-hours, {m['share']:.0%} of them "
+              f"{m['longest']}; its texts cost as much as {m['even_epochs']:.1f} epochs of training")
+    limits = ", ".join(f"{name} allows {n:,.0f}" for name, n in result["limits_images_per_s"].items())
+    print(f"train: {result['train_images_per_s']:,.0f} images/s a GPU, limited by "
+          f"{result['stages']['train']['limited_by']} ({limits})")
     print("storage: " + ", ".join(f"{name} {n / 1e9:,.2f} GB" for name, n in result["bytes"].items()))
 
 
 def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument_group("the work").add_argument
-    add("--rows", nargs="+", type=number(float, 1), default=[3e6, 12e6, 100e6, 300e6], help="default: 3e6 12e6 100e6 300e6")
+    add("--rows", nargs="+", type=number(float, 1), default=[3e6, 12e6, 100e6, 300e6],
+        help="default: 3e6 12e6 100e6 300e6")
     add("--epochs", type=positive, help="default: LaCLIP's, 40 up to 6 M rows, 35 up to 50 M, 32 above")
     add("--model", choices=PRESETS, default="ViT-B/16", help="default: %(default)s")
     add("--image-size", type=number(int, 1), help="pixels a side (default: the model's)")
     add("--batch-size", type=number(int, 1), default=8192, help="default: %(default)s")
     add("--multitext", action="store_true", help="LaCLIP-MT: five texts an image")
     add("--ssl", action="store_true", help="SLIP, LaSLIP: two more views an image")
-    add("--grad-checkpointing", action="store_true", help="a fourth forward pass; --micro-batch costs the same")
+    add("--grad-checkpointing", action="store_true",
+        help="a fourth forward pass; --micro-batch costs the same")
     add("--rewriter", choices=LLMS, default="llama-7b", help="default: %(default)s, paper")
-    add("--captioner", choices=LLMS, default="llama-7b", help="LLaVA's language model (default: %(default)s: LLaVA-1.5-7B, assumed)")
+    add("--captioner", choices=LLMS, default="llama-7b",
+        help="LLaVA's language model (default: %(default)s: LLaVA-1.5-7B, assumed)")
     add("--fuser", choices=LLMS, default="llama-13b", help="default: %(default)s: Vicuna-13B, paper")
-    add("--caption-tokens", type=number(float, 1), default=25, help="of a caption, read or written (default: %(default)s, assumed)")
-    add("--image-kb", type=positive, default=30, help="kB an image (default: %(default)s: JPEG of 256 pixels, assumed)")
+    add("--caption-tokens", type=number(float, 1), default=25,
+        help="of a caption, read or written (default: %(default)s, assumed)")
+    add("--image-kb", type=positive, default=30,
+        help="kB an image (default: %(default)s: JPEG of 256 pixels, assumed)")
     add = parser.add_argument_group("the machine").add_argument
-    add("--gpu", choices=PEAKS, default="A100", help="its peak, and rates published for it (default: %(default)s)")
+    add("--gpu", choices=PEAKS, default="A100",
+        help="its peak, and rates published for it (default: %(default)s)")
     add("--peak", type=positive, metavar="TFLOPS", help="of another GPU, from its data sheet")
-    add("--mfu", type=number(float, 0, below=1.0001, above=0), default=0.4, help="share of the peak that is reached where "
-        "no rate is known (default: %(default)s, assumed)")
-    add("--rate", nargs="+", default=[], metavar="STAGE=X", help="rows a second on one GPU, as the stages print them (train: "
-        "samples_per_s of metrics.jsonl); Xt: output tokens a second, as servers state them")
+    add("--mfu", type=number(float, 0, below=1.0001, above=0), default=0.4,
+        help="share of the peak that is reached where no rate is known (default: %(default)s, assumed)")
+    add("--rate", nargs="+", default=[], metavar="STAGE=X",
+        help="rows a second on one GPU, as the stages print them (train: samples_per_s of metrics.jsonl); "
+        "Xt: output tokens a second, as servers state them")
     add("--cores", type=positive, default=8, help="CPU cores a GPU (default: %(default)s)")
-    add("--decode", type=positive, default=1000, help="images a second that a core decodes and crops (default: %(default)s; "
-        "640 x 480 JPEG, tests/bench/README.md)")
-    add("--read", type=positive, default=250, metavar="MB/S", help="that the storage delivers a GPU (default: %(default)s, assumed)")
+    add("--decode", type=positive, default=1000,
+        help="images a second that a core decodes and crops (default: %(default)s, JPEG of 640 x 480)")
+    add("--read", type=positive, default=250, metavar="MB/S",
+        help="that the storage delivers a GPU (default: %(default)s, assumed)")
     parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
     args = parser.parse_args(argv)
     args.config = Config(**PRESETS[args.model] | ({"image_size": args.image_size} if args.image_size else {}))
     if args.config.image_size % args.config.patch_size:
-        die(f"--image-size {args.image_size}: expected a multiple of the patch size, {args.config.patch_size}")
+        die(f"--image-size {args.image_size}: expected a multiple of {args.config.patch_size}")
     if args.json:
         check_output(args.json)
     results = [plan(rows, args) for rows in args.rows]

@@ -61,10 +61,11 @@ def marian(folder, seed=0):
     model = MarianMTModel(MarianConfig(
         vocab_size=pad + 1, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, init_std=1.0,
         encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=512, pad_token_id=pad,
-        decoder_start_token_id=pad, eos_token_id=0, forced_eos_token_id=0))
+        decoder_start_token_id=pad, eos_token_id=0, forced_eos_token_id=0, tie_word_embeddings=False))
     with torch.no_grad():
-        model.final_logits_bias[0, 0], model.final_logits_bias[0, 1], model.final_logits_bias[0, pad] = 4, -99, -99
-    model.generation_config.update(num_beams=4, max_length=512)  # as the published ones
+        torch.nn.init.normal_(model.lm_head.weight)
+        model.final_logits_bias[0, 0], model.final_logits_bias[0, 1], model.final_logits_bias[0, pad] = 8, -99, -99
+    model.generation_config.update(num_beams=4, max_length=512, min_new_tokens=3)  # beams as the published ones; no empty texts
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
