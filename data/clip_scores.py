@@ -1,40 +1,50 @@
-"""What `eval_retrieval.py --score` writes: every row with `clip_score`, how well each of its texts fits its image.
+"""Add `clip_score` to every row: how well each of its texts fits its image, by a CLIP checkpoint.
 
-    python eval_retrieval.py --checkpoint clip.pt --captions rows.jsonl --image-root DIR --score scored.jsonl
+    python -m data.clip_scores --checkpoint clip.pt --captions rows.jsonl --image-root DIR --output OUT.jsonl
+    torchrun --nproc_per_node 8 -m data.clip_scores --checkpoint clip.pt --captions rows.jsonl ...
 
-train_clip.py --alt-choice best and data/filter_captions.py --min-score, --min-gain read it.
+train_clip.py --alt-choice best and data/filter_captions.py --min-score, --min-gain read it. After a kill or a
+full disk the same command continues after the last complete chunk of OUTPUT.partial.
 """
 import json
 import os
-import sys
+from functools import partial
 from itertools import islice
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from train_clip import BadRow, all_reduce, die, lock, open_rows, parse_row  # noqa: E402
+from eval_retrieval import parse_args, rows_parser
+from eval_zeroshot import load_encoder
+from train_clip import BadRow, all_reduce, die, in_one_line, lock, open_image, open_rows, parse_row, rank
+
+CHUNK = 8192  # rows that are written together
 
 
 def caption_fields(row):
     return [key for key in row if key in ("alt", "vec", "vecap") or key.startswith("rewrite_")]
 
 
-def add_scores(rows, images, encode):
-    """Adds `clip_score` to the rows, given the features [n, d] of their images: for every caption field the cosine of
-    image and text (Hessel et al. 2021, without its factor 2.5), a list for a list, null without a text or an image."""
+def add_scores(rows, images, encode_texts):
+    """Add `clip_score` to the rows; images [n, d]: the features of their images.
+
+    For every caption field it has the cosine of image and text (Hessel et al. 2021, without the factor 2.5):
+    a list for a list, null where the text or the image is missing."""
     texts = [(i, text) for i, row in enumerate(rows) for field in caption_fields(row)
              for text in (row[field] if isinstance(row[field], list) else [row[field]])]
-    usable = [k for k, (i, text) in enumerate(texts) if isinstance(text, str) and text.strip() and images[i].any()]
+    usable = [k for k, (i, text) in enumerate(texts)
+              if isinstance(text, str) and text.strip() and images[i].any()]
     scores = [None] * len(texts)
     if usable:
         owners, captions = zip(*(texts[k] for k in usable))
-        for k, score in zip(usable, (encode(captions) * images[list(owners)]).sum(1).tolist()):
+        for k, score in zip(usable, (encode_texts(captions) * images[list(owners)]).sum(1).tolist()):
             scores[k] = round(score, 5)
     scores = iter(scores)
     for row in rows:
-        row["clip_score"] = {field: [next(scores) for _ in row[field]] if isinstance(row[field], list) else next(scores)
-                             for field in caption_fields(row)}
+        row["clip_score"] = {}
+        for field in caption_fields(row):
+            score = [next(scores) for _ in row[field]] if isinstance(row[field], list) else next(scores)
+            row["clip_score"][field] = score
 
 
 def row_or_none(line):
@@ -44,44 +54,71 @@ def row_or_none(line):
         return None
 
 
-def write_scores(args, encode_names, encode, rank, chunk=8192):
-    """--captions with scores to --score, a line for a line; one that is no row goes through as it is. After a kill or a full
-    disk the same command goes on behind the last complete chunk of OUT.partial; OUT.partial.json says of what it is."""
-    partial = args.score + ".partial"
-    about = {path: [os.path.getsize(path), os.path.getmtime(path)] for path in (args.captions, args.checkpoint)}
-    about["image_root"], done = args.image_root, 0
-    if rank == 0:  # the others' disks may be others
-        if os.path.exists(args.score):
-            die(f"--score {args.score} exists")
-        held = lock(args.score + ".lock", "--score " + args.score)
-        if os.path.exists(partial + ".json"):
-            with open(partial + ".json") as header:
-                if json.load(header) != about:
-                    die(f"{partial} was begun with other rows or weights: remove it, or choose another name")
-        with open(partial + ".json.tmp", "w") as header:
-            json.dump(about, header)
-        os.replace(partial + ".json.tmp", partial + ".json")
-        with open(partial, "a+b") as rows:
-            rows.seek(0)
-            done = sum(line.endswith(b"\n") for line in rows) // chunk * chunk
-            rows.seek(0)
-            rows.truncate(sum(map(len, islice(rows, done))))
+def begin(args, partial_output):
+    """Lock OUTPUT and cut OUTPUT.partial after its last complete chunk. -> (how many rows it has, the lock)
+
+    OUTPUT.partial.json says which rows and weights it was made from."""
+    inputs = {path: [os.path.getsize(path), os.path.getmtime(path)]
+              for path in (args.captions, args.checkpoint)}
+    inputs["image_root"] = args.image_root
+    if os.path.exists(args.output):
+        die(f"--output {args.output} exists")
+    held = lock(args.output + ".lock", "--output " + args.output)
+    header = partial_output + ".json"
+    if os.path.exists(header):
+        with open(header) as f:
+            if json.load(f) != inputs:
+                die(f"{partial_output} is of other rows or weights: remove it, or choose another name")
+    with open(header + ".tmp", "w") as f:
+        json.dump(inputs, f)
+    os.replace(header + ".tmp", header)
+    with open(partial_output, "a+b") as f:
+        f.seek(0)
+        done = sum(line.endswith(b"\n") for line in f) // CHUNK * CHUNK
+        f.seek(0)
+        f.truncate(sum(map(len, islice(f, done))))
+    return done, held
+
+
+def write_scores(args, encoder):
+    """A line for a line; a line that is no row goes through as it is."""
+    partial_output, done, held = args.output + ".partial", 0, None
+    if rank() == 0:  # the other ranks may have other disks
+        done, held = begin(args, partial_output)
     done = int(all_reduce(torch.tensor(done)))
-    with open_rows(args.captions) as f:
-        lines, progress = islice(f, done, None), tqdm(desc="rows", unit="row", initial=done, disable=rank > 0)
-        while some := list(islice(lines, chunk)):
-            rows = [row_or_none(line) for line in some]
-            found = [row for row in rows if row is not None]
-            add_scores(found, encode_names([row.get("image") for row in found], all_may_fail=True), encode)
-            if rank == 0:
-                with open(partial, "ab") as out:
-                    out.writelines(line.rstrip(b"\n") + b"\n" if row is None else json.dumps(row).encode() + b"\n"
-                                   for line, row in zip(some, rows))
+    read = partial(open_image, args.image_root)
+    progress = tqdm(desc="rows", unit="row", initial=done, disable=rank() > 0)
+    with open_rows(args.captions) as f, progress:
+        lines = islice(f, done, None)
+        while chunk := list(islice(lines, CHUNK)):
+            parsed = [row_or_none(line) for line in chunk]
+            rows = [row for row in parsed if row is not None]
+            images = encoder.encode_images([row.get("image") for row in rows], read, all_may_fail=True)
+            add_scores(rows, images, encoder.encode_texts)
+            if rank() == 0:
+                with open(partial_output, "ab") as out:
+                    for line, row in zip(chunk, parsed):
+                        out.write((line.rstrip(b"\n") if row is None else json.dumps(row).encode()) + b"\n")
                     out.flush()
                     os.fsync(out.fileno())
-            progress.update(len(some))
-    progress.close()
-    if rank == 0:
-        os.replace(partial, args.score)
-        os.remove(partial + ".json")
+            progress.update(len(chunk))
+    if rank() == 0:
+        os.replace(partial_output, args.output)
+        os.remove(partial_output + ".json")
         os.remove(held.name)
+
+
+@in_one_line()
+def main(argv=None):
+    parser = rows_parser(__doc__)
+    parser.add_argument("--output", required=True, metavar="OUT.jsonl", help="must not exist yet")
+    args = parse_args(parser, argv, "output")
+    encoder = load_encoder(args)
+    try:
+        write_scores(args, encoder)
+    except OSError as e:  # a full disk
+        die(f"--output {args.output}: {e}; the same command continues {args.output}.partial")
+
+
+if __name__ == "__main__":
+    main()

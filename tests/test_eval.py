@@ -23,9 +23,9 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 import eval_retrieval
 import eval_zeroshot
 import train_clip as T
-from data import classification_sets
-from data.features import encode_images, encode_texts
 from conftest import COLOURS, ROOT, assert_mistake, read_jsonl, run, worker_of
+from data import classification_sets, clip_scores, logistic_regression, search
+from tools import run_tool
 
 
 # --- equality with plain references -----------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_average_precision_equals_its_definition(block, monkeypatch):
     images, labels = coarse(30), torch.randint(0, 6, (30,), generator=torch.Generator().manual_seed(4))
     labels[7] = 99  # the only one of its label
     images[3] = 0  # unreadable
-    images[11] = images[12]  # a picture that stands twice
+    images[11] = images[12]  # an image that is there twice
     found = eval_retrieval.average_precisions(images, labels)
     for q in range(30):
         order = sorted((i for i in range(30) if i != q), key=lambda i: (i == 3, -float(images[q] @ images[i]), i))
@@ -168,13 +168,15 @@ class AsClipBenchmark:
 def test_recall_equals_clip_benchmark(shapes, trained):
     model, tokenizer, transform = T.load_checkpoint(str(trained / "checkpoint.pt"))
     rows = [(row["image"], [row["alt"], row["rewrite_a"]]) for row in read_jsonl(shapes / "captions.jsonl")] * 2
-    pictures = [transform(T.to_rgb(T.open_image(str(shapes / "images"), name))) for name, _ in rows]
-    batches = [(torch.stack(pictures[i:i + 8]), [texts for _, texts in rows[i:i + 8]]) for i in range(0, 32, 8)]
+    read = partial(T.open_image, str(shapes / "images"))
+    images = [transform(T.to_rgb(read(name))) for name, _ in rows]
+    batches = [(torch.stack(images[i:i + 8]), [texts for _, texts in rows[i:i + 8]]) for i in range(0, 32, 8)]
     theirs = zeroshot_retrieval.evaluate(AsClipBenchmark(model), batches, tokenizer, "cpu", amp=False, recall_k_list=[5, 10])
-    images = encode_images(model, transform, [name for name, _ in rows], partial(T.open_image, str(shapes / "images")), 8, 0)
-    texts = encode_texts(model, tokenizer, [text for _, some in rows for text in some])
+    encoder = eval_zeroshot.Encoder(model, tokenizer, transform, batch_size=8)
+    images = encoder.encode_images([name for name, _ in rows], read)
+    texts = encoder.encode_texts([text for _, both in rows for text in both])
     ours = recalls(images, texts, torch.arange(32).repeat_interleave(2))
-    for k in (5, 10):  # every picture and text is there twice, so recall@1 hangs on how ties are broken
+    for k in (5, 10):  # every image and text is there twice, so recall@1 depends on how ties are broken
         assert ours[f"t2i_r{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-6)
         assert ours[f"i2t_r{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-6)
     x, y = features(60, 8), features(150, 8, seed=1)  # no ties: recall@1 too
@@ -192,7 +194,8 @@ def test_zeroshot_equals_clip_benchmark(shapes, trained):
     model, tokenizer, _ = T.load_checkpoint(str(trained / "checkpoint.pt"))
     names, templates = list(COLOURS), ["a {c} thing", "{c} square", "one {c} coloured cross"]
     theirs = zeroshot_classification.zero_shot_classifier(AsClipBenchmark(model), tokenizer, names, templates, "cpu", amp=False)
-    ours = eval_zeroshot.classifier(model, tokenizer, [[name] for name in names], [t.replace("{c}", "{}") for t in templates])
+    encode_texts = eval_zeroshot.Encoder(model, tokenizer, None).encode_texts
+    ours = eval_zeroshot.classifier(encode_texts, [[name] for name in names], [t.replace("{c}", "{}") for t in templates])
     torch.testing.assert_close(ours, theirs.T, atol=1e-6, rtol=1e-5)
     x, weights, y = features(500, 8), features(20, 8, seed=1), torch.arange(500) % 20
     scores, found = (x @ weights.T).numpy(), eval_zeroshot.accuracies(x, weights, y)
@@ -206,7 +209,7 @@ def test_linear_probe_equals_scikit_learn():
     x += 0.8 * F.normalize(torch.randn(5, 10, generator=torch.Generator().manual_seed(9)), dim=-1).double()[y]
     for penalty in (1e-1, 1e-3):
         theirs = LogisticRegression(C=1 / (penalty * 400), tol=1e-10, max_iter=10_000).fit(x.numpy(), y.numpy())
-        ours = eval_zeroshot.Probe(10, 5, dtype=torch.float64).fit(x, y, penalty, tolerance=1e-10, block=150)
+        ours = logistic_regression.LogisticRegression(10, 5, dtype=torch.float64).fit(x, y, penalty, tolerance=1e-10, block=150)
         torch.testing.assert_close(ours.weight.detach(), torch.from_numpy(theirs.coef_), atol=1e-6, rtol=1e-6)
         probabilities = (x @ ours.weight.T + ours.bias).softmax(1).detach()
         torch.testing.assert_close(probabilities, torch.from_numpy(theirs.predict_proba(x.numpy())), atol=1e-6, rtol=1e-6)
@@ -221,7 +224,8 @@ def test_linear_probe_equals_scikit_learn():
 
 def test_a_class_is_the_normalised_mean_of_its_normalised_prompts(trained):
     model, tokenizer, _ = T.load_checkpoint(str(trained / "checkpoint.pt"))
-    weights = eval_zeroshot.classifier(model, tokenizer, [["red bar"], ["blue cross", "cross"]], ["a {}", "one {} here"])
+    encode_texts = eval_zeroshot.Encoder(model, tokenizer, None).encode_texts
+    weights = eval_zeroshot.classifier(encode_texts, [["red bar"], ["blue cross", "cross"]], ["a {}", "one {} here"])
     with torch.inference_mode():
         for found, prompts in zip(weights, [["a red bar", "one red bar here"],
                                             ["a blue cross", "one blue cross here", "a cross", "one cross here"]]):
@@ -232,7 +236,7 @@ def test_a_class_is_the_normalised_mean_of_its_normalised_prompts(trained):
 
 # --- data sets --------------------------------------------------------------------------------------------------------
 
-def picture(path, colour="red"):
+def make_image(path, colour="red"):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (40, 40), colour).save(path)
 
@@ -240,7 +244,7 @@ def picture(path, colour="red"):
 def fill_dtd(root):
     for name in ("banded", "dotted"):
         for i in range(3):
-            picture(root / f"dtd/dtd/images/{name}/{name}_{i}.jpg")
+            make_image(root / f"dtd/dtd/images/{name}/{name}_{i}.jpg")
     (root / "dtd/dtd/labels").mkdir()
     for number, split in enumerate(("train", "val", "test")):
         (root / f"dtd/dtd/labels/{split}1.txt").write_text("".join(f"{n}/{n}_{number}.jpg\n" for n in ("banded", "dotted")))
@@ -253,7 +257,7 @@ def fill_food101(root):
             {name: [f"{name}/{i}" for i in number] for name in ("apple_pie", "waffles")}))
         for name in ("apple_pie", "waffles"):
             for i in number:
-                picture(root / f"food-101/images/{name}/{i}.jpg")
+                make_image(root / f"food-101/images/{name}/{i}.jpg")
 
 
 def fill_cifar10(root):
@@ -267,34 +271,34 @@ def fill_cifar10(root):
 
 def fill_gtsrb(root):
     for sign in range(43):
-        picture(root / f"gtsrb/GTSRB/Training/{sign:05}/0.ppm")
-        picture(root / f"gtsrb/GTSRB/Final_Test/Images/{sign:05}.ppm")
+        make_image(root / f"gtsrb/GTSRB/Training/{sign:05}/0.ppm")
+        make_image(root / f"gtsrb/GTSRB/Final_Test/Images/{sign:05}.ppm")
     (root / "gtsrb/GT-final_test.csv").write_text("Filename;ClassId\n" + "".join(f"{i:05}.ppm;{i}\n" for i in range(43)))
 
 
 def fill_country211(root):
     for split in ("train", "valid", "test"):
         for i in range(211):
-            picture(root / f"country211/{split}/C{i:03}/0.jpg")
+            make_image(root / f"country211/{split}/C{i:03}/0.jpg")
 
 
 def fill_eurosat(root):
     for name in ("AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop",
                  "Residential", "River", "SeaLake"):
         for i in range(20):
-            picture(root / f"eurosat/2750/{name}/{name}_{i}.jpg")
+            make_image(root / f"eurosat/2750/{name}/{name}_{i}.jpg")
 
 
 def fill_imagenet1k(root):
     for wnid in ("n01440764", "n02123045"):  # two of the thousand: tench, tabby
-        picture(root / f"imagenet/val/{wnid}/0.JPEG")
+        make_image(root / f"imagenet/val/{wnid}/0.JPEG")
         for i in range(5):
-            picture(root / f"imagenet/train/{wnid}/{i}.JPEG")
+            make_image(root / f"imagenet/train/{wnid}/{i}.JPEG")
 
 
 def fill_imagenetv2(root):
     for number in range(1000):
-        picture(root / f"imagenetv2-matched-frequency-format-val/{number}/0.jpeg")
+        make_image(root / f"imagenetv2-matched-frequency-format-val/{number}/0.jpeg")
 
 
 SETS = {  # name: (how to make a small one, its test, train and validation images, classes, a published class name by key)
@@ -401,9 +405,12 @@ def test_retrieval_as_a_user(shapes, trained, tmp_path):
     assert found["t2i_r1"] >= 0.8 and found["i2t_r1"] >= 0.8 and found["t2i_r1_chance"] == 1 / 16
     hits = read_jsonl(tmp_path / "hits.jsonl")
     assert len(hits) == 16 and sum(row["hits"][0]["image"] == row["truth"] for row in hits) / 16 == found["t2i_r1"]
-    done = run("eval_retrieval.py", *arguments, "--query", "blue square", "red cross")
+    done = run_tool("search", *arguments, "--query", "blue square", "red cross", "--hits", tmp_path / "found.jsonl")
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith(" ")] == ["blue square", "red cross"] and len(lines) == 12
+    queries = read_jsonl(tmp_path / "found.jsonl")
+    assert [row["query"] for row in queries] == ["blue square", "red cross"] and {len(row["hits"]) for row in queries} == {10}
+    assert queries[0]["hits"][0]["image"] == "blue-square.png" and lines[1].split()[1] == "blue-square.png"
 
 
 def test_every_protocol_is_the_same_for_any_number_of_ranks(shapes, trained, tmp_path):
@@ -413,7 +420,7 @@ def test_every_protocol_is_the_same_for_any_number_of_ranks(shapes, trained, tmp
             path = tmp_path / ("train" if number < 8 else "test") / row["label"] / f"{number}-{row['image']}"
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
-    (tmp_path / "test/red/broken.png").write_bytes(b"no picture")
+    (tmp_path / "test/red/broken.png").write_bytes(b"no image")
     arguments = ["--checkpoint", trained / "checkpoint.pt", "--dataset", f"imagefolder:{tmp_path / 'test'}", "--train",
                  f"imagefolder:{tmp_path / 'train'}", "--protocol", "zeroshot", "fewshot", "linear", "--ways", 3,
                  "--batch-size", 7, "--workers", 1]
@@ -423,9 +430,9 @@ def test_every_protocol_is_the_same_for_any_number_of_ranks(shapes, trained, tmp
         assert done.returncode == 0 and "broken.png" in done.stderr, done.stderr
         found.append((tmp_path / f"{ranks}.json").read_text())
     assert found[0] == found[1] == found[2]
-    (figures,) = json.loads(found[0]).values()
-    assert figures["linear_top1"] > 0.9 and figures["fewshot_mean"] > 0.6 and figures["unreadable"] == 1
-    assert figures["images"] == 65 and figures["linear_top1"] <= 64 / 65  # the unreadable one is in the denominator
+    (metrics,) = json.loads(found[0]).values()
+    assert metrics["linear_top1"] > 0.9 and metrics["fewshot_mean"] > 0.6 and metrics["unreadable"] == 1
+    assert metrics["images"] == 65 and metrics["linear_top1"] <= 64 / 65  # the unreadable one is in the denominator
 
 
 def test_retrieval_is_the_same_for_any_number_of_ranks(shapes, trained, tmp_path):
@@ -434,17 +441,19 @@ def test_retrieval_is_the_same_for_any_number_of_ranks(shapes, trained, tmp_path
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--checkpoint", trained / "checkpoint.pt", "--captions", tmp_path / "rows.jsonl", "--image-root",
                  shapes / "images", "--batch-size", 3, "--workers", 1]
-    for way, world in (([], 3), (["--image-to-image"], 2), (["--score"], 3)):
+    retrieve = partial(run, "eval_retrieval.py")
+    for launch, way, world in ((retrieve, ["--json"], 3), (retrieve, ["--image-to-image", "--json"], 2),
+                               (partial(run_tool, "clip_scores"), ["--output"], 3)):
         found = []
         for ranks in (None, world):
             out = tmp_path / f"{way}{ranks}"
-            done = run("eval_retrieval.py", *arguments, *way, *([out] if "--score" in way else ["--json", out]), ranks=ranks)
+            done = launch(*arguments, *way, out, ranks=ranks)
             assert done.returncode == 0 and "gone.png" in done.stderr, done.stderr
             found.append(out.read_text())
         assert found[0] == found[1]
-        figures = json.loads(found[0]) if "--score" not in way else {}
-        if way == ["--image-to-image"]:
-            assert figures["images"] == 17 and figures["map"] > 0.5 and "map_bar.png" in figures and figures["alone"] == 0
+        if "--image-to-image" in way:
+            metrics = json.loads(found[0])
+            assert metrics["images"] == 17 and metrics["map"] > 0.5 and "map_bar.png" in metrics and metrics["alone"] == 0
 
 
 def test_scores_are_cosines_and_serve_best_and_the_filter(shapes, trained, tmp_path):
@@ -455,8 +464,8 @@ def test_scores_are_cosines_and_serve_best_and_the_filter(shapes, trained, tmp_p
     rows += [{"image": "gone.png", "alt": "red square", "rewrite_a": "a red square"}, {"no": "image", "vec": [["a list in a list"]]}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "no row\n\n")
     arguments = ["--checkpoint", trained / "checkpoint.pt", "--captions", tmp_path / "rows.jsonl", "--image-root",
-                 shapes / "images", "--workers", 0, "--score", tmp_path / "scored.jsonl"]
-    done = run("eval_retrieval.py", *arguments)
+                 shapes / "images", "--workers", 0, "--output", tmp_path / "scored.jsonl"]
+    done = run_tool("clip_scores", *arguments)
     assert done.returncode == 0, done.stderr
     *lines, broken, blank = (tmp_path / "scored.jsonl").read_text().split("\n")[:-1]
     scored = [json.loads(line) for line in lines]
@@ -473,7 +482,7 @@ def test_scores_are_cosines_and_serve_best_and_the_filter(shapes, trained, tmp_p
     assert scored[-2]["clip_score"] == {"alt": None, "rewrite_a": None} and scored[-1]["clip_score"] == {"vec": [None]}
     best = [row["clip_score"]["alt"][1] > row["clip_score"]["alt"][0] for row in scored[:16]]
     assert sum(best) >= 14
-    assert_mistake(run("eval_retrieval.py", *arguments), "scored.jsonl exists")
+    assert_mistake(run_tool("clip_scores", *arguments), "scored.jsonl exists")
 
     done = run("train_clip.py", "--captions", tmp_path / "scored.jsonl", "--image-root", shapes / "images", "--text", "alt",
                "--alt-choice", "best", "--model", "nano", "--image-size", 32, "--tokenizer", shapes / "tokenizer.json",
@@ -483,45 +492,61 @@ def test_scores_are_cosines_and_serve_best_and_the_filter(shapes, trained, tmp_p
     for row in scored[:16]:  # one text a row
         row["alt"], row["clip_score"]["alt"] = row["alt"][1], row["clip_score"]["alt"][1]
     (tmp_path / "single.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
-    done = run("data/filter_captions.py", tmp_path / "single.jsonl", tmp_path / "best.jsonl", "--min-score", least)
+    done = run_tool("filter_captions", tmp_path / "single.jsonl", tmp_path / "best.jsonl", "--min-score", least)
     assert done.returncode == 0, done.stderr
     for row in read_jsonl(tmp_path / "best.jsonl")[:16]:
         assert (row["rewrite_a"] is not None) == (row["clip_score"]["rewrite_a"] >= least)
         assert row["rewrite_a"] or row["error"]["rewrite_a"] == "score"
     assert read_jsonl(tmp_path / "best.jsonl")[16]["error"] == {"rewrite_a": "unscored"}
-    done = run("data/filter_captions.py", tmp_path / "single.jsonl", tmp_path / "gain.jsonl", "--min-gain", "0")
+    done = run_tool("filter_captions", tmp_path / "single.jsonl", tmp_path / "gain.jsonl", "--min-gain", "0")
     for row in read_jsonl(tmp_path / "gain.jsonl")[:16]:
         assert (row["rewrite_a"] is not None) == (row["clip_score"]["rewrite_a"] >= row["clip_score"]["alt"])
-    assert_mistake(run("data/filter_captions.py", shapes / "captions.jsonl", tmp_path / "x.jsonl", "--min-gain", 0), "clip_score")
+    assert_mistake(run_tool("filter_captions", shapes / "captions.jsonl", tmp_path / "x.jsonl", "--min-gain", 0), "clip_score")
 
 
 def test_scoring_goes_on_where_it_was_killed(shapes, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["eval_retrieval.py"])
+    monkeypatch.setattr(clip_scores, "CHUNK", 4)
     args = ["--checkpoint", str(trained / "checkpoint.pt"), "--captions", str(shapes / "captions.jsonl"), "--image-root",
-            str(shapes / "images"), "--workers", "0", "--score"]
-    monkeypatch.setattr(eval_retrieval.write_scores, "__defaults__", (4,))
-    eval_retrieval.main([*args, str(tmp_path / "whole.jsonl")])
+            str(shapes / "images"), "--workers", "0", "--output"]
+    clip_scores.main([*args, str(tmp_path / "whole.jsonl")])
     whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl.partial"
-    stop, encode = iter(range(3)), encode_texts
+    stop, encode_texts = iter(range(3)), eval_zeroshot.Encoder.encode_texts
 
-    def killed(*a):  # in the third chunk of four rows
+    def killed(*arguments):  # in the third chunk of four rows
         if next(stop) == 2:
             raise KeyboardInterrupt
-        return encode(*a)
+        return encode_texts(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(eval_retrieval, "encode_texts", killed)
+        patch.setattr(eval_zeroshot.Encoder, "encode_texts", killed)
         with pytest.raises(KeyboardInterrupt):
-            eval_retrieval.main([*args, str(tmp_path / "out.jsonl")])
+            clip_scores.main([*args, str(tmp_path / "out.jsonl")])
     assert out.read_bytes() == b"".join(whole.splitlines(True)[:8])
     out.write_bytes(out.read_bytes() + whole.splitlines(True)[8] + b'{"torn')
-    eval_retrieval.main([*args, str(tmp_path / "out.jsonl")])
+    clip_scores.main([*args, str(tmp_path / "out.jsonl")])
     assert (tmp_path / "out.jsonl").read_bytes() == whole and not out.exists()
     out.write_bytes(b"")
     (tmp_path / "out.jsonl.partial.json").write_text("{}")
     os.remove(tmp_path / "out.jsonl")
     with pytest.raises(SystemExit):
-        eval_retrieval.main([*args, str(tmp_path / "out.jsonl")])
+        clip_scores.main([*args, str(tmp_path / "out.jsonl")])
+
+
+def test_bf16_is_near_fp32(shapes, trained, tmp_path):
+    """--precision bf16 rounds the towers and little else: the same recall, features a hundredth apart at most."""
+    encoders = [eval_zeroshot.Encoder(*T.load_checkpoint(str(trained / "checkpoint.pt")), precision=p) for p in ("fp32", "bf16")]
+    names, read = [row["image"] for row in read_jsonl(shapes / "captions.jsonl")], partial(T.open_image, str(shapes / "images"))
+    for encode in (lambda encoder: encoder.encode_images(names, read), lambda encoder: encoder.encode_texts(names)):
+        exact, rounded = map(encode, encoders)
+        assert exact.dtype == rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+        assert (exact * rounded).sum(1).min() > 0.999
+    found = []
+    for precision in ("fp32", "bf16"):
+        eval_retrieval.main(["--checkpoint", str(trained / "checkpoint.pt"), "--captions", str(shapes / "captions.jsonl"), "--device",
+                             "cpu", "--image-root", str(shapes / "images"), "--precision", precision, "--workers", "0", "--json",
+                             str(tmp_path / "out.json")])
+        found.append(json.loads((tmp_path / "out.json").read_text()))
+    assert found[0]["t2i_r5"] == pytest.approx(found[1]["t2i_r5"], abs=0.1)
 
 
 def test_rows_of_the_same_image_are_one(tmp_path):
@@ -532,7 +557,7 @@ def test_rows_of_the_same_image_are_one(tmp_path):
 
 
 def test_a_folder_of_links_and_other_files(tmp_path):
-    picture(tmp_path / "elsewhere/cat/1.png")
+    make_image(tmp_path / "elsewhere/cat/1.png")
     (tmp_path / "set/dog").mkdir(parents=True)
     (tmp_path / "set/cat").symlink_to(tmp_path / "elsewhere/cat")
     (tmp_path / "set/dog/2.PNG").symlink_to(tmp_path / "elsewhere/cat/1.png")
@@ -540,7 +565,7 @@ def test_a_folder_of_links_and_other_files(tmp_path):
     (tmp_path / "set/notes").mkdir()
     (tmp_path / "set/notes/readme.txt").write_text("x")
     for hidden in (".ipynb_checkpoints/3.png", "__MACOSX/4.png", "dog/._2.png"):
-        picture(tmp_path / "set" / hidden)
+        make_image(tmp_path / "set" / hidden)
     part = classification_sets.read_set(f"imagefolder:{tmp_path / 'set'}", None)["test"]
     assert part.names == ["cat/1.png", "dog/2.PNG"] and part.labels == ["cat", "dog"]
     assert part.read("dog/2.PNG").size == (40, 40)
@@ -551,7 +576,7 @@ def test_a_folder_of_links_and_other_files(tmp_path):
 
 def test_a_folder_inside_every_class_is_no_class(tmp_path):
     for name in ("cat", "big/dog"):
-        picture(tmp_path / name / "images/1.png")
+        make_image(tmp_path / name / "images/1.png")
     part = classification_sets.read_set(f"imagefolder:{tmp_path}", None)["test"]
     assert part.labels == ["big/dog", "cat"] and part.words == {"big/dog": "big dog", "cat": "cat"}
 
@@ -560,7 +585,7 @@ def test_class_names_go_by_what_a_class_is_called(tmp_path, capsys):
     """Not by its place in a sort, in which folder 10 comes before folder 2."""
     args = Namespace(classes="openai", templates="file", data_root=str(tmp_path))
     for number in range(1000):
-        picture(tmp_path / f"imagenet/val/{number}/0.png")
+        make_image(tmp_path / f"imagenet/val/{number}/0.png")
     part = classification_sets.read_set("imagenet1k", args)["test"]
     names = dict(zip(keys := sorted(set(part.labels)), classification_sets.class_names("imagenet1k", part, keys, args)))
     assert names["10"] == ["brambling"] and names["281"] == ["tabby cat"] and names["999"] == ["toilet paper"]
@@ -576,7 +601,7 @@ def test_class_names_go_by_what_a_class_is_called(tmp_path, capsys):
 
 
 def test_names_that_look_like_ids_are_told(tmp_path, capsys):
-    picture(tmp_path / "n01440764/0.png")
+    make_image(tmp_path / "n01440764/0.png")
     part = classification_sets.read_set(f"imagefolder:{tmp_path}", None)["test"]
     classification_sets.class_names("x", part, ["n01440764"], Namespace(classes=None, templates="file"))
     assert "look like ids ('n01440764')" in capsys.readouterr().err
@@ -586,8 +611,9 @@ def test_weights_that_are_not_finite_score_nothing(shapes, trained, tmp_path, ca
     state = torch.load(trained / "checkpoint.pt", weights_only=True)
     state["model"]["ln_final.weight"][:] = math.nan
     torch.save(state, tmp_path / "nan.pt")
-    for arguments in (["--captions", shapes / "captions.jsonl"], ["--captions", shapes / "captions.jsonl", "--score", tmp_path / "s.jsonl"]):
-        done = run("eval_retrieval.py", "--checkpoint", tmp_path / "nan.pt", "--image-root", shapes / "images", "--workers", 0, *arguments)
+    arguments = ["--checkpoint", tmp_path / "nan.pt", "--image-root", shapes / "images", "--workers", 0, "--captions",
+                 shapes / "captions.jsonl"]
+    for done in (run("eval_retrieval.py", *arguments), run_tool("clip_scores", *arguments, "--output", tmp_path / "s.jsonl")):
         assert done.returncode == 2 and done.stderr.count("not finite") == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "s.jsonl").exists()
 
@@ -600,7 +626,8 @@ def test_files_with_a_mark_and_a_terminal_of_ascii(shapes, trained, tmp_path):
     done = run("eval_zeroshot.py", *common, "--dataset", f"jsonl:{tmp_path}/rows.jsonl", "--templates", tmp_path / "templates.txt",
                "--classes", tmp_path / "classes.json")
     assert done.returncode == 0 and " 16" in done.stdout, done.stderr
-    done = run("eval_retrieval.py", *common, "--captions", tmp_path / "rows.jsonl", "--query", "caf\u00e9", env={"PYTHONIOENCODING": "ascii"})
+    done = run_tool("search", *common, "--captions", tmp_path / "rows.jsonl", "--query", "caf\u00e9",
+                    env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "caf\\xe9" in done.stdout, done.stderr
     (tmp_path / "wide.jsonl").write_bytes((shapes / "captions.jsonl").read_text().encode("utf-16"))
     assert_mistake(run("eval_retrieval.py", *common, "--captions", tmp_path / "wide.jsonl"), "wide.jsonl", "UTF-16")
@@ -649,6 +676,13 @@ def test_hits_of_images(shapes, trained, tmp_path):
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--json", "{empty}"], ["can be written"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--json", "x.json", "--hits", "x.json"], ["two files"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--workers", "-1"], ["--workers", "0 or more"]),
+    (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--precision", "fp16"], ["--precision", "bf16"]),
+    (search, ["--captions", "{rows}", "--image-root", "."], ["--query"]),
+    (search, ["--captions", "missing.jsonl", "--image-root", ".", "--query", "a"], ["missing.jsonl"]),
+    (search, ["--captions", "{rows}", "--image-root", ".", "--query", "a", "--hits", "{rows}"], ["is read"]),
+    (clip_scores, ["--captions", "{rows}", "--image-root", "."], ["--output"]),
+    (clip_scores, ["--captions", "{rows}", "--image-root", ".", "--output", "{rows}"], ["is read"]),
+    (clip_scores, ["--captions", "{rows}", "--image-root", "missing", "--output", "x.jsonl"], ["missing"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", "missing"], ["missing"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--field", "vecap"], ["vecap"]),
     (eval_retrieval, ["--captions", "{rows}", "--image-root", ".", "--checkpoint", "missing.pt"], ["missing.pt"]),

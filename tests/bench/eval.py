@@ -1,4 +1,4 @@
-"""The evaluations against clip-benchmark's and scikit-learn's, on this machine's CPU: seconds from files to figures.
+"""The evaluations against clip-benchmark's and scikit-learn's, on this machine's CPU: seconds from files to metrics.
 
     python tests/bench/eval.py                                     # all cases, about 14 minutes on two cores
     python tests/bench/eval.py --cases retrieval --pairs 1
@@ -7,9 +7,9 @@
     retrieval   a twenty-fifth of COCO's test split: 200 JPEGs, 1,000 captions | clip-benchmark's evaluate
     probe       the linear probe's seven penalties on 20,000 x 512 features of 100 classes, each scored on 5,000 others
                 | scikit-learn's LogisticRegression, a fit a penalty
-    blocks      recalls of 30,000 images and 150,000 texts, features given: time and peak memory, nobody to compare with
+    blocks      recalls of 30,000 images and 150,000 texts, features given: time and peak memory, without a peer
 
-Both sides have the same ViT-B/32 (random weights), fp32, pictures, prompts, workers and batch size; sides take turns.
+Both sides have the same ViT-B/32 (random weights), fp32, images, prompts, workers and batch size. They take turns.
 clip-benchmark pads every text to 77 tokens and holds the whole similarity matrix.
 """
 import argparse
@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,11 +34,13 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval  
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
 
-from inputs import T, caption, features, openai_tokenizer, photograph  # noqa: E402
+from inputs import T, caption, openai_tokenizer, photograph  # noqa: E402
 import eval_retrieval  # noqa: E402
 import eval_zeroshot  # noqa: E402
+from data.classification_sets import read_sets  # noqa: E402
+from data.logistic_regression import LogisticRegression as OurLogisticRegression  # noqa: E402
 
-# Its own fails with numpy from 2.4 on; this one costs next to nothing, as that does
+# clip-benchmark's own fails from numpy 2.4 on; both cost next to nothing
 zeroshot_classification.accuracy = lambda output, target, topk: [
     (output.topk(k).indices == target[:, None]).any(1).double().mean().item() for k in topk]
 AIMS = {"zeroshot": 1.5, "retrieval": 1.5, "probe": 1.0}
@@ -63,13 +64,13 @@ def zeroshot(args, folder):
     for i in range(args.images or 500):
         (folder / "images" / names[i % 10]).mkdir(parents=True, exist_ok=True)
         photograph(rng, 500, 375).save(folder / "images" / names[i % 10] / f"{i}.jpg", quality=88)
-    (model, tokenizer, transform), (theirs, their_tokenizer, their_transform) = models()
-    ours = Namespace(templates=folder / "templates.txt", classes=None, protocol=["zeroshot"], batch_size=64, workers=args.workers)
+    ours, (theirs, their_tokenizer, their_transform) = models()
+    encoder, spec = eval_zeroshot.Encoder(*ours, batch_size=64, workers=args.workers), f"imagefolder:{folder / 'images'}"
+    options = Namespace(dataset=[spec], train=None, templates=folder / "templates.txt", classes=None, protocol=["zeroshot"])
 
     def we():
-        spec = f"imagefolder:{folder / 'images'}"
-        found = eval_zeroshot.evaluate(spec, eval_zeroshot.read_set(spec, ours), ours, model, tokenizer, transform)
-        return [found["top1"], found["top5"]]
+        metrics = eval_zeroshot.evaluate(spec, read_sets(options)[spec], options, encoder)
+        return [metrics["top1"], metrics["top5"]]
 
     def they():
         dataset = ImageFolder(folder / "images", their_transform)
@@ -98,20 +99,19 @@ def pairs_of(batch):
 
 
 def retrieval(args, folder):
-    rng, (we_are, (theirs, their_tokenizer, their_transform)) = np.random.default_rng(0), models()
-    model, tokenizer, transform = we_are
+    rng, (ours, (theirs, their_tokenizer, their_transform)) = np.random.default_rng(0), models()
     (folder / "images").mkdir()
     rows = []
     for i in range(args.images or 200):
         photograph(rng, 640, 480).save(folder / "images" / f"{i}.jpg", quality=88)
-        rows.append({"image": f"{i}.jpg", "alt": [caption(rng, tokenizer, open_clip.IMAGENET_CLASSNAMES) for _ in range(5)]})
+        rows.append({"image": f"{i}.jpg", "alt": [caption(rng, ours[1], open_clip.IMAGENET_CLASSNAMES) for _ in range(5)]})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ours = Namespace(captions=folder / "rows.jsonl", field="alt", hits=None)
-    encode_names = partial(features.encode_images, model, transform, read=partial(T.open_image, folder / "images"), workers=args.workers)
+    encoder = eval_zeroshot.Encoder(*ours, batch_size=64, workers=args.workers)
+    options = Namespace(captions=folder / "rows.jsonl", image_root=folder / "images", field="alt", hits=None)
 
     def we():
-        found = eval_retrieval.text_retrieval(ours, encode_names, partial(features.encode_texts, model, tokenizer), 0)
-        return [found["t2i_r5"], found["i2t_r5"]]
+        metrics = eval_retrieval.text_retrieval(options, encoder)
+        return [metrics["t2i_r5"], metrics["i2t_r5"]]
 
     def they():
         loader = torch.utils.data.DataLoader(Captions(folder / "images", rows, their_transform), 64,
@@ -131,7 +131,7 @@ def probe(args, folder):
     (a, b), (va, vb) = (x[:n], y[:n]), (x[n:], y[n:])
 
     def we():
-        fitted, found = eval_zeroshot.Probe(512, classes), []
+        fitted, found = OurLogisticRegression(512, classes), []
         for penalty in eval_zeroshot.PENALTIES:
             found.append((fitted.fit(a, b, penalty).predict(va) == vb).double().mean().item())
         return found
@@ -173,17 +173,17 @@ def main(argv=None):
             continue
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             sides = cases[case](args, Path(folder))
-            seconds, figures = {side: [] for side in sides}, {}
+            seconds, metrics = {side: [] for side in sides}, {}
             for round in range(args.pairs):
                 for side in (list(sides) if round % 2 == 0 else list(sides)[::-1]):
                     start = time.perf_counter()
-                    figures[side] = sides[side]()
+                    metrics[side] = sides[side]()
                     seconds[side].append(time.perf_counter() - start)
-                    print(f"{case}, round {round + 1}: {side} {seconds[side][-1]:.1f} s, figures "
-                          f"{' '.join(f'{value:.4f}' for value in figures[side])}", flush=True)
+                    print(f"{case}, round {round + 1}: {side} {seconds[side][-1]:.1f} s, metrics "
+                          f"{' '.join(f'{value:.4f}' for value in metrics[side])}", flush=True)
         ours, theirs = seconds.values()
         ratios = [their / our for our, their in zip(ours, theirs)]
-        results[case] = {"seconds": seconds, "ratios": ratios, "figures": figures}
+        results[case] = {"seconds": seconds, "ratios": ratios, "metrics": metrics}
         median = statistics.median(ratios)
         print(f"{case}: {median:.2f} x ({min(ratios):.2f}-{max(ratios):.2f}), aim {AIMS[case]}"
               f"{'' if median >= AIMS[case] else ': MISSED'}", flush=True)

@@ -1,7 +1,7 @@
 """Two million rows of five texts as the trainer reads them, against holding them in lists: seconds and memory.
 
-    python tests/bench/data.py                  # about 5 minutes, 1.5 GB of disk for a while; also a tenth of the rows
-    python tests/bench/data.py --rows 20000     # does it run? a minute
+    python tests/bench/rows.py                  # about 5 minutes, 1.5 GB of disk for a while; also a tenth of the rows
+    python tests/bench/rows.py --rows 20000     # does it run? a minute
 
 ours        Rows and Samples of train_clip.py: rows stay in the file and are found by their byte offsets
 open_clip   its CsvDataset: pandas.read_csv, a list of paths, a list of texts (one text a row)
@@ -11,10 +11,10 @@ index s     making the byte offsets, once for a file
 first s     from making the data set to the first batch, with the offsets made; all files are still in the page cache
 main MB     what the main process grew by in that time and the reads (Rss)
 worker MB   a worker's own memory (Private_Clean + Private_Dirty, mean of both), at the first batch and after --reads
-            rows. It begins as a copy that shares all pages; reading a Python string writes its reference count, and the
-            page becomes the worker's. An epoch reads all rows, not only these.
+            rows. It begins as a copy that shares all pages. Reading a Python string writes its reference count, so the
+            page becomes the worker's own. An epoch reads all rows, not only these.
 
-Each side runs in its own process and reads random rows as its trainer does; tokenizer, crop, picture are the same.
+Each side runs in its own process and reads random rows as its trainer does. Tokenizer, crop and image are the same.
 """
 import argparse
 import csv
