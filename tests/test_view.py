@@ -1,21 +1,23 @@
-"""data/page.py: whatever a caption, a name or a path says is shown as text, and nothing else is opened."""
+"""data/view.py and data/demo/report.py: every caption, name and path is shown as text, and nothing else is opened."""
 import base64
 import html.parser
 import io
 import json
 import os
 import re
+import select
+import shutil
 import subprocess
-import sys
+import time
 import zlib
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-PAGE = Path(__file__).parents[1] / "data" / "page.py"
-sys.path.insert(0, str(PAGE.parent))
-import page as page_py  # noqa: E402
+from conftest import assert_mistake
+from data import view
+from data.demo import report
+from tools import run_tool
 
 TAGS = set("""html head meta title style body header main nav aside section div span p h1 h2 h3 ul ol li dl dt dd a
     table thead tbody tr th td figure figcaption img code del bdi details summary svg desc path line circle
@@ -28,19 +30,15 @@ HOSTILE = [
     "z\u0351\u0352", "x" * 500]
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, PAGE, *map(str, arguments)], capture_output=True, text=True)
-
-
 def render(tmp_path, results) -> str:
     (tmp_path / "root").mkdir(exist_ok=True)
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")  # \ud800 stays an escape
-    return write_page(tmp_path, "report", tmp_path / "results.json")
+    return write_page(tmp_path, report.main, tmp_path / "results.json")
 
 
-def write_page(tmp_path, command, *arguments) -> str:
-    """In this process: torch, which reading pictures imports, takes seconds."""
-    page_py.main([str(a) for a in (command, *arguments, tmp_path / "out.html", "--image-root", tmp_path / "root")])
+def write_page(tmp_path, main, *arguments) -> str:
+    """In this process: importing torch takes seconds."""
+    main([str(a) for a in (*arguments, tmp_path / "out.html", "--image-root", tmp_path / "root")])
     return (tmp_path / "out.html").read_bytes().decode("utf-8")  # strict: the page is valid UTF-8
 
 
@@ -87,7 +85,7 @@ class Parser(html.parser.HTMLParser):
 
 
 def everywhere(sources=()) -> dict:
-    """A results file that uses every key; `sources` are its picture paths."""
+    """A results file that uses every key; `sources` are its image paths."""
     good, bad = sources or ("good.png", "good.png")
     hits = [{"image": good, "alt": "alt", "score": 0.5, "correct": True},
             {"image": bad, "alt": "alt", "score": "score"}]
@@ -146,7 +144,7 @@ def test_hostile_text_is_shown_as_text(tmp_path):
 def test_hostile_paths_are_placeholders(tmp_path, name):
     make_image(tmp_path / "root" / "good.png")
     page = Parser(render(tmp_path, everywhere(["good.png", name])))
-    assert len(page.images) == 2 and page.text.count("no picture: ") == 2
+    assert len(page.images) == 2 and page.text.count("no image: ") == 2
 
 
 def test_page_isolates_and_forbids(tmp_path):
@@ -164,12 +162,12 @@ def test_page_isolates_and_forbids(tmp_path):
     "../out.png", "sub/../../out.png", "ABSOLUTE", "link.png", "", ".", "sub", "pipe",
     "text.png", "cut.png", "bomb.png", "page.eps", "missing.png", None, 3, ["good.png"], {"a": 1},
     "good.png/", "n" * 5000])
-def test_only_pictures_inside_the_root(tmp_path, name):
+def test_only_images_inside_the_root(tmp_path, name):
     root = tmp_path / "root"
     make_image(root / "sub" / "inside.png")
     make_image(tmp_path / "out.png", (61, 67))
     (root / "folder").symlink_to(tmp_path)
-    (root / "text.png").write_text("no picture")
+    (root / "text.png").write_text("no image")
     (root / "cut.png").write_bytes((root / "sub" / "inside.png").read_bytes()[:60])
     (root / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     subprocess.run(["mkfifo", root / "pipe"], check=True)
@@ -180,11 +178,11 @@ def test_only_pictures_inside_the_root(tmp_path, name):
     name = str(tmp_path / "out.png") if name == "ABSOLUTE" else name
     text = render(tmp_path, {"title": "t", "queries": [{"rows": [{"hits": [{"image": name}]}]}]})
     page = Parser(text)
-    assert page.images == [] and "no picture: " in page.text
+    assert page.images == [] and "no image: " in page.text
     assert base64.b64encode((tmp_path / "out.png").read_bytes()).decode() not in text
 
 
-def test_pictures_are_small_clean_pngs(tmp_path):
+def test_images_are_small_clean_pngs(tmp_path):
     root = tmp_path / "root"
     make_image(root / "a.jpg", (800, 400), comment=b"secret comment", icc_profile=b"secret profile")
     Image.new("P", (50, 60)).save(root / "b.gif")
@@ -211,7 +209,7 @@ def test_every_key_but_the_title_may_be_missing(tmp_path):
                 node[key] = value
             if isinstance(value, dict | list):
                 yield from drop(value)
-    count = sum(bool(Parser(page_py.report(full, str(tmp_path)))) for _ in drop(full))
+    count = sum(bool(Parser(report.report(full, str(tmp_path)))) for _ in drop(full))
     assert count > 40
 
 
@@ -232,52 +230,64 @@ def test_curves_of_any_numbers(tmp_path, points):
     (b'{"title": "t", "steps": ["text"]}', '"steps"'),
     (b'{"title": "t", "machine": []}', '"machine"'),
     (b'{"title": "t", "tables": [{"rows": [3]}]}', '"rows"')])
-def test_mistakes_in_the_results(tmp_path, content, told):
+def test_mistakes_in_the_results(tmp_path, capfd, content, told):
     if content is not None:
         (tmp_path / "r.json").write_bytes(content)
-    check_mistake(run("report", tmp_path / "r.json", tmp_path / "o.html", "--image-root", tmp_path), told)
+    check_mistake(capfd, report.main, tmp_path / "r.json", tmp_path / "o.html", "--image-root", tmp_path, told=told)
     assert list(tmp_path.glob("o.html*")) == []
 
 
-def test_mistakes_in_the_command(tmp_path):
+def check_mistake(capfd, main, *arguments, told):
+    """The command in this process ends with exit status 2 and one line."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert_mistake(subprocess.CompletedProcess([], stop.value.code, stderr=printed.err), told)
+
+
+def test_a_mistake_as_a_user_makes_it(tmp_path):
+    assert_mistake(run_tool("view", "rows", tmp_path / "no.jsonl", "o.html", "--image-root", tmp_path), "view.py: error", "no.jsonl")
+    assert_mistake(run_tool("demo.report", tmp_path / "no.json", "o.html", "--image-root", tmp_path), "report.py: error", "no.json")
+
+
+def test_mistakes_in_the_command(tmp_path, capfd):
     results = tmp_path / "r.json"
     results.write_text('{"title": "t"}')
     output = tmp_path / "o.html"
     (tmp_path / "folder").mkdir()
     (tmp_path / "wide.jsonl").write_bytes('{"alt": "a"}\n'.encode("utf-16"))
-    for arguments, told in [
-            ([], "COMMAND"), (["rport"], "report"), (["report", results, output], "--image-root"),
-            (["report", results, output, "--image-root", tmp_path / "missing\nfolder"], "not a folder"),
-            (["report", results, tmp_path / "no" / "o.html", "--image-root", tmp_path], "cannot write"),
-            (["report", results, tmp_path / "folder", "--image-root", tmp_path], "cannot write"),
-            (["report", results, results, "--image-root", tmp_path], "is the input"),
-            (["report", results, output, "--image-root", tmp_path, "--nonsense"], "--nonsense"),
-            (["rows", results, output, "--image-root", tmp_path, "--limit", "-1"], "--limit"),
-            (["rows", results, output, "--image-root", tmp_path, "--limit", "1", "--sample", "1"], "--sample"),
-            (["rows", tmp_path / "no.jsonl", output, "--image-root", tmp_path], "cannot read"),
-            (["rows", tmp_path / "folder", output, "--image-root", tmp_path], "cannot read"),
-            (["rows", os.devnull, output, "--image-root", tmp_path], "no rows"),
-            (["rows", tmp_path / "wide.jsonl", output, "--image-root", tmp_path], "UTF-16")]:
-        check_mistake(run(*arguments), told)
+    root = ["--image-root", tmp_path]
+    for main, arguments, told in [
+            (view.main, [], "COMMAND"), (view.main, ["rwos"], "rows"), (report.main, [results, output], "--image-root"),
+            (report.main, [results, output, "--image-root", tmp_path / "missing\nfolder"], "not a folder"),
+            (report.main, [results, tmp_path / "no" / "o.html", *root], "cannot write"),
+            (report.main, [results, tmp_path / "folder", *root], "cannot write"),
+            (report.main, [results, results, *root], "is the input"),
+            (report.main, [results, output, *root, "--nonsense"], "--nonsense"),
+            (view.main, ["rows", results, results, *root], "is the input"),
+            (view.main, ["rows", results, output, *root, "--nonsense"], "--nonsense"),
+            (view.main, ["rows", results, output, *root, "--limit", "-1"], "--limit"),
+            (view.main, ["rows", results, output, *root, "--limit", "1", "--sample", "1"], "--sample"),
+            (view.main, ["rows", tmp_path / "no.jsonl", output, *root], "No such file"),
+            (view.main, ["rows", tmp_path / "folder", output, *root], "Is a directory"),
+            (view.main, ["rows", os.devnull, output, *root], "no rows"),
+            (view.main, ["rows", tmp_path / "wide.jsonl", output, *root], "UTF-16")]:
+        check_mistake(capfd, main, *arguments, told=told)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "r.json", "wide.jsonl"]  # no partial page is left
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"alt": "a red bike"}\n')
-    assert run("rows", tmp_path / "rows.jsonl", tmp_path / "o.html", "--image-root", tmp_path).returncode == 0
-    page = (tmp_path / "o.html").read_text()
+    page = render_rows(tmp_path, [b'\xef\xbb\xbf{"alt": "a red bike"}'])
     assert "a red bike" in page and "not JSON" not in page
-
-
-def check_mistake(done, told):
-    assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(r"page\.py: error: .*\n", done.stderr) and told in done.stderr
 
 
 def test_an_old_page_is_replaced_only_by_a_whole_one(tmp_path):
     (tmp_path / "out.html").write_text("old")
     (tmp_path / "bad.json").write_text("{}")
-    run("report", tmp_path / "bad.json", tmp_path / "out.html", "--image-root", tmp_path)
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "bad.json"), str(tmp_path / "out.html"), "--image-root", str(tmp_path)])
     assert (tmp_path / "out.html").read_text() == "old"
     assert "new" in render(tmp_path, {"title": "new"})
 
@@ -289,7 +299,7 @@ def render_rows(tmp_path, rows, *arguments) -> str:
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
     (tmp_path / "root").mkdir(exist_ok=True)
     (tmp_path / "rows.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
-    return write_page(tmp_path, "rows", *arguments, tmp_path / "rows.jsonl")
+    return write_page(tmp_path, view.main, "rows", *arguments, tmp_path / "rows.jsonl")
 
 
 def cells(page) -> list:
@@ -313,7 +323,7 @@ def test_a_row_with_everything(tmp_path):
     assert [data for element, data in page.texts if element == "summary"][1:] == ["other keys (2)", "other keys (1)"]
     folded = [json.loads(data) for element, data in page.texts if element == "code"]
     assert folded == [{"mine": {"url": "x"}, "yours": 7}, {"error": "the user's own"}]
-    assert "2 of 2 rows" in page.text and "no picture: none is named" in page.text
+    assert "2 of 2 rows" in page.text and "no image: none is named" in page.text
     assert text.count('<p dir="auto"') == len(said) - 1  # all but our own "null"
 
 
@@ -336,7 +346,7 @@ def test_lines_that_are_no_rows(tmp_path):
     page = Parser(text)
     assert "kept <b> by a stage" in page.text and "{broken" in page.text and "\\xff\\xfe" in page.text
     assert page.text.count("failed: not JSON: ") == 5 and "failed: not a JSON object" in page.text
-    assert page.text.count("no picture") == 0
+    assert page.text.count("no image") == 0
     assert cells(text)[1:] == [["line", "6", "–", "5", "1"]]
 
 
@@ -371,21 +381,21 @@ def test_rows_as_deep_as_the_parser_takes(depth, tmp_path):
     ("text.png", "no image in one of JPEG"), ("cut.jpg", "Truncated"), ("pipe@0+5", "no such file"),
     ("s.tar@9999+50", "no image in one of JPEG"), ("../s.tar@512+9", "outside --image-root"),
     (None, "none is named"), (["a"], "none is named")])
-def test_pictures_that_cannot_be_shown(tmp_path, image, reason):
+def test_images_that_cannot_be_shown(tmp_path, image, reason):
     root = tmp_path / "root"
     make_image(root / "whole.jpg")
     make_image(tmp_path / "out.png")
-    (root / "text.png").write_text("no picture")
+    (root / "text.png").write_text("no image")
     (root / "cut.jpg").write_bytes((root / "whole.jpg").read_bytes()[:400])
     (root / "s.tar").write_bytes(bytes(512))
     (tmp_path / "s.tar").write_bytes(bytes(1024))
     os.mkfifo(root / "pipe")
     page = Parser(render_rows(tmp_path, [{"image": image, "alt": "a"}]))
-    assert page.images == [] and re.search(f"no picture: .*{reason}", page.text)
+    assert page.images == [] and re.search(f"no image: .*{reason}", page.text)
     assert "0x" not in page.text  # no address of an object: the page is the same every time
 
 
-def test_a_picture_in_a_tar(tmp_path):
+def test_an_image_in_a_tar(tmp_path):
     make_image(tmp_path / "root" / "a.jpg", (80, 60))
     data = (tmp_path / "root" / "a.jpg").read_bytes()
     (tmp_path / "root" / "s.tar").write_bytes(bytes(512) + data + bytes(512))
@@ -408,7 +418,7 @@ def test_limit_and_sample(tmp_path):
     assert len(set(drawn)) == 20 and drawn == sorted(drawn) and "20 of 500 rows, drawn with seed 0" in text
     assert drawn != lines_shown(render_rows(tmp_path, rows, "--sample", 20, "--seed", 1))
     assert lines_shown(render_rows(tmp_path, rows[:5], "--sample", 20)) == [1, 2, 3, 4, 5]
-    hits = [page_py.read_rows(tmp_path / "rows.jsonl", 200, 1, seed)[0][0][0] for seed in range(2000)]
+    hits = [view.read_rows(tmp_path / "rows.jsonl", 200, 1, seed)[0][0][0] for seed in range(2000)]
     assert all(330 < sum(i == hit for hit in hits) < 470 for i in range(1, 6))  # a fifth each, 4 standard deviations
 
 
@@ -418,8 +428,8 @@ def test_counts_are_of_all_rows(tmp_path):
             {"vecap": ["a", None, None], "error": {"vecap": [None, "refused", "refused"]}}]
     text = render_rows(tmp_path, rows + [{"error": {"alt": list("abcdefgh")}}], "--limit", 1)
     for seed in "123":  # the same page every time, whatever the order of Python's sets
-        subprocess.run([sys.executable, PAGE, "rows", tmp_path / "rows.jsonl", tmp_path / "again.html", "--limit", "0",
-                        "--image-root", tmp_path], env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
+        run_tool("view", "rows", tmp_path / "rows.jsonl", tmp_path / "again.html", "--limit", "0", "--image-root",
+                 tmp_path, env={"PYTHONHASHSEED": seed})
         assert cells((tmp_path / "again.html").read_text()) == cells(text)
     text = render_rows(tmp_path, rows, "--limit", 1)
     assert cells(text) == [
@@ -430,7 +440,7 @@ def test_counts_are_of_all_rows(tmp_path):
 def test_counting_holds_few_names(tmp_path):
     rows = [{"alt": "a", f"key {i}": None, "error": {"alt": "often", f"key {i}": f"reason {i}"}} for i in range(1000)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, total, counters = page_py.read_rows(tmp_path / "rows.jsonl", 1, None, 0)
+    _, total, counters = view.read_rows(tmp_path / "rows.jsonl", 1, None, 0)
     assert total == 1000 and all(len(counter) <= 200 for counter in counters)
     fields, nulls, reasons = counters
     assert fields["alt"] == 1000 and reasons["alt", "often"] == 1000
@@ -442,7 +452,7 @@ def test_counting_holds_few_names(tmp_path):
 def render_hits(tmp_path, rows, *arguments) -> str:
     (tmp_path / "root").mkdir(exist_ok=True)
     (tmp_path / "hits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return write_page(tmp_path, "hits", tmp_path / "hits.jsonl", *arguments)
+    return write_page(tmp_path, view.main, "hits", tmp_path / "hits.jsonl", *arguments)
 
 
 def test_hits_and_misses(tmp_path):
@@ -460,7 +470,7 @@ def test_hits_and_misses(tmp_path):
     assert text.count('class="block query hit"') == 2 and text.count('class="block query miss"') == 3
     assert text.count('class="block query other"') == 1 and text.count('class="wanted"') == 2
     for words in ("right at place 1,234", "right at place 2", "could not be read", "label: cats", "average precision 0.500",
-                  "all: 6", "right at once: 2", "not: 3", "no picture: no such file", "6 of 6 queries, from the top"):
+                  "all: 6", "first image right: 2", "first image wrong: 3", "no image: no such file", "6 of 6 queries, from the top"):
         assert words in page.text, words
     assert len(page.images) == 11 and text.count('type="radio"') == 3 and text.count('tabindex="0"') == 6
     assert "3 of 6 queries, drawn with seed 0" in render_hits(tmp_path, rows, "--sample", 3)
@@ -482,5 +492,132 @@ def test_hits_that_are_none(tmp_path, capsys):
     (tmp_path / "root").mkdir()
     (tmp_path / "hits.jsonl").write_text('{"query": "a", "hits": "none"}\n')
     with pytest.raises(SystemExit):
-        write_page(tmp_path, "hits", tmp_path / "hits.jsonl")
+        write_page(tmp_path, view.main, "hits", tmp_path / "hits.jsonl")
     assert "hits" in capsys.readouterr().err
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium")
+PHONE = 390  # px
+LOOK = """(async () => {
+    const decoded = await Promise.all([...document.images].map(image => image.decode().then(() => true, () => false)));
+    return {
+        images: decoded.length, decoded: decoded.filter(Boolean).length, text: document.documentElement.textContent,
+        sideways: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+        foreign: document.querySelectorAll("script, iframe, object, embed, link, form, base").length,
+        handlers: [...document.querySelectorAll("*")].filter(
+            element => [...element.attributes].some(attribute => attribute.name.startsWith("on"))).length,
+    };
+})()"""
+
+
+class Browser:
+    """A headless Chromium, spoken to by its DevTools protocol over a pipe."""
+
+    def __init__(self, folder):
+        (theirs_in, self.out), (self.into, theirs_out) = os.pipe(), os.pipe()
+        pipes = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        self.process = subprocess.Popen(
+            ["bash", "-c", pipes, "bash", CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+             f"--user-data-dir={folder}"], pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
+        os.close(theirs_in), os.close(theirs_out)
+        self.buffer, self.events, self.sent, self.session = b"", [], 0, {}
+
+    def read(self, wanted, seconds=300):
+        """The first message that `wanted` accepts; all events on the way are kept."""
+        end = time.monotonic() + seconds
+        while True:
+            message, found, rest = self.buffer.partition(b"\0")
+            if not found:
+                assert select.select([self.into], [], [], max(0, end - time.monotonic()))[0], "Chromium does not answer"
+                data = os.read(self.into, 1 << 20)
+                assert data, "Chromium ended"
+                self.buffer += data
+                continue
+            self.buffer, message = rest, json.loads(message)
+            self.events.append(message)
+            if wanted(message):
+                return message
+
+    def ask(self, method, **parameters):
+        self.sent += 1
+        command = {"id": self.sent, "method": method, "params": parameters, **self.session}
+        os.write(self.out, json.dumps(command).encode() + b"\0")
+        answer = self.read(lambda message: message.get("id") == command["id"])
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def look(self, path):
+        """Open a file at a phone's width. -> what LOOK returns, and "told": errors, dialogs and requests"""
+        self.session, self.events = {}, []
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.ask(f"{domain}.enable")
+        self.ask("Emulation.setDeviceMetricsOverride", width=PHONE, height=844, deviceScaleFactor=1, mobile=False)
+        self.ask("Page.navigate", url=path.as_uri())
+        self.read(lambda message: message.get("method") in ("Page.loadEventFired", "Page.javascriptDialogOpening"))
+        if self.events[-1]["method"] == "Page.javascriptDialogOpening":
+            return {"told": ["Page.javascriptDialogOpening"]}
+        result = self.ask("Runtime.evaluate", expression=LOOK, awaitPromise=True, returnByValue=True)["result"]["value"]
+        methods = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Page.javascriptDialogOpening")
+        told = [event for event in self.events if event.get("method") in methods]
+        requests = [event["params"]["request"]["url"] for event in self.events if event.get("method") == "Network.requestWillBeSent"]
+        foreign = [url for url in requests if url != path.as_uri() and not url.startswith("data:")]
+        return {**result, "told": told + foreign}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("no chromium on PATH: the pages are not opened in a browser")
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    os.close(browser.out)
+    browser.process.kill()
+    browser.process.wait()
+
+
+def hostile_rows(text):
+    return [{"image": "good.png", "alt": text, "rewrite_" + text: text, "vec": [text, None], "label": text, text: {text: text},
+             "error": {"vec": [None, text], "not " + text: text}}, {"image": text, "alt": "x" * 3000, "error": text}]
+
+
+def hostile_hits(text):
+    hits = [{"image": image, "score": text, "correct": text} for image in ("good.png", text) for _ in range(5)]
+    return [{"query": text, "truth": text, "rank": text, "hits": hits}, {"image": "good.png", "truth": text, "hits": hits},
+            {"query": "x" * 3000, "truth": "good.png", "rank": 4, "hits": [{"image": "good.png", "score": 1 / 3}] * 10}]
+
+
+@pytest.mark.parametrize("kind", ["rows", "hits", "report"])
+def test_a_browser_shows_hostile_text_as_text(kind, browser, tmp_path):
+    make_image(tmp_path / "root" / "good.png")
+    hostile = " ".join(HOSTILE)[:900]  # nothing is cut
+    if kind == "report":
+        seen = []
+        images = Parser(render(tmp_path, poison(everywhere(), seen))).images
+        texts = [shown(text) for text in seen if not text.startswith(("empty ", "alt "))]
+    else:
+        render_kind, rows = (render_rows, hostile_rows(hostile)) if kind == "rows" else (render_hits, hostile_hits(hostile))
+        images, texts = Parser(render_kind(tmp_path, rows)).images, [shown(hostile)]
+    page = browser.look(tmp_path / "out.html")
+    assert page["told"] == []
+    assert page["images"] == page["decoded"] == len(images) > 0
+    assert page["foreign"] == page["handlers"] == 0
+    assert page["sideways"] == 0
+    for text in texts:
+        assert text in page["text"], text[:60]
+
+
+@pytest.mark.parametrize("body, wrong", [
+    ("<script>console.error(1)</script>", lambda page: page["told"] and page["foreign"]),
+    ("<script>alert(1)</script>", lambda page: page["told"]),
+    ("<img src='data:image/png;base64,AAAA'>", lambda page: page["images"] > page["decoded"]),
+    ("<img src='https://evil.example/x.png'>", lambda page: page["told"]),
+    ("<p onclick='x()'>", lambda page: page["handlers"]),
+    (f"<p style='width: {PHONE + 10}px'>", lambda page: page["sideways"] > 0)], ids=lambda value: str(value)[:30])
+def test_the_browser_would_tell(body, wrong, browser, tmp_path):
+    """Each fault that the test above excludes is seen where it is."""
+    (tmp_path / "out.html").write_text(f"<!DOCTYPE html><meta name=viewport content='width=device-width'><body>{body}")
+    assert wrong(browser.look(tmp_path / "out.html"))
