@@ -1,31 +1,33 @@
-"""Other projects' CLIP checkpoints -> ours, and ours -> a Hugging Face folder.
+"""Convert other projects' CLIP checkpoints to ours, and ours to Hugging Face's and open_clip's.
 
-    python data/convert_checkpoint.py openai ViT-B-32.pt clip.pt                   # OpenAI's archive
-    python data/convert_checkpoint.py openai open_clip_model.safetensors clip.pt   # open_clip; LaCLIP's LAION-400M
-    python data/convert_checkpoint.py openai FOLDER clip.pt                        # with open_clip_config.json
-    python data/convert_checkpoint.py hf clip-vit-large-patch14-336 clip.pt        # a folder of transformers' CLIPModel
-    python data/convert_checkpoint.py veclip vecapdfn_clip_h14_336 clip.pt         # VeCLIP's release, unzipped
-    python data/convert_checkpoint.py laclip cc12m_laclip.pt clip.pt               # LaCLIP's CC3M, CC12M, RedCaps; SLIP
-    python data/convert_checkpoint.py to-hf runs/veclip/checkpoint.pt FOLDER
-    python data/convert_checkpoint.py to-open-clip runs/veclip/checkpoint.pt FILE.pt
+    python -m data.convert_checkpoint openai ViT-B-32.pt clip.pt                  # OpenAI's archive
+    python -m data.convert_checkpoint openai open_clip_model.safetensors clip.pt  # open_clip; LaCLIP's LAION
+    python -m data.convert_checkpoint openai FOLDER clip.pt                       # with open_clip_config.json
+    python -m data.convert_checkpoint hf clip-vit-large-patch14-336 clip.pt       # a CLIPModel folder
+    python -m data.convert_checkpoint veclip vecapdfn_clip_h14_336 clip.pt        # VeCLIP's release, unzipped
+    python -m data.convert_checkpoint laclip cc12m_laclip.pt clip.pt              # LaCLIP's CC3M, ...; SLIP
+    python -m data.convert_checkpoint to-hf runs/veclip/checkpoint.pt FOLDER
+    python -m data.convert_checkpoint to-open-clip runs/veclip/checkpoint.pt FILE.pt
 
-All families are one model under different names. What else differs is not in the weights, and with another family's
-settings a model still gives features, only worse ones:
+All families are the same model with different parameter names. They also differ in settings that the weights
+do not show. With another family's settings a model still gives features, but worse ones:
 
-              GELU: image, text   LayerNorm eps   a text is pooled at   pictures
+              GELU: image, text   LayerNorm eps   a text is pooled at   images
     OpenAI    quick, quick        1e-5            the highest id        bicubic; OpenAI's mean and std
     open_clip exact, exact (1)    1e-5            the highest id        the same
-    HF        config.json         config.json     eos_token_id (2)      preprocessor_config.json, else the same
-    VeCLIP    config.json         config.json     T5's end token        bilinear, no antialias; OpenAI's mean and std
+    HF        config.json         config.json     eos_token_id (2)      preprocessor_config.json, or the same
+    VeCLIP    config.json         config.json     T5's end token        bilinear, no antialias; OpenAI's
     LaCLIP    exact, quick        image 1e-6      the highest id        bilinear; ImageNet's mean and std (3)
 
-(1) --quick-gelu for models that open_clip calls ...-quickgelu, and for OpenAI's weights after somebody's fine-tuning.
-(2) 2, wrong in the first configs, means the highest id there; texts are pooled at the first such id (CLIPTextModel).
-(3) Its image tower is timm's: no LayerNorm before the blocks, a bias in the patch embedding and, but for SLIP's own, a
-    LayerNorm on every head's queries and keys.
+(1) --quick-gelu for models that open_clip calls ...-quickgelu, and for fine-tuned OpenAI weights.
+(2) The first configs have a wrong eos_token_id of 2; it means the highest id. Texts are pooled at the first
+    such id (CLIPTextModel).
+(3) The image tower is timm's. It has no LayerNorm before the blocks, a bias in the patch embedding, and a
+    LayerNorm on every head's queries and keys (SLIP's own models lack the last).
 
-The tokenizers of OpenAI, open_clip and LaCLIP mend broken Unicode, curly quotes and HTML entities first; a converted
-checkpoint says so, and its tokenizer does the same (by ftfy). A folder from to-hf does not.
+The tokenizers of OpenAI, open_clip and LaCLIP first mend broken Unicode, curly quotes and HTML entities. A
+converted checkpoint records that, and its tokenizer does the same (with ftfy). The tokenizer in a folder from
+to-hf does not.
 """
 import argparse
 import codecs
@@ -33,7 +35,6 @@ import json
 import math
 import os
 import re
-import sys
 import warnings
 import zipfile
 
@@ -41,11 +42,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from train_clip import CLIP, PRESETS, Config, Tokenizer, die, load_checkpoint, new_parser, reason, save_checkpoint  # noqa: E402
+from train_clip import (CLIP, PRESETS, Config, Tokenizer, die, load_checkpoint, new_parser, reason,
+                        save_checkpoint)
 
 
-# === names: ours, which are OpenAI's, -> theirs =======================================================================
+# === names: ours (OpenAI's) -> theirs =======================================================================
 
 def block_names(ours, theirs, names):
     return {f"{ours}.resblocks.N.{a}": f"{theirs}.N.{b}" for a, b in names.items()}
@@ -78,9 +79,10 @@ LACLIP = {"visual.class_embedding": "visual.cls_token",
               "ln_2": "norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}),
           "visual.ln_post": "visual.norm",
           "visual.proj": "image_projection"}  # the text tower is OpenAI's
-LACLIP_SETTINGS = {field: PRESETS["ViT-B/16-laclip"][field] for field in (
-    "pre_norm", "patch_bias", "vision_eps", "text_quick_gelu", "mean", "std", "resize")} | {"mend_texts": True}
-VISION_HEADS = {p["vision_width"]: p["vision_heads"] for p in PRESETS.values() if "vision_heads" in p}  # ViT-H: 80 each
+LACLIP_SETTINGS = {"mend_texts": True, **{field: PRESETS["ViT-B/16-laclip"][field] for field in (
+    "pre_norm", "patch_bias", "vision_eps", "text_quick_gelu", "mean", "std", "resize")}}
+VISION_HEADS = {preset["vision_width"]: preset["vision_heads"] for preset in PRESETS.values()
+                if "vision_heads" in preset}  # of ViT-H: 80 wide
 SLIP_HEADS = {384: 12, 768: 12, 1024: 16}  # by width, SLIP's release; LaCLIP's follow from q_norm
 NO_WEIGHTS = (r"^(input_resolution|context_length|vocab_size)$"  # in OpenAI's archives, nowhere else
               r"|attn_mask$|\.position_ids$|^image_mlp\.")  # older open_clip, older transformers, SLIP's head
@@ -93,7 +95,7 @@ HF_FIELDS = {"vision_config": {"vision_width": "hidden_size", "vision_layers": "
 
 
 def their_names(name, table):
-    """A parameter's name of ours -> [theirs], or the three of queries, keys and values."""
+    """Our name of a parameter -> [their name], or their three names of queries, keys and values"""
     number = re.search(r"\.(\d+)\.", name)
     name = re.sub(r"\.\d+\.", ".N.", name)
     for ours, theirs in table.items():
@@ -105,14 +107,15 @@ def their_names(name, table):
 
 
 def theirs_of(name, x, table):
-    """A tensor of ours -> [(their name, their tensor)]"""
+    """One of our tensors -> [(their name, their tensor)]"""
     theirs = their_names(name, table)
     parts = x.chunk(3) if len(theirs) == 3 else [x]
     return [(their, part.T if their in TRANSPOSED else part) for their, part in zip(theirs, parts)]
 
 
 def ours_from(state, config, table, path):
-    """Their tensors -> our model. The first key that is missing, of wrong shape or too many ends the program."""
+    """Their tensors -> our model. A missing key, a wrong shape and an unknown key are each a user's
+    mistake."""
     try:
         with torch.device("meta"):  # shapes without memory
             model = CLIP(config)
@@ -136,30 +139,35 @@ def ours_from(state, config, table, path):
     return model
 
 
-# === files ============================================================================================================
+# === files ==================================================================================================
 
 SCALAR = np.float64(0).__reduce__()[0]  # under both names that NumPy gave it
 NUMPY = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
-         *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}, codecs.encode]
+         *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
+         codecs.encode]
 
 
 def read_state(path):
-    """{name: tensor} of a .safetensors file, a TorchScript archive, a state dict or a trainer's {"state_dict": ...}.
+    """{name: tensor} of a .safetensors file, a TorchScript archive, a state dict or a trainer's
+    {"state_dict": ...}.
 
-    Of a pickle only tensors and plain values are read, NumPy's numbers, and the argparse.Namespace that LaCLIP's trainer saved."""
+    From a pickle only tensors, plain values, NumPy's numbers and the argparse.Namespace of LaCLIP's trainer
+    are read."""
     if not os.path.isfile(path):
         die(f"{path}: no such file")
     try:
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace, *NUMPY]):
+        safe_globals = torch.serialization.safe_globals([argparse.Namespace, *NUMPY])
+        with warnings.catch_warnings(action="ignore"), safe_globals:
             if path.endswith(".safetensors"):
                 state = load_file(path)
-            elif zipfile.is_zipfile(path) and any("constants.pkl" in name for name in zipfile.ZipFile(path).namelist()):
+            elif zipfile.is_zipfile(path) and "constants.pkl" in " ".join(zipfile.ZipFile(path).namelist()):
                 state = torch.jit.load(path, map_location="cpu").state_dict()
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 state = state.get("state_dict", state)
-        state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in state.items()}  # DDP, torch.compile
-    except Exception as e:  # there is a different class for every way in which a file is not one of weights
+        # The prefixes of DDP and torch.compile
+        state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in state.items()}
+    except Exception as e:  # each kind of broken file raises another class
         die(f"{path} is no file of weights: {reason(e)}")
     for name, x in state.items():
         if not isinstance(x, torch.Tensor):
@@ -168,13 +176,13 @@ def read_state(path):
 
 
 def read_folder(folder, *stems):
-    """The weights of a folder: one file, or several and the index that names them. -> (state, path for messages)"""
-    there = set(os.listdir(folder))
+    """The weights of a folder: one file, or several files and an index. -> (state, path for messages)"""
+    files = set(os.listdir(folder))
     names = [stem + ending for stem in stems for ending in (".safetensors", ".bin")]
     for name in names:
-        if name in there:
+        if name in files:
             return read_state(os.path.join(folder, name)), os.path.join(folder, name)
-        if (index := name + ".index.json") in there:
+        if (index := name + ".index.json") in files:
             try:
                 with open(os.path.join(folder, index), encoding="utf-8") as f:
                     shards = sorted(set(json.load(f)["weight_map"].values()))
@@ -188,18 +196,20 @@ def read_folder(folder, *stems):
 
 
 def fitting_tokenizer(name, config):
-    """The tokenizer, if its ids have rows in the model's embedding and its texts end where the model pools."""
+    """The tokenizer. Its ids must have rows in the model's embedding, and its end token must be the pooled
+    one."""
     tokenizer = Tokenizer.load(name)
     highest = max(tokenizer.tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
-        die(f"--tokenizer {name}: it has ids up to {highest}, the model's embedding has {config.vocab_size} rows")
+        die(f"--tokenizer {name}: it has ids up to {highest}, the model's embedding has {config.vocab_size} "
+            "rows")
     pooled = highest if config.eot_id < 0 else config.eot_id
     if tokenizer.eot_id != pooled:
         die(f"--tokenizer {name}: its texts end with id {tokenizer.eot_id}, the model pools at id {pooled}")
     return tokenizer
 
 
-# === OpenAI, open_clip, LaCLIP: the sizes follow from the shapes ======================================================
+# === OpenAI, open_clip, LaCLIP: the sizes follow from the shapes ============================================
 
 def infer_config(state, table, path, known_heads, **settings):
     def shape(ours):
@@ -222,13 +232,16 @@ def infer_config(state, table, path, known_heads, **settings):
     width, patch_size = shape("visual.conv1.weight")[0], shape("visual.conv1.weight")[-1]
     vocab_size, text_width = shape("token_embedding.weight")[0], shape("token_embedding.weight")[1]
     q_norm = state.get(their_names("visual.transformer.resblocks.0.attn.q_norm.weight", table)[0])
-    vision_heads = heads(width, q_norm.numel()) if q_norm is not None else known_heads.get(width) or heads(width)
+    if q_norm is not None:
+        vision_heads = heads(width, q_norm.numel())
+    else:
+        vision_heads = known_heads.get(width) or heads(width)
     return Config(embed_dim=shape("text_projection")[1], patch_size=patch_size,
                   image_size=patch_size * math.isqrt(shape("visual.positional_embedding")[0] - 1),
                   vision_width=width, vision_layers=layers("visual.transformer"), vision_heads=vision_heads,
                   text_width=text_width, text_layers=layers("transformer"), text_heads=heads(text_width),
-                  context_length=shape("positional_embedding")[0], vocab_size=vocab_size, eot_id=vocab_size - 1,
-                  qk_norm=q_norm is not None, **settings)
+                  context_length=shape("positional_embedding")[0], vocab_size=vocab_size,
+                  eot_id=vocab_size - 1, qk_norm=q_norm is not None, **settings)
 
 
 def from_openai(args):
@@ -248,7 +261,7 @@ def from_openai(args):
 
 
 def read_open_clip_config(folder):
-    """open_clip_config.json -> (the settings of ours that it changes, is its activation QuickGELU?)"""
+    """open_clip_config.json -> (our settings that it changes, is its activation QuickGELU?)"""
     path = os.path.join(folder, "open_clip_config.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -257,9 +270,11 @@ def read_open_clip_config(folder):
         settings = {name: tuple(pixels[name]) for name in ("mean", "std") if name in pixels}
         settings["resize"] = pixels.get("interpolation", "bicubic")
         if settings["resize"] not in RESAMPLE or pixels.get("resize_mode", "shortest") != "shortest":
-            raise ValueError(f"its images are resized otherwise, {pixels}: expected shortest, bicubic or bilinear")
-        if set(model) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"} or \
-                isinstance(model["vision_cfg"], dict) and "timm_model_name" in model["vision_cfg"]:
+            raise ValueError(f"its images are resized in another way, {pixels}: expected shortest, "
+                             "bicubic or bilinear")
+        known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"}
+        is_timm = isinstance(model["vision_cfg"], dict) and "timm_model_name" in model["vision_cfg"]
+        if set(model) - known or is_timm:
             raise ValueError("another kind of model than OpenAI's")
         return settings, bool(model.get("quick_gelu"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
@@ -268,15 +283,17 @@ def read_open_clip_config(folder):
 
 def from_laclip(args):
     state = read_state(args.input)
-    state |= {name: state[name].squeeze() for name in ("visual.cls_token", "visual.pos_embed") if name in state}
+    for name in ("visual.cls_token", "visual.pos_embed"):
+        if name in state:
+            state[name] = state[name].squeeze()
     config = infer_config(state, LACLIP, args.input, SLIP_HEADS, **LACLIP_SETTINGS)
     return ours_from(state, config, LACLIP, args.input), args.tokenizer
 
 
-# === Hugging Face, VeCLIP: the settings are in config.json ============================================================
+# === Hugging Face, VeCLIP: the settings are in config.json ==================================================
 
 def quiet_transformers():
-    """transformers without progress bars and advice: a mistake is one line."""
+    """transformers without progress bars and advice, so that a mistake is one line"""
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -290,7 +307,7 @@ def read_hf_config(path):
         if content["model_type"] != "clip":
             raise ValueError(f"model_type is {content['model_type']}, expected clip")
         hf = quiet_transformers().CLIPConfig.from_dict(content)
-    except Exception as e:  # as many classes as there are ways to be wrong
+    except Exception as e:  # each kind of broken config raises another class
         die(f"{path} is no config of a CLIPModel: {reason(e)}")
     values = {"embed_dim": hf.projection_dim, "eot_id": hf.text_config.eos_token_id}
     for tower, fields in HF_FIELDS.items():
@@ -308,8 +325,8 @@ def read_hf_config(path):
     return Config(**values | {"eot_id": -1 if values["eot_id"] == 2 else values["eot_id"]})
 
 
-def read_hf_pictures(folder, config):
-    """Mean and std of preprocessor_config.json; the rest must be what EvalTransform does."""
+def read_hf_transform(folder, config):
+    """Mean and std of preprocessor_config.json into the config. The rest must be what EvalTransform does."""
     S = config.image_size
     try:
         theirs = quiet_transformers().CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -318,8 +335,8 @@ def read_hf_pictures(folder, config):
     except Exception as e:
         die(f"{folder}: preprocessor_config.json cannot be read: {reason(e)}")
     if sides != {S} or theirs.resample not in RESAMPLE.values() or not steps:
-        die(f"{folder}: expected a preprocessor_config.json that resizes the shorter side to {S}, bicubic (3) or bilinear "
-            "(2), crops the centre and normalises")
+        die(f"{folder}: expected a preprocessor_config.json that resizes the shorter side to {S}, bicubic "
+            "(3) or bilinear (2), crops the centre and normalises")
     config.resize = next(name for name, number in RESAMPLE.items() if number == theirs.resample)
     config.mean, config.std = tuple(theirs.image_mean), tuple(theirs.image_std)
 
@@ -327,14 +344,15 @@ def read_hf_pictures(folder, config):
 def from_hf(args):
     if not os.path.isdir(args.input):
         die(f"{args.input}: no such folder")
-    there = set(os.listdir(args.input))
+    files = set(os.listdir(args.input))
     config = read_hf_config(os.path.join(args.input, "config.json"))
     if args.command == "veclip":
         config.resize = "bilinear-unsmoothed"
-    elif there & {"preprocessor_config.json", "processor_config.json"}:
-        read_hf_pictures(args.input, config)
-    if not args.tokenizer and not there & {"tokenizer.json", "vocab.json"}:
-        die(f"{args.input} has no tokenizer: name one with --tokenizer")  # transformers would make up an empty one
+    elif files & {"preprocessor_config.json", "processor_config.json"}:
+        read_hf_transform(args.input, config)
+    if not args.tokenizer and not files & {"tokenizer.json", "vocab.json"}:
+        # transformers would make an empty one
+        die(f"{args.input} has no tokenizer: name one with --tokenizer")
     state, path = read_folder(args.input, "model", "pytorch_model")
     return ours_from(state, config, HF, path), args.tokenizer or args.input
 
@@ -342,42 +360,46 @@ def from_hf(args):
 def to_hf(args):
     model, tokenizer, _ = load_checkpoint(args.input)
     c, folder = model.config, os.path.normpath(args.output) + ".tmp"
-    for name, only in (("qk_norm", False), ("pre_norm", True), ("patch_bias", False)):
-        if getattr(c, name) != only:
-            die(f"{args.input}: its config has {name} = {not only}, which Hugging Face's CLIPModel cannot express")
+    for name, expected in (("qk_norm", False), ("pre_norm", True), ("patch_bias", False)):
+        if getattr(c, name) != expected:
+            die(f"{args.input}: its config has {name} = {not expected}, which Hugging Face's CLIPModel "
+                "cannot express")
     if c.eot_id == 2:
-        die(f"{args.input}: its texts end with id 2, which Hugging Face's CLIPModel takes to mean the highest id")
+        die(f"{args.input}: its texts end with id 2, which Hugging Face's CLIPModel reads as the highest id")
     towers = {}
     for tower, fields in HF_FIELDS.items():
         towers[tower] = {their: getattr(c, ours) for ours, their in fields.items()}
-        towers[tower] |= {"intermediate_size": 4 * towers[tower]["hidden_size"], "projection_dim": c.embed_dim,
-                          "hidden_act": "quick_gelu" if getattr(c, tower.replace("config", "quick_gelu")) else "gelu"}
+        quick = getattr(c, tower.replace("config", "quick_gelu"))
+        towers[tower] |= {"intermediate_size": 4 * towers[tower]["hidden_size"],
+                          "projection_dim": c.embed_dim, "hidden_act": "quick_gelu" if quick else "gelu"}
     towers["text_config"] |= {"eos_token_id": 2 if c.eot_id < 0 else c.eot_id, "bos_token_id": None,
-                              "pad_token_id": tokenizer.eot_id}  # pads stand behind the end, where nothing looks
+                              "pad_token_id": tokenizer.eot_id}  # pads follow the end and have no effect
     transformers = quiet_transformers()
     hf = transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=c.embed_dim))
-    hf.load_state_dict(dict(pair for name, x in model.state_dict().items() for pair in theirs_of(name, x, HF)))
+    state = model.state_dict().items()
+    hf.load_state_dict(dict(pair for name, x in state for pair in theirs_of(name, x, HF)))
     hf.save_pretrained(folder)
     end = tokenizer.tokenizer.id_to_token(tokenizer.eot_id)
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.tokenizer.from_str(tokenizer.json_text), eos_token=end, pad_token=end,
         model_max_length=c.context_length, split_special_tokens=True).save_pretrained(folder)
-    if c.resize in RESAMPLE:  # theirs always smooths: without that it is a folder of weights alone, as VeCLIP's is
+    if c.resize in RESAMPLE:  # theirs always antialiases; otherwise only weights, as in VeCLIP's release
         S = c.image_size
-        transformers.CLIPImageProcessor(size={"shortest_edge": S}, crop_size={"height": S, "width": S}, resample=RESAMPLE[c.resize],
-                                        image_mean=c.mean, image_std=c.std).save_pretrained(folder)
+        transformers.CLIPImageProcessor(
+            size={"shortest_edge": S}, crop_size={"height": S, "width": S}, resample=RESAMPLE[c.resize],
+            image_mean=c.mean, image_std=c.std).save_pretrained(folder)
     os.rename(folder, args.output)
     return model
 
 
 def to_open_clip(args):
-    """open_clip loads a plain state dict, under the names that are ours, too. What it must be told beside is printed."""
+    """open_clip loads a plain state dict with our names. The settings that it needs besides are printed."""
     model, _, _ = load_checkpoint(args.input)
     c = model.config
     plain = c.pre_norm and not c.qk_norm and not c.patch_bias and c.vision_eps == c.text_eps == 1e-5
     if not plain or c.vision_quick_gelu != c.text_quick_gelu:
-        die(f"{args.input}: its config has what open_clip's CLIP cannot express (qk_norm, patch_bias, no pre_norm, two "
-            "activations or another LayerNorm eps)")
+        die(f"{args.input}: its config has what open_clip's CLIP cannot express (qk_norm, patch_bias, no "
+            "pre_norm, two activations or another LayerNorm eps)")
     if c.eot_id not in (-1, c.vocab_size - 1):
         die(f"{args.input}: its texts end with id {c.eot_id}, open_clip pools at the highest id")
     temporary = args.output + ".tmp"
@@ -385,32 +407,34 @@ def to_open_clip(args):
     os.rename(temporary, args.output)
     vision = {"image_size": c.image_size, "layers": c.vision_layers, "width": c.vision_width,
               "head_width": c.vision_width // c.vision_heads, "patch_size": c.patch_size}
-    text = {"context_length": c.context_length, "vocab_size": c.vocab_size, "width": c.text_width, "heads": c.text_heads,
-            "layers": c.text_layers}
-    config = {"embed_dim": c.embed_dim, "quick_gelu": c.vision_quick_gelu, "vision_cfg": vision, "text_cfg": text}
-    print(f"open_clip.create_model(NAME, pretrained={args.output!r}), for one of its own names, or of this config: "
+    text = {"context_length": c.context_length, "vocab_size": c.vocab_size, "width": c.text_width,
+            "heads": c.text_heads, "layers": c.text_layers}
+    config = {"embed_dim": c.embed_dim, "quick_gelu": c.vision_quick_gelu, "vision_cfg": vision,
+              "text_cfg": text}
+    print(f"open_clip.create_model(NAME, pretrained={args.output!r}), with a NAME that has this config: "
           + json.dumps(config))
     print(f"image_mean={c.mean}, image_std={c.std}, image_interpolation={c.resize!r}")
     return model
 
 
-# === the command line =================================================================================================
+# === the command line =======================================================================================
 
 COMMANDS = {  # function, default tokenizer, help
-    "openai": (from_openai, None, "OpenAI's or open_clip's file of weights, or a folder with open_clip_config.json"),
+    "openai": (from_openai, None, "OpenAI's or open_clip's weights, or a folder with open_clip_config.json"),
     "hf": (from_hf, None, "a folder of Hugging Face's CLIPModel"),
     "veclip": (from_hf, "t5-base", "a folder of VeCLIP's release"),
     "laclip": (from_laclip, "openai/clip-vit-base-patch32", "LaCLIP's or SLIP's file of weights"),
-    "to-hf": (to_hf, None, "a checkpoint of ours, into a folder of Hugging Face's CLIPModel"),
-    "to-open-clip": (to_open_clip, None, "a checkpoint of ours, for open_clip.create_model(NAME, pretrained=OUTPUT)")}
+    "to-hf": (to_hf, None, "our checkpoint, into a folder of Hugging Face's CLIPModel"),
+    "to-open-clip": (to_open_clip, None, "our checkpoint, for open_clip.create_model(pretrained=OUTPUT)")}
 
 
 def describe(model):
     c, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
-    quick = " and ".join(tower for tower in ("vision", "text") if getattr(c, f"{tower}_quick_gelu")) or "no tower"
-    return (f"{parameters / 1e6:.1f} M parameters, ViT {c.vision_width} x {c.vision_layers} patch {c.patch_size} at "
-            f"{c.image_size} px, text {c.text_width} x {c.text_layers}, QuickGELU in {quick}, pooled at "
-            f"{'the highest id' if c.eot_id < 0 else f'id {c.eot_id}'}")
+    quick = [tower for tower in ("vision", "text") if getattr(c, f"{tower}_quick_gelu")]
+    quick = " and ".join(quick) or "no tower"
+    pooled = "the highest id" if c.eot_id < 0 else f"id {c.eot_id}"
+    return (f"{parameters / 1e6:.1f} M parameters, ViT {c.vision_width} x {c.vision_layers} patch {c.patch_size} "
+            f"at {c.image_size} px, text {c.text_width} x {c.text_layers}, QuickGELU in {quick}, pooled at {pooled}")
 
 
 def main(argv=None):
@@ -422,11 +446,14 @@ def main(argv=None):
         command.add_argument("input", help=text)
         command.add_argument("output", help="must not exist yet")
         if not name.startswith("to-"):
-            own = "that of the folder" + ", else openai/clip-vit-base-patch32" * (name == "openai")
-            command.add_argument("--tokenizer", default=tokenizer, help="hub name, folder or tokenizer.json (default: "
-                                 f"{tokenizer or own})")
+            default = tokenizer or "that of the folder"
+            if name == "openai":
+                default += ", else openai/clip-vit-base-patch32"
+            command.add_argument("--tokenizer", default=tokenizer,
+                                 help=f"hub name, folder or tokenizer.json (default: {default})")
         if name == "openai":
-            command.add_argument("--quick-gelu", action="store_true", help="in both towers; OpenAI's archives: always")
+            command.add_argument("--quick-gelu", action="store_true",
+                                 help="QuickGELU in both towers (OpenAI's archives always have it)")
     args = parser.parse_args(argv)
     if os.path.exists(args.output):
         die(f"{args.output} exists already: nothing is overwritten")

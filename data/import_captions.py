@@ -1,49 +1,62 @@
-"""Bring a known image-text data set to this project's JSONL: one line a row, one row an image.
+"""Convert a known image-text data set to this project's JSONL: one line a row, one row an image.
 
-    python data/import_captions.py laclip cc3m_original.csv cc3m.laclip.jsonl --rewrites chatgpt=cc3m_chatgpt.txt
-    python data/import_captions.py tsv cc12m.tsv cc12m.jsonl
-    python data/import_captions.py img2dataset /data/cc12m cc12m.jsonl --image-root /data
-    python data/import_captions.py coco dataset_coco.json coco_test.jsonl --split test
-    python data/import_captions.py vecap wit_300m-0?-of-10.json vecap.jsonl
-    python data/import_captions.py folder photos photos.jsonl
+    python -m data.import_captions laclip cc3m_original.csv cc3m.jsonl --rewrites chatgpt=cc3m_chatgpt.txt
+    python -m data.import_captions tsv cc12m.tsv cc12m.jsonl
+    python -m data.import_captions img2dataset /data/cc12m cc12m.jsonl --image-root /data
+    python -m data.import_captions coco dataset_coco.json coco_test.jsonl --split test
+    python -m data.import_captions vecap wit_300m-0?-of-10.json vecap.jsonl
+    python -m data.import_captions folder photos photos.jsonl
 
-Each reader below yields rows and names where its format is documented. Nothing is dropped silently: a row
-that lacks something says so in `error`, or with --drop-errors is left out, and the summary counts it. All but
-COCO's JSON is streamed, so memory does not grow with the rows (of img2dataset's, one shard's texts are held). Texts are
-carried as they are; data/filter_captions.py cleans.
+Each reader below yields rows; the comment above it links the documentation of its format. Nothing is dropped
+silently: a row that lacks something says so in `error`, or is left out with --drop-errors, and the summary
+counts it. Everything but COCO's JSON is streamed, so memory does not grow with the rows (img2dataset: the
+texts of one shard are held). The texts stay as they are; data/filter_captions.py cleans them. This tool needs
+no other file of the project and no torch.
 """
-import argparse, codecs, contextlib, csv, io, itertools, json, os, re, signal, sys, tarfile
+import argparse
+import codecs
+import contextlib
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-# What train_clip.py and caption_llava.py open; a test compares
+# The formats that train_clip.py and caption_llava.py open; a test compares them
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 ENDINGS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
 IMAGE_COLUMNS = ["filepath", "image", "image_path", "url"]  # a path before a URL, where a CSV has both
 CAPTION_COLUMNS = ["caption", "title", "text"]
-MAX_TEXT = 1 << 24  # characters in a field: an unclosed quote shall not take the rest of the file into memory
+MAX_TEXT = 1 << 24  # characters in a field: an unclosed quote must not take the rest of the file into memory
 is_url = re.compile(r"https?://", re.IGNORECASE).match
 invalid_utf8 = Counter()  # filled by the codec error handler below, printed in the summary
-passed_over = Counter()  # files and members that are none of ours, printed in the summary
+passed_over = Counter()  # other files and tar members, printed in the summary
 
 
 def die(message):
-    """A user's mistake: one line on stderr, exit status 2 (tqdm.write does not tear the progress line)."""
+    """A user's mistake: one line on stderr, above a progress bar, and exit status 2."""
     tqdm.write("import_captions.py: error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
 def count_and_replace(error):
-    """Codec error handler: bytes of the web that are not UTF-8 become U+FFFD, and are counted."""
+    """Codec error handler: bytes that are not UTF-8 become U+FFFD, and are counted."""
     invalid_utf8["replaced"] += 1
     return codecs.replace_errors(error)
 
 
 def open_text(path, newline="\n"):
-    """UTF-8, byte order mark or not. A line ends at \\n only: captions may hold \\r, \\x85 or U+2028."""
+    """Open UTF-8 with or without a byte order mark. A line ends at \\n only: captions may hold \\r, \\x85 or
+    U+2028."""
     f = open(path, "rb")
     if f.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
         die(f"{path} is UTF-16; expected UTF-8")
@@ -51,25 +64,27 @@ def open_text(path, newline="\n"):
 
 
 def is_hidden(path):
-    """.ipynb_checkpoints, __MACOSX, ._x.png and their like: what systems and editors leave behind"""
+    """.ipynb_checkpoints, __MACOSX, ._x.png and the like, which systems and editors leave behind"""
     return any(part.startswith(".") and part != "." or part == "__MACOSX" for part in path.split("/"))
 
 
 def walk(root):
-    """Yield (folder, names of its files), sorted; links are followed, what is hidden is passed over."""
+    """Yield (folder, names of its files), sorted. Links are followed; hidden files and folders are passed
+    over."""
     def fail(error):
         raise error  # os.walk would pass over an unreadable folder
 
     for place, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        above = {os.path.realpath(path) for path in (place, *Path(os.path.abspath(place)).parents)}  # a link there would go round
-        folders[:] = sorted(name for name in folders
-                            if not is_hidden(name) and os.path.realpath(os.path.join(place, name)) not in above)
+        parents = (place, *Path(os.path.abspath(place)).parents)
+        above = {os.path.realpath(path) for path in parents}  # a link to one of these would never end
+        folders[:] = sorted(name for name in folders if not is_hidden(name)
+                            and os.path.realpath(os.path.join(place, name)) not in above)
         passed_over["hidden"] += sum(map(is_hidden, names))
         yield place, sorted(name for name in names if not is_hidden(name))
 
 
 def image_files(root):
-    """The images below a folder, as paths relative to it, sorted. What is passed over is counted."""
+    """The images below a folder, as paths relative to it, sorted. Files that are passed over are counted."""
     images, captions = [], set()
     for place, names in walk(root):
         for name in names:
@@ -85,8 +100,8 @@ def image_files(root):
 
 
 # laclip: github.com/LijieFan/LaCLIP, README "Pre-computed Augmented Texts" and data.py. *_original.csv has no
-# header: image path, caption, and in cc3m's a URL. Only the order of the lines ties the .txt files to it,
-# hence the strict count. A comma-separated CSV of your own with a header is read as well.
+# header. Its columns are image path and caption, and in cc3m's also a URL. Line k of each .txt belongs to row
+# k, so the counts must be equal. A comma-separated CSV of your own with a header is read as well.
 
 def find_columns(first, args):
     """-> image column, caption column, URL column or None, is `first` a header?"""
@@ -105,10 +120,10 @@ def find_columns(first, args):
 
 
 def read_csv(args):
-    """One row a CSV record, which is not one a line: a quoted caption may hold newlines."""
+    """Yield one row for each CSV record. A record may span lines: a quoted caption may hold newlines."""
     csv.field_size_limit(MAX_TEXT)
     with open_text(args.input, newline="") as f:
-        records = csv.reader(f, strict=True)  # else an unclosed quote takes the rest of the file for its caption
+        records = csv.reader(f, strict=True)  # else an unclosed quote makes the rest of the file a caption
         try:
             first = next(records, [])
             image, caption, url, is_header = find_columns(first, args)
@@ -118,7 +133,7 @@ def read_csv(args):
                 if len(record) <= max(image, caption):
                     yield {"line": ",".join(record), "error": {"line": "too few columns"}}
                     continue
-                # In this project `image` is a path below the image root, so a URL goes to `url`.
+                # `image` is a path below the image root, so a URL goes to `url`
                 row = {"url" if is_url(record[image]) else "image": record[image], "alt": record[caption]}
                 yield row | ({"url": record[url]} if url is not None and len(record) > url else {})
         except csv.Error as e:
@@ -136,7 +151,7 @@ def laclip(args):
         texts = [stack.enter_context(open_text(path)) for path in sources.values()]
         for row, *lines in itertools.zip_longest(read_csv(args), *texts):
             counts.update(k for k, entry in enumerate((row, *lines)) if entry is not None)
-            if row is not None and None not in lines:  # else only count on, for the message
+            if row is not None and None not in lines:  # else go on counting, for the message
                 yield row | {f"rewrite_{s}": line.rstrip("\r\n") for s, line in zip(sources, lines)}
     for k, path in enumerate(sources.values(), start=1):
         if counts[k] != counts[0]:
@@ -144,8 +159,8 @@ def laclip(args):
 
 
 # tsv: CC3M is "caption TAB url" (ai.google.com/research/ConceptualCaptions/download), CC12M "url TAB caption"
-# (github.com/google-research-datasets/conceptual-12m, README "Format"). Neither comes with a header, but
-# img2dataset's recipes for both tell the user to put one on top.
+# (github.com/google-research-datasets/conceptual-12m, README "Format"). Neither has a header, but
+# img2dataset's recipes for both tell the user to add one.
 
 def tsv(args):
     try:
@@ -160,7 +175,7 @@ def tsv(args):
             cells = line.rstrip("\r\n").split("\t")
             if number == 0 and cells in orders:
                 continue
-            # The order of the row before goes first: it decides where the caption is a URL, too.
+            # The order of the row before comes first: it decides when both cells are URLs
             order = next((o for o in orders if len(cells) == 2 and is_url(cells[o.index("url")])), None)
             if args.columns and len(cells) == 2:
                 order = args.columns.split(",")
@@ -178,27 +193,28 @@ def tsv(args):
             yield row
 
 
-# img2dataset: github.com/rom1504/img2dataset, writer.py. Its output `webdataset`: a shard 00000.tar holds KEY.jpg (or .png,
-# .webp: --encode_format), KEY.txt and KEY.json of every image that could be downloaded. The tar stays as it is: a row points
-# at the image's bytes in it. Its output `files`: the same in folders. Its `parquet` holds the images' bytes in a
-# compressed table, where no row can point at them.
+# img2dataset: github.com/rom1504/img2dataset, writer.py. Its output `webdataset`: a shard 00000.tar holds
+# KEY.jpg (or .png, .webp: --encode_format), KEY.txt and KEY.json of every image that could be downloaded. The
+# tar stays as it is: a row points at the image's bytes in it. Its output `files`: the same in folders. Its
+# output `parquet` holds the images' bytes in a compressed table, where no row can point at them.
 
 TAR_NAME = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$")
-# img2dataset's own keys in KEY.json; every other one is the user's: LaCLIP's rewrites, a recaption, a url
-OWN_KEYS = frozenset("""alt image error caption key status error_message original_width original_height exif sha256 md5 sha512
-    shard_id""".split())
+# img2dataset's own keys in KEY.json. Every other key goes into the row: LaCLIP's rewrites, a recaption, a url
+OWN_KEYS = frozenset("""alt image error caption key status error_message original_width original_height exif
+    sha256 md5 sha512 shard_id""".split())
 
 
 def read_members(path):
-    """Yield (part, name, offset of its bytes, size, its content if it is text) of a tar's files; another tar that was joined to
-    it (cat a.tar b.tar) is another part. At the first sign of damage raises tarfile.ReadError(the last good member)."""
+    """Yield (part, name, offset of the bytes, size, the content if it is text) for every file of a tar.
+    Another tar that was joined to it (cat a.tar b.tar) is another part. Raises tarfile.ReadError(the last
+    good member) at the first damage."""
     size, last, part, block = os.path.getsize(path), "none", 0, b"first"
     with open(path, "rb") as f:
         while block:
             try:
                 tar = tarfile.open(fileobj=f, mode="r:")  # "r:" takes no compression
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # tarfile would keep them all
+                    tar.members.clear()  # tarfile keeps every member
                     if not 0 <= member.size <= size - member.offset_data:
                         raise tarfile.ReadError("cut")
                     if member.isreg() and member.sparse is None:
@@ -208,8 +224,8 @@ def read_members(path):
                     elif not member.isdir():
                         passed_over["no plain file"] += 1
                     last = member.name
-                # tarfile takes a bad header, or a file cut between members, for the end of the archive without a word. The
-                # true end is marked by zeros; behind them there may be another tar.
+                # tarfile silently takes a bad header, or a file cut between members, for the end of the
+                # archive. Zeros mark the true end; another tar may follow them.
                 f.seek(tar.offset)
                 if f.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("no end")
@@ -222,8 +238,8 @@ def read_members(path):
 
 
 def samples_of(shard, members):
-    """The rows of [(name, image, content if it is text)] of one tar or folder, in any order. What belongs together has the same
-    name but for its ending."""
+    """Yield the rows of one tar or folder. members: [(name, image, the content if it is text)], in any order;
+    the files of one sample have the same name with different endings."""
     images, texts, metas = defaultdict(list), defaultdict(list), defaultdict(list)
     for name, image, content in members:
         key, ending = os.path.splitext(name)
@@ -232,17 +248,19 @@ def samples_of(shard, members):
         elif ending.lower() in ENDINGS:
             images[key].append((ending.lower(), image))
         elif ending.lower() in (".txt", ".json"):
-            (texts if ending.lower() == ".txt" else metas)[key].append(content.decode("utf-8-sig", "count_and_replace"))
+            text = content.decode("utf-8-sig", "count_and_replace")
+            (texts if ending.lower() == ".txt" else metas)[key].append(text)
         else:
             passed_over[ending.lower() or "no ending"] += 1
     for key in {**images, **texts, **metas}:
         whole = re.match(r"(?:.*/)?[^.]*", key)[0]
         if whole != key and images[key] and images[whole] and not texts[key] and not metas[key]:
-            passed_over[key[len(whole):] + images[key][0][0]] += 1  # webdataset: 7.seg.png beside 7.png is a part of 7
+            passed_over[key[len(whole):] + images[key][0][0]] += 1  # webdataset: 7.seg.png is a part of 7.png
             continue
         row, errors = {"alt": "".join(texts[key][:1]).strip()}, {}
         endings = [ending for ending, _ in images[key]]
-        if len(set(endings)) < len(endings) or len(texts[key]) > 1 or len(metas[key]) > 1:  # which belongs to which?
+        if len(set(endings)) < len(endings) or len(texts[key]) > 1 or len(metas[key]) > 1:
+            # Which text belongs to which image is unknown
             row, errors, images[key], metas[key] = {"alt": ""}, {"image": "comes twice in shard"}, [], []
         try:
             for meta in metas[key]:
@@ -263,26 +281,31 @@ def samples_of(shard, members):
 def img2dataset(args):
     root, shards, folders = os.path.abspath(args.image_root), [], []
     for path in args.input:
-        os.stat(path)  # a missing file: now, not hours later
+        os.stat(path)  # a missing file is told now, not hours later
         if not Path(os.path.abspath(path)).is_relative_to(root):
             die(f"{path} is not below --image-root {args.image_root}")
-        files = [os.path.join(place, name) for place, names in walk(path) for name in names] if os.path.isdir(path) else []
-        tars = sorted(file for file in files if TAR_NAME.search(file)) if files else [path] if os.path.isfile(path) else []
+        files, tars = [], [path] if os.path.isfile(path) else []
+        if os.path.isdir(path):
+            files = [os.path.join(place, name) for place, names in walk(path) for name in names]
+            tars = sorted(file for file in files if TAR_NAME.search(file))
         shards += tars
         images = [file for file in files if file.lower().endswith(ENDINGS)]
         if tars:
             passed_over["images beside shards"] += len(images)
         elif any(file.endswith(".parquet") for file in files) and not images:
-            die(f"{path}: img2dataset's parquet holds the images in compressed tables, where no row can point at them: "
-                "download with --output_format webdataset or files")
+            die(f"{path}: img2dataset's parquet holds the images in compressed tables, where no row can "
+                "point at them: download with --output_format webdataset or files")
+        elif images:
+            folders += sorted({os.path.dirname(file) for file in images})
         else:
-            folders += sorted({os.path.dirname(file) for file in images}) or die(f"{path}: no .tar and no image below this folder")
+            die(f"{path}: no .tar and no image below this folder")
     shards = list(dict.fromkeys(shards))
     for path in shards:
         if (kind := TAR_NAME.search(path)) and kind[1] != "tar":
             die(f"{path}: not an uncompressed tar; rows point at byte offsets, so decompress it first")
     for path in shards:
-        shard, parts, last = Path(os.path.relpath(os.path.abspath(path), root)).as_posix(), defaultdict(list), None
+        shard = Path(os.path.relpath(os.path.abspath(path), root)).as_posix()
+        parts, last = defaultdict(list), None
         try:
             for part, name, offset, size, content in read_members(path):
                 parts[part].append((name, f"{shard}@{offset}+{size}", content))
@@ -293,18 +316,23 @@ def img2dataset(args):
         for members in parts.values():
             yield from samples_of(shard, members)
         if last is not None:
-            yield {"shard": shard, "last_good_member": last, "error": {"shard": "truncated, damaged or no tar"}}
+            yield {"shard": shard, "last_good_member": last,
+                   "error": {"shard": "truncated, damaged or no tar"}}
     for path in folders:
         place = Path(os.path.relpath(os.path.abspath(path), root)).as_posix()
-        names = sorted(entry.name for entry in os.scandir(path) if entry.is_file() and not is_hidden(entry.name))
-        yield from samples_of(place, [(name, Path(place, name).as_posix(), Path(path, name).read_bytes()
-                                       if name.lower().endswith((".txt", ".json")) else None) for name in names])
+        files = [entry.name for entry in os.scandir(path) if entry.is_file() and not is_hidden(entry.name)]
+        members = []
+        for name in sorted(files):
+            is_text = name.lower().endswith((".txt", ".json"))
+            content = Path(path, name).read_bytes() if is_text else None
+            members.append((name, Path(place, name).as_posix(), content))
+        yield from samples_of(place, members)
 
 
-# coco: captions_train2014.json and its like, cocodataset.org/#format-data ("images" with id and file_name,
+# coco: captions_train2014.json and the like, cocodataset.org/#format-data ("images" with id and file_name,
 # "annotations" with image_id and caption); and Karpathy's splits, on which COCO and Flickr30k retrieval is
 # reported, cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip ("images" with filename, split,
-# sentences[].raw, and filepath for COCO). Below 200 MB each, so loaded whole.
+# sentences[].raw, and filepath for COCO). Each is below 200 MB, so it is loaded whole.
 
 def coco(args):
     with open_text(args.input) as f:
@@ -323,7 +351,7 @@ def coco(args):
                     for image in data["images"] if image["split"] in (args.split or splits)]
         else:
             if args.split:
-                die(f"--split: {args.input} is COCO's own JSON, which holds one split a file")
+                die(f"--split: {args.input} is COCO's own JSON, which has one split in each file")
             captions = defaultdict(list)
             for annotation in data["annotations"]:
                 captions[annotation["image_id"]].append(annotation["caption"])
@@ -337,14 +365,15 @@ def coco(args):
 
 
 # vecap: github.com/apple/ml-veclip, README "VeCap-300M Download": ten JSON files, "for each image, we save
-# the web link and our caption". Its upload_dataset.py shows the layout: {url: caption}, without the
-# AltText. An object of 30 million pairs is too much for json.load, so it is read by chunks.
+# the web link and our caption". Its upload_dataset.py shows the layout: {url: caption}, without the AltText.
+# An object of 30 million pairs is too large for json.load, so it is read in chunks.
 
 PAIR_HEAD = re.compile(r'\s*[{,]\s*("[^"\\]*+(?:\\.[^"\\]*+)*+")\s*:\s*', re.DOTALL)
 
 
 def read_pairs(path):
-    """Yield the (key, value) pairs of one JSON object of any size, 1 MiB of it in memory."""
+    """Yield the (key, value) pairs of one JSON object of any size. About 1 MiB of it is in memory at a
+    time."""
     decode = json.JSONDecoder(strict=False).raw_decode
     buffer, at, pairs = "", 0, 0
     with open_text(path) as f:
@@ -353,7 +382,7 @@ def read_pairs(path):
                 head = PAIR_HEAD.match(buffer, at)
                 key, value_at = decode(head[1])[0], head.end()
                 value, at = decode(buffer, value_at)
-            except (TypeError, ValueError, RecursionError):  # the pair ends beyond the buffer, or is none
+            except (TypeError, ValueError, RecursionError):  # the pair ends beyond the buffer, or it is none
                 more = f.read(1 << 20)
                 buffer, at = buffer[at:] + more, 0
                 if not more or len(buffer) > MAX_TEXT:
@@ -362,7 +391,7 @@ def read_pairs(path):
             pairs += 1
             yield key, value
     if buffer.strip() != "}":
-        die(f'{path}: after {pairs} pairs cut off, or not one JSON object of "url": "caption" pairs')
+        die(f'{path}: cut off after {pairs} pairs, or not one JSON object of "url": "caption" pairs')
 
 
 def vecap(args):
@@ -372,7 +401,7 @@ def vecap(args):
                 "url": url, "vecap": None, "error": {"vecap": "not a string"}}
 
 
-# folder: a picture and a .txt of the same name beside it, anywhere below DIR; several lines, several texts.
+# folder: an image and a .txt of the same name beside it, anywhere below DIR. Several lines are several texts.
 
 def folder(args):
     for name in image_files(args.input):
@@ -382,10 +411,10 @@ def folder(args):
         yield {"image": name, "alt": texts if len(texts) > 1 else "".join(texts)}
 
 
-# Writing, the same for all: what is empty is null and says so; the file is complete or absent.
+# Writing is the same for all. An empty text becomes null with a reason; the file is complete or absent.
 
 def finish(row):
-    """An empty caption becomes null with a reason. `error` comes last, and only if there is one."""
+    """Replace empty captions by null with a reason. `error` comes last, if there is one."""
     errors = row.pop("error", {})
     if row.get("image", "?") in ("", None):
         errors = {"image": "no image"} | errors
@@ -399,9 +428,10 @@ def finish(row):
 
 def write_jsonl(rows, output, overwrite, drop_errors, inputs):
     """Write under a temporary name, sync, rename. -> the summary: {what: how many rows}"""
-    if not output.endswith(".jsonl"):  # also saves the last shard when OUT was forgotten after a list of them
+    if not output.endswith(".jsonl"):  # this also saves the last shard of a list if OUT was forgotten
         die(f"{output}: the output comes last and its name ends in .jsonl")
-    if os.path.exists(output) and any(os.path.exists(path) and os.path.samefile(path, output) for path in inputs):
+    inputs = [path for path in inputs if os.path.exists(path)]
+    if os.path.exists(output) and any(os.path.samefile(path, output) for path in inputs):
         die(f"{output} is read: expected another file to write to")
     if os.path.exists(output) and not overwrite:
         die(f"{output} exists; give another name or --overwrite")
@@ -415,11 +445,12 @@ def write_jsonl(rows, output, overwrite, drop_errors, inputs):
                 failed += "error" in row
                 if drop_errors and "error" in row:
                     continue
-                # A lone surrogate (half a character) has no UTF-8; the handler's escape is JSON's, too.
+                # A lone surrogate (half a character) has no UTF-8; the handler writes JSON's escape for it
                 f.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
                 count += 1
             if not count:
-                die(f"all {failed} rows have an error; nothing written" if failed else "no rows in the input; nothing written")
+                fault = f"all {failed} rows have an error" if failed else "no rows in the input"
+                die(f"{fault}; nothing written")
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, output)
@@ -427,7 +458,8 @@ def write_jsonl(rows, output, overwrite, drop_errors, inputs):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    return {"rows": count, "rows left out" if drop_errors else "rows with error": failed, **dict(reasons.most_common())}
+    failures = "rows left out" if drop_errors else "rows with error"
+    return {"rows": count, failures: failed, **dict(reasons.most_common())}
 
 
 def main(argv=None):
@@ -443,7 +475,8 @@ def main(argv=None):
         sub.add_argument("output", metavar="OUT.jsonl")
         sub.add_argument("--overwrite", action="store_true", help="replace OUT if it exists (default: stop)")
         sub.add_argument("--drop-errors", action="store_true",
-                         help="leave out rows that lack something, and count them (default: they stay, with the reason)")
+                         help="leave out and count rows that lack something (default: keep them, with the "
+                         "reason)")
         return sub
 
     sub = command(laclip, "LaCLIP's release: a CSV of captions, and a .txt of rewrites a source", "CSV")
@@ -455,17 +488,17 @@ def main(argv=None):
     sub = command(tsv, "CC3M's (caption, url) or CC12M's (url, caption) TSV", "FILE.tsv")
     sub.add_argument("--columns", choices=["caption,url", "url,caption"], metavar="ORDER",
                      help="caption,url or url,caption (default: by where the URL is)")
-    sub.add_argument("--images", metavar="DIR", help="pictures, later the --image-root (default: none yet)")
+    sub.add_argument("--images", metavar="DIR", help="the images; later the --image-root (default: none yet)")
     sub.add_argument("--image-pattern", default="{index:09d}.jpg", metavar="NAME",
-                     help="a picture's name below --images, by its row counted from 0 (default: %(default)s)")
+                     help="an image's name below --images, by its row counted from 0 (default: %(default)s)")
     sub = command(img2dataset, "img2dataset's webdataset shards, read in place", "DIR_OR_TAR", nargs="+")
     sub.add_argument("--image-root", required=True, metavar="DIR", help="shards are named relative to it")
     sub = command(coco, "COCO's captions_*.json, or Karpathy's dataset_{coco,flickr30k}.json", "JSON")
-    sub.add_argument("--images-dir", metavar="NAME", help="put before every file name (default: nothing)")
+    sub.add_argument("--images-dir", metavar="NAME", help="a folder before every file name (default: none)")
     sub.add_argument("--split", nargs="+", default=[], metavar="NAME",
                      help="Karpathy's train, restval, val, test (default: all); COCO trains on train restval")
     command(vecap, "VeCap's JSON files: one object of \"url\": \"caption\" pairs each", "JSON", nargs="+")
-    command(folder, "pictures, each with a .txt of the same name beside it", "DIR")
+    command(folder, "images, each with a .txt of the same name beside it", "DIR")
     for each in (parser, *commands.choices.values()):
         each.error = die
 

@@ -1,9 +1,11 @@
-"""Train a small BPE tokenizer on the captions of a JSONL file, for vocabularies far from the web's 49,408 words.
+"""Train a small BPE tokenizer on the captions of a JSONL file, for a small data set or a vocabulary of its
+own.
 
-    python data/make_tokenizer.py captions.jsonl tokenizer.json --text alt rewrite_chatgpt --vocab-size 4096
+    python -m data.make_tokenizer captions.jsonl tokenizer.json --text alt rewrite_chatgpt --vocab-size 4096
 
-Byte-level BPE over lower-cased text, as OpenAI CLIP's; <|startoftext|> and <|endoftext|> are added around every text by
-the tokenizer itself and have the two largest ids, so that tools which pool at the largest id find the end.
+Byte-level BPE over lower-cased text, like OpenAI CLIP's. The tokenizer itself adds <|startoftext|> and
+<|endoftext|> around every text. These have the two largest ids, so a tool that pools at the largest id finds
+the end.
 """
 import os
 import sys
@@ -17,7 +19,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def read_texts(path, fields):
-    """Every text of the fields, one after the other; lines that are no JSON object have none."""
+    """Yield every text of the fields. A line that is no JSON object has none."""
     with open_rows(path) as f:
         for line in f:
             try:
@@ -35,8 +37,9 @@ def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("captions", help="JSONL")
     parser.add_argument("output", help="tokenizer.json")
-    parser.add_argument("--text", nargs="+", default=["alt"], metavar="FIELD", help="caption fields (default: alt)")
-    parser.add_argument("--vocab-size", type=number(int, 259), default=4096, help="start and end tokens included (default: 4096)")
+    parser.add_argument("--text", nargs="+", default=["alt"], metavar="FIELD", help="default: alt")
+    parser.add_argument("--vocab-size", type=number(int, 259), default=4096,
+                        help="with the start and end tokens (default: 4096)")
     args = parser.parse_args(argv)
     check_output(args.output, args.captions)
     if next(read_texts(args.captions, args.text), None) is None:
@@ -44,11 +47,13 @@ def main(argv=None):
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([
-        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()])
+        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(),
+        normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(read_texts(args.captions, args.text), trainers.BpeTrainer(
-        vocab_size=args.vocab_size - 2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        vocab_size=args.vocab_size - 2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
     tokenizer.add_special_tokens([START, END])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(t, tokenizer.token_to_id(t)) for t in (START, END)])

@@ -22,10 +22,10 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch import nn
 
 import train_clip as T
-from conftest import ROOT, assert_mistake, run
+from conftest import assert_mistake
+from data import convert_checkpoint as C
+from tools import run_tool
 
-sys.path.insert(0, str(ROOT / "data"))
-import convert_checkpoint as C  # noqa: E402
 
 TEXTS = ["red bar", "a green square that is blue all over", "<|endoftext|> red", ""]
 
@@ -143,7 +143,7 @@ def test_ours_to_hf_and_back(shapes, vocabulary, tmp_path):
     model = randomise(T.CLIP(T.Config(**T.PRESETS["nano"], vocab_size=vocabulary.vocab_size, eot_id=vocabulary.eot_id,
                                       vision_eps=0.01, text_quick_gelu=True)))
     T.save_checkpoint(str(tmp_path / "ours.pt"), model, vocabulary)
-    done = run("data/convert_checkpoint.py", "to-hf", tmp_path / "ours.pt", tmp_path / "hf")
+    done = run_tool("convert_checkpoint", "to-hf", tmp_path / "ours.pt", tmp_path / "hf")
     assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 1, done.stderr
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     texts = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
@@ -389,7 +389,7 @@ def test_openais_archive(shapes, vocabulary, tmp_path):
     state = {name: x.half() for name, x in theirs.state_dict().items()}
     state |= {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
     torch.jit.script(Named(state)).save(str(tmp_path / "in.pt"))
-    done = run("data/convert_checkpoint.py", "openai", tmp_path / "in.pt", tmp_path / "ours.pt", "--tokenizer",
+    done = run_tool("convert_checkpoint", "openai", tmp_path / "in.pt", tmp_path / "ours.pt", "--tokenizer",
                shapes / "tokenizer.json")
     assert done.returncode == 0 and not done.stderr and "QuickGELU in vision and text" in done.stdout, done.stderr
     model, _, _ = T.load_checkpoint(str(tmp_path / "ours.pt"))
@@ -649,5 +649,5 @@ def test_folders_that_are_no_clip_of_ours(hf_folder, tmp_path, capfd, file, chan
 def test_a_mistake_on_the_command_line(tmp_path, capfd):
     assert_refused(capfd, "openai", words=["input"])
     assert_refused(capfd, "timm", "a", "b", words=["timm", "laclip"])
-    done = run("data/convert_checkpoint.py", "hf", tmp_path, tmp_path / "out.pt")
+    done = run_tool("convert_checkpoint", "hf", tmp_path, tmp_path / "out.pt")
     assert_mistake(done, "config.json")

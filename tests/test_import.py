@@ -3,19 +3,26 @@
 Expected rows are written out in full: an importer that loses, moves or invents a text spoils every later
 stage without any of them noticing.
 """
-import io, json, os, signal, subprocess, sys, tarfile, time
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = "data/import_captions.py"
+COMMAND = [sys.executable, "-m", "data.import_captions"]
 COLORS = {"red": (255, 0, 0), "lime": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 def run(*args):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([*COMMAND, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
 
 def rows_of(*args, out):
@@ -46,7 +53,7 @@ def fails(*args, out, says):
     assert files() == before
 
 
-def picture(color, format="JPEG"):
+def encoded(color, format="JPEG"):
     buffer = io.BytesIO()
     Image.new("RGB", (16, 8), COLORS[color]).save(buffer, format)
     return buffer.getvalue()
@@ -182,7 +189,7 @@ def test_tsv_columns_override(tmp_path, out):
 def test_tsv_images(tmp_path, out):
     """The number in the name counts data rows from 0: not the header, but rows that are broken."""
     (tmp_path / "a.tsv").write_text("url\tcaption\nhttp://x/0\tzero\nbroken\nhttp://x/2\ttwo\n")
-    (tmp_path / "00000002.jpg").write_bytes(picture("red"))
+    (tmp_path / "00000002.jpg").write_bytes(encoded("red"))
     rows, summary = rows_of("tsv", tmp_path / "a.tsv", out, "--images", tmp_path,
                             "--image-pattern", "{index:08d}.jpg", out=out)
     assert rows == [{"url": "http://x/0", "alt": "zero", "error": {"image": "missing file"}},
@@ -194,7 +201,7 @@ def test_tsv_images(tmp_path, out):
     assert [row["image"] for row in rows] == ["00000002.jpg"]
     assert (summary["rows"], summary["rows left out"], summary["image: missing file"]) == (1, 2, 1)
     fails("tsv", tmp_path / "a.tsv", out, "--images", tmp_path, "--overwrite", "--drop-errors", out=out, says=["all 3 rows"])
-    (tmp_path / "000000000.jpg").write_bytes(picture("red"))
+    (tmp_path / "000000000.jpg").write_bytes(encoded("red"))
     rows, _ = rows_of("tsv", tmp_path / "a.tsv", out, "--images", tmp_path, "--overwrite", out=out)
     assert rows[0] == {"image": "000000000.jpg", "url": "http://x/0", "alt": "zero"}
     for pattern in ("{i}.jpg", "x.jpg", "{index[0]}.jpg"):
@@ -208,21 +215,21 @@ def meta(**keys):
 
 
 def test_img2dataset(tmp_path, out):
-    """Rows point at bytes inside the tars, and those bytes are the right pictures."""
+    """Rows point at bytes inside the tars, and those bytes are the right images."""
     shards = tmp_path / "set" / "shards"
     shards.mkdir(parents=True)
     write_tar(shards / "00001.tar", [
-        ("000010000.png", picture("blue", "PNG")), ("000010000.txt", "bl\u00fce".encode()),
+        ("000010000.png", encoded("blue", "PNG")), ("000010000.txt", "bl\u00fce".encode()),
         ("000010000.json", b"{broken")])
     write_tar(shards / "00000.tar", [
-        ("000000000.jpg", picture("red")), ("000000000.txt", b" red \n"),
+        ("000000000.jpg", encoded("red")), ("000000000.txt", b" red \n"),
         ("000000000.json", meta(url="http://x.org/0", caption="not this one", width=16, height=8, exif="{}", original_width=9,
                                 sha256="0", rewrite_bard="crimson", score=float("nan"))),
-        ("000000001.webp", picture("lime", "WEBP")), ("000000001.txt", b""),
+        ("000000001.webp", encoded("lime", "WEBP")), ("000000001.txt", b""),
         ("000000001.json", meta(caption="lime")),
-        ("a" * 150 + ".jpg", picture("blue")),             # a name that needs a header block of its own
+        ("a" * 150 + ".jpg", encoded("blue")),             # a name that needs a header block of its own
         ("000000003.txt", b"text alone"),
-        ("000000000.seg.png", picture("blue", "PNG")),     # webdataset: another part of 000000000
+        ("000000000.seg.png", encoded("blue", "PNG")),     # webdataset: another part of 000000000
         ("000000004.cls", b"7"), ("._000000001.webp", b"of a Mac")])
     (shards / "00000.parquet").write_bytes(b"not a tar")
     (shards / "00000_stats.json").write_text("{}")
@@ -239,7 +246,7 @@ def test_img2dataset(tmp_path, out):
             image.load()
             pixel = image.convert("RGB").getpixel((8, 4))
             nearest = min(COLORS, key=lambda c: sum(abs(a - b) for a, b in zip(COLORS[c], pixel)))
-            seen.append((shard, image.format, nearest, data == picture(nearest, image.format)))
+            seen.append((shard, image.format, nearest, data == encoded(nearest, image.format)))
     assert seen == [("shards/00000.tar", "JPEG", "red", True), ("shards/00000.tar", "WEBP", "lime", True),
                     ("shards/00000.tar", "JPEG", "blue", True), ("shards/00001.tar", "PNG", "blue", True)]
     place = {"shard": "shards/00000.tar", "key": "000000003"}
@@ -262,7 +269,7 @@ def bytes_of(root, row):
 
 def test_img2dataset_odd_tars(tmp_path, out):
     """Tars joined by cat, keys with dots, members in any order: the right pair. A key that comes twice in one tar: none."""
-    red, lime, blue = map(picture, COLORS)
+    red, lime, blue = map(encoded, COLORS)
     parts = [write_tar(tmp_path / f"{n}.part", [("0.jpg", data), ("0.txt", n.encode())]) for n, data in (("a", red), ("b", lime))]
     (tmp_path / "joined.tar").write_bytes(b"".join(part.read_bytes() for part in parts))
     write_tar(tmp_path / "odd.tar", [("./v1.5.txt", b"v5"), ("x/0.jpg", red), ("v1.6.jpg", lime), ("v1.6.txt", b"v6"), ("0.txt", b"top"),
@@ -280,7 +287,7 @@ def test_img2dataset_odd_tars(tmp_path, out):
 def test_img2dataset_files_and_links(tmp_path, out):
     """Its output `files`, in a folder that is a link to another disk, as a model hub's cache has them."""
     (tmp_path / "disk" / "00000").mkdir(parents=True)
-    (tmp_path / "disk" / "00000" / "000000000.jpg").write_bytes(picture("red"))
+    (tmp_path / "disk" / "00000" / "000000000.jpg").write_bytes(encoded("red"))
     (tmp_path / "disk" / "00000" / "000000000.json").write_bytes(meta(caption=["red", "crimson"], url="u"))
     root = tmp_path / "root"
     root.mkdir()
@@ -298,7 +305,7 @@ def test_img2dataset_files_and_links(tmp_path, out):
 def test_img2dataset_list_of_tars(tmp_path, out):
     """Tars by name, in the order given."""
     for name in "ab":
-        write_tar(tmp_path / f"{name}.tar", [("0.jpg", picture("red")), ("0.txt", name.encode())])
+        write_tar(tmp_path / f"{name}.tar", [("0.jpg", encoded("red")), ("0.txt", name.encode())])
     rows, _ = rows_of("img2dataset", tmp_path / "b.tar", tmp_path / "a.tar", out,
                       "--image-root", tmp_path, out=out)
     assert [row["alt"] for row in rows] == ["b", "a"]
@@ -309,36 +316,36 @@ def test_img2dataset_list_of_tars(tmp_path, out):
 @pytest.mark.parametrize("by_folder", [False, True])
 def test_img2dataset_compressed(tmp_path, out, mode, name, by_folder):
     (tmp_path / "in").mkdir()
-    path = write_tar(tmp_path / "in" / name, [("0.jpg", picture("red")), ("0.txt", b"red")], mode)
+    path = write_tar(tmp_path / "in" / name, [("0.jpg", encoded("red")), ("0.txt", b"red")], mode)
     fails("img2dataset", path.parent if by_folder else path, out, "--image-root", tmp_path, out=out,
           says=[name, "not an uncompressed tar"])
 
 
 @pytest.mark.parametrize("damage, last", [
-    ("in the second picture", "0.txt"),
+    ("in the second image", "0.txt"),
     ("in a header", "0.txt"),
     ("between two members", "0.txt"),
     ("in the padding of the text", "0.txt"),
     ("before the end mark", "1.txt"),
     ("a broken header", "0.txt"),
-    ("in the first picture", "none")])
+    ("in the first image", "none")])
 def test_img2dataset_damaged(tmp_path, out, damage, last):
     """Wherever a download broke off, a row says so, the others are read. tarfile alone takes some of these for a whole tar."""
-    path = write_tar(tmp_path / "0.tar", [("0.jpg", picture("red")), ("0.txt", b"red"),
-                                          ("1.jpg", picture("blue")), ("1.txt", b"blue")])
-    write_tar(tmp_path / "1.tar", [("2.jpg", picture("lime")), ("2.txt", b"lime")])
+    path = write_tar(tmp_path / "0.tar", [("0.jpg", encoded("red")), ("0.txt", b"red"),
+                                          ("1.jpg", encoded("blue")), ("1.txt", b"blue")])
+    write_tar(tmp_path / "1.tar", [("2.jpg", encoded("lime")), ("2.txt", b"lime")])
     with tarfile.open(path) as tar:
         at = {member.name: member for member in tar}
     data = bytearray(path.read_bytes())
     if damage == "a broken header":
         data[at["1.jpg"].offset + 10] ^= 0xFF
     else:
-        del data[{"in the second picture": at["1.jpg"].offset_data + 40,
+        del data[{"in the second image": at["1.jpg"].offset_data + 40,
                   "in a header": at["1.jpg"].offset + 100,
                   "between two members": at["1.jpg"].offset,
                   "in the padding of the text": at["0.txt"].offset_data + 9,
                   "before the end mark": at["1.txt"].offset_data + 512,
-                  "in the first picture": at["0.jpg"].offset_data + 1}[damage]:]
+                  "in the first image": at["0.jpg"].offset_data + 1}[damage]:]
     path.write_bytes(data)
     rows, _ = rows_of("img2dataset", path, tmp_path / "1.tar", out, "--image-root", tmp_path, out=out)
     *rows, error, good = rows
@@ -350,7 +357,7 @@ def test_img2dataset_damaged(tmp_path, out, damage, last):
 def test_img2dataset_places(tmp_path, out):
     inside = tmp_path / "inside"
     inside.mkdir()
-    path = write_tar(tmp_path / "0.tar", [("0.jpg", picture("red")), ("0.txt", b"red")])
+    path = write_tar(tmp_path / "0.tar", [("0.jpg", encoded("red")), ("0.txt", b"red")])
     fails("img2dataset", path, out, "--image-root", inside, out=out, says=["0.tar", "not below --image-root"])
     fails("img2dataset", inside, out, "--image-root", tmp_path, out=out, says=["inside", "no .tar"])
     fails("img2dataset", path, tmp_path / "1.tar", out, "--image-root", tmp_path, out=out, says=["1.tar"])
@@ -360,7 +367,7 @@ def test_img2dataset_places(tmp_path, out):
 
 
 def test_forgotten_output_does_not_eat_a_shard(tmp_path, out):
-    a, b = (write_tar(tmp_path / f"{n}.tar", [("0.jpg", picture("red")), ("0.txt", b"red")]) for n in "ab")
+    a, b = (write_tar(tmp_path / f"{n}.tar", [("0.jpg", encoded("red")), ("0.txt", b"red")]) for n in "ab")
     fails("img2dataset", a, b, "--image-root", tmp_path, "--overwrite", out=out, says=["b.tar", ".jsonl"])
 
 
@@ -463,10 +470,10 @@ def test_folder(tmp_path, out):
                        "B.jpg": "caf\u00e9"}.items():
         path = photos / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture("red"))
+        path.write_bytes(encoded("red"))
         if text is not None:
             path.with_suffix(".txt").write_bytes(text.encode())
-    (photos / "README.txt").write_text("no picture beside it")
+    (photos / "README.txt").write_text("no image beside it")
     rows, summary = rows_of("folder", photos, out, out=out)
     assert rows == [{"image": "B.jpg", "alt": "caf\u00e9"},
                     {"image": "a/z.jpeg", "alt": None, "error": {"alt": "no text"}},
@@ -480,7 +487,7 @@ def test_folder_takes_what_the_stages_read_and_counts_the_rest(tmp_path, out):
     photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
     for path in (photos / "__MACOSX", photos / ".ipynb_checkpoints", elsewhere):
         path.mkdir(parents=True)
-        (path / "x.png").write_bytes(picture("red", "PNG"))
+        (path / "x.png").write_bytes(encoded("red", "PNG"))
     for name in ("a.tif", "b.avif", "c.jfif", "d.jp2", "e.ppm", "._f.jpg", "g.heic", "h.eps"):
         (photos / name).write_bytes(b"?")
     (photos / "linked").symlink_to(elsewhere)
@@ -494,7 +501,7 @@ def test_links_that_go_round(tmp_path, out):
     """Two folders that link to each other: every image once a way that leads to it, and an end."""
     for name in ("photos", "other"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / f"{name}.png").write_bytes(picture("red", "PNG"))
+        (tmp_path / name / f"{name}.png").write_bytes(encoded("red", "PNG"))
     (tmp_path / "photos" / "more").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "back").symlink_to(tmp_path / "photos")
     rows, _ = rows_of("folder", tmp_path / "photos", out, out=out)
@@ -505,7 +512,7 @@ def test_folder_name_that_is_not_utf8(tmp_path, out):
     """Linux file names are bytes: such a name must still open after the way through JSON."""
     try:
         with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb") as f:
-            f.write(picture("red"))
+            f.write(encoded("red"))
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
     rows, _ = rows_of("folder", tmp_path, out, out=out)
@@ -568,7 +575,7 @@ def test_usage(tmp_path, args, says):
 def test_killed_halfway(tmp_path, out, number, leftovers):
     """OUT never exists half made: the input is a pipe that stops midway, then the process is killed."""
     os.mkfifo(tmp_path / "pipe")
-    process = subprocess.Popen([sys.executable, SCRIPT, "tsv", tmp_path / "pipe", out], cwd=ROOT,
+    process = subprocess.Popen([*COMMAND, "tsv", tmp_path / "pipe", out], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with open(tmp_path / "pipe", "w") as pipe:
         pipe.write("http://x.org/0\tcaption\n" * 20_000)
@@ -590,3 +597,10 @@ def test_help_names_every_command():
     for command in ("laclip", "tsv", "img2dataset", "coco", "vecap", "folder"):
         assert command in done.stdout
         assert run(command, "--help").returncode == 0
+
+
+def test_it_needs_no_torch_and_no_script():
+    """So it runs by its path, too, and on a machine that only fetches data."""
+    code = "import sys; sys.modules |= dict.fromkeys(('torch', 'train_clip')); import import_captions; import_captions.main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "data", capture_output=True, text=True)
+    assert done.returncode == 0 and "python -m data.import_captions" in done.stdout, done.stderr

@@ -1,17 +1,15 @@
-"""data/make_pairs.py: each command on tiny data; what it writes is what rewrite_llama.py reads."""
+"""data/make_pairs.py: each command on tiny data. rewrite_llama.py reads the files that it writes."""
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, assert_mistake, read_jsonl, run
-
-sys.path.insert(0, str(ROOT / "data"))
-import make_pairs  # noqa: E402
-import rewrite_llama  # noqa: E402
+import rewrite_llama
+from conftest import assert_mistake, read_jsonl
+from data import make_pairs
+from tools import run_tool
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -192,10 +190,10 @@ def test_human(rows, tmp_path, capsys):
 
 
 def test_as_a_user_runs_it(rows, tmp_path):
-    command = "data/make_pairs.py", "human", "--captions", rows, "--output", tmp_path / "out.jsonl"
-    done = run(*command)
+    command = "make_pairs", "human", "--captions", rows, "--output", tmp_path / "out.jsonl"
+    done = run_tool(*command)
     assert done.returncode == 0 and "16 in " in done.stdout and len(read_jsonl(tmp_path / "out.jsonl")) == 16
-    assert_mistake(run(*command), "expected a new file")
+    assert_mistake(run_tool(*command), "expected a new file")
 
 
 def test_mistakes(chat_folder, rows, tmp_path, capsys):
