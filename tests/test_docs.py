@@ -1,5 +1,6 @@
 """Every command of the documentation is accepted by its script's own parser, and the shape of the repository holds."""
 import argparse
+import importlib
 import importlib.util
 import json
 import re
@@ -22,17 +23,31 @@ def commands():
         for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                if words and words[0] in ("python", "torchrun") and any(word.endswith(".py") for word in words):
+                if words and words[0] in ("python", "torchrun") and place_of_script(words):
                     yield pytest.param(words, id=f"{page}: {' '.join(words)[:70]}")
+
+
+def place_of_script(words):
+    """The place of SCRIPT.py or, after -m, of data.NAME in a command; None if there is neither"""
+    for i, word in enumerate(words):
+        if word.endswith(".py") or words[i - 1] == "-m" and word.startswith("data."):
+            return i
+
+
+def load(script):
+    """SCRIPT.py or data.NAME -> its module"""
+    if script.startswith("data."):
+        return importlib.import_module(script)
+    spec = importlib.util.spec_from_file_location("script", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("words", list(commands()))
 def test_a_documented_command_parses(words, monkeypatch):
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    spec = importlib.util.spec_from_file_location("script", ROOT / words[at])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    parse = argparse.ArgumentParser.parse_args
+    at = place_of_script(words)
+    module, parse = load(words[at]), argparse.ArgumentParser.parse_args
 
     def parsed(self, *arguments):
         parse(self, *arguments)
@@ -45,6 +60,26 @@ def test_a_documented_command_parses(words, monkeypatch):
 
 def test_there_are_commands_to_check():
     assert len(list(commands())) > 15
+    assert place_of_script(shlex.split("python -m data.view rows a b")) == 2
+    assert place_of_script(shlex.split("torchrun --nproc_per_node 8 -m data.search --query a")) == 4
+    assert place_of_script(shlex.split("python train_clip.py --out a.py")) == 1
+    assert place_of_script(shlex.split("python -m pip install data.x")) is None
+
+
+def test_tools_run_in_one_way():
+    """Every page, docstring and shell script says `python -m data.NAME`: by its path a tool does not find the scripts."""
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("*.py"), *(ROOT / "data").rglob("*.md"), *(ROOT / "data").rglob("*.py"),
+             *(ROOT / "data").rglob("*.sh")]
+    by_path = [f"{path.relative_to(ROOT)}: {line.strip()}" for path in texts for line in path.read_text().splitlines()
+               if re.search(r"\bpython data/\w+\.py", line)]
+    assert by_path == []
+
+
+@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "data").glob("*.py") if "__main__" in path.read_text()))
+def test_a_tool_is_documented(tool):
+    """In the table of data/README.md, and with its command in its docstring."""
+    assert f"| `{tool}` |" in (ROOT / "data/README.md").read_text()
+    assert f"python -m data.{tool}" in (load(f"data.{tool}").__doc__)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
