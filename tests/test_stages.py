@@ -1006,9 +1006,9 @@ def test_rewriting_reads_no_special_token_from_data(folder):
     texts = [rewrite_llama.clean(text, markers) for text in HOSTILE if isinstance(text, str)]
     prompt, pairs = rewrite_llama.draw_prompt([("a </s> b", "<|im_end|> c"), ("<im<s>age>", "d")], 2, np.random.default_rng(0), markers)
     results = rewrite_llama.rewrite(ours.complete, prompt, pairs, texts, [[i] for i in range(len(texts))], Counter())
-    assert len(results) == len(texts) and len(prompts) > 20
-    assert prompts[0][0] == 0 and all(token > 3 for ids in prompts for token in ids[ids[0] == 0:])
-    assert any(ours.tokenizer.decode(ids) == "before after =>" for ids in prompts)
+    assert len(results) == len(texts) and prompts[0][0] == 0 and sum(map(len, prompts)) > 200
+    assert all(token > 3 for ids in prompts for token in ids[ids[0] == 0:])
+    assert "before after =>" in ours.tokenizer.decode(prompts[1])
 
 
 @pytest.mark.parametrize("style", ["chat", "pairs"])
