@@ -616,7 +616,7 @@ def test_a_browser_shows_hostile_text_as_text(kind, browser, tmp_path):
     ("<img src='data:image/png;base64,AAAA'>", lambda page: page["images"] > page["decoded"]),
     ("<img src='https://evil.example/x.png'>", lambda page: page["told"]),
     ("<p onclick='x()'>", lambda page: page["handlers"]),
-    (f"<p style='width: {PHONE + 10}px'>", lambda page: page["sideways"] > 0)], ids=lambda value: str(value)[:30])
+    (f"<p style='width: {PHONE + 10}px'>wide", lambda page: page["sideways"] > 0)], ids=lambda value: str(value)[:30])
 def test_the_browser_would_tell(body, wrong, browser, tmp_path):
     """Each fault that the test above excludes is seen where it is."""
     (tmp_path / "out.html").write_text(f"<!DOCTYPE html><meta name=viewport content='width=device-width'><body>{body}")
