@@ -1,5 +1,6 @@
 """The recipe of a run, against plain formulas and torchvision's distributions: what a mistake changes without a crash."""
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_gradients_in_chunks_are_those_of_the_whole_batch():
     torch.manual_seed(0)
     model = T.CLIP(T.Config(**{**T.PRESETS["nano"], "image_size": 32}, vocab_size=50, eot_id=49))
     piece = {"images": torch.randint(0, 256, (12, 1, 3, 32, 32), dtype=torch.uint8), "drawn": torch.zeros(12, dtype=torch.long),
-             "tokens": torch.cat([torch.randint(0, 49, (12, 1, 7)), torch.full((12, 1, 1), 49)], -1), "filled": 0, "replaced": 0, "bad": []}
+             "tokens": torch.cat([torch.randint(0, 49, (12, 1, 7)), torch.full((12, 1, 1), 49)], -1), "counts": Counter(), "bad": []}
     found = []
     for micro_batch in (12, 5):
         model.zero_grad()
