@@ -12,9 +12,13 @@ step      whole training steps of B/16 and B/16-laclip, images already on the ho
 sync      what waits for the GPU inside a step (torch.cuda.set_sync_debug_mode): must be nothing
 rewrite   rewrite_llama.py's decoding with a LLaMA-7B of random weights: new tokens/s, bf16, batches of 64 to 512
 loader    images/s of one loader worker, 640 x 480 JPEGs to crops of 224
+caption   caption_llava.py's `caption` with a LLaVA-1.5-7B of random weights: images/s, ms of the prefill and of a decoding step
+fuse      fuse_vicuna.py's `answer` with a Vicuna-13B of random weights: the same
+peer      open_clip's own trainer beside train_clip.py, from file to AdamW step (tests/bench/train.py, case gpu-bf16)
 """
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -23,6 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +37,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+import caption_llava as C  # noqa: E402
+import fuse_vicuna as V  # noqa: E402
 import rewrite_llama as R  # noqa: E402
 import train_clip as T  # noqa: E402
 
@@ -149,7 +156,7 @@ def training_step(args, name, n, compiled=False, **changes):
         model.visual.compile()
     tokens = torch.randint(1, 400, (n, 1, 16)).index_fill(2, torch.tensor([15]), config.eot_id)
     piece = {"images": torch.randint(0, 256, (n, 1, 3, config.image_size, config.image_size), dtype=torch.uint8), "tokens": tokens,
-             "drawn": torch.zeros(n, dtype=torch.long), "filled": 0, "replaced": 0, "bad": []}
+             "drawn": torch.zeros(n, dtype=torch.long), "counts": Counter(), "bad": []}
     if args.device == "cuda":
         piece["images"] = piece["images"].pin_memory()
 
@@ -208,14 +215,25 @@ def check_sync(args, folder):
     return [f"{os.path.basename(w.filename)}:{w.lineno}: {str(w.message).splitlines()[0]}" for w in seen] or "none"
 
 
-def check_rewrite(args, folder):
-    from transformers import LlamaConfig, LlamaForCausalLM
-    size = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4) if args.tiny else dict(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)  # LLaMA-7B
+def random_model(args, make):
+    """make() on the device, in bf16 (--tiny: fp32)"""
     with torch.device(args.device):
         torch.set_default_dtype(torch.float32 if args.tiny else torch.bfloat16)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, eos_token_id=2, **size)).eval()
-        torch.set_default_dtype(torch.float32)
+        try:
+            return make().eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+LLAMA = {"tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4),
+         "7B": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+         "13B": dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40)}
+
+
+def check_rewrite(args, folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=32000, eos_token_id=2, **LLAMA["tiny" if args.tiny else "7B"])
+    model = random_model(args, lambda: LlamaForCausalLM(config))
     tokenizer = SimpleNamespace(eos_token_id=2, batch_decode=lambda rows, **_: ["x"] * len(rows))  # no token ends a line but the end
     found = {}
     for n in ([4] if args.tiny else [64, 256, 512]):
@@ -227,6 +245,63 @@ def check_rewrite(args, folder):
         found[f"batch {n}"] = {"new tokens/s": n * new / time_of, "shares the prompt": completer.shares}
         print(f"  batch {n}: {found[f'batch {n}']}", flush=True)
     return found
+
+
+def generation(args, model, run, sizes):
+    """run(n) answers n rows with model.generate. -> for each n, rows/s and ms of the prefill and of a decoding step: the
+    time of one new token, and what each further one adds"""
+    from transformers import GenerationConfig
+    found, new = {}, 4 if args.tiny else 32
+    for n in sizes:
+        times = []
+        for count in (1, new):
+            model.generation_config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, eos_token_id=[2], pad_token_id=0)
+            times.append(seconds(lambda: run(n), args.device, 3))
+        found[f"batch {n}"] = {"rows/s": n / times[1], "ms prefill": 1000 * times[0], "ms a step": 1000 * (times[1] - times[0]) / (new - 1)}
+        print(f"  batch {n}: {found[f'batch {n}']}", flush=True)
+    return found
+
+
+def check_caption(args, folder):
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28) if args.tiny else dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336)  # CLIP L/14
+    vision, text = vision | {"model_type": "clip_vision_model", "patch_size": 14}, LLAMA["tiny" if args.tiny else "7B"] | {"model_type": "llama"}
+    config = LlavaConfig(vision_config=vision, text_config=text | {"vocab_size": 32064}, image_token_index=32000)
+    model, S = random_model(args, lambda: LlavaForConditionalGeneration(config)), vision["image_size"]
+    tokenizer = SimpleNamespace(batch_decode=lambda rows, **_: ["x"] * len(rows))
+
+    def run(n):
+        ids = torch.randint(5, 32000, (n, 25))
+        ids = torch.cat([ids[:, :5], torch.full((n, (S // 14) ** 2), 32000), ids[:, 5:]], 1)  # the image's tokens in the prompt
+        with torch.inference_mode():
+            C.caption(model, tokenizer, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(n, 3, S, S)}, Counter())
+    return generation(args, model, run, [2] if args.tiny else [16, 64])
+
+
+def check_fuse(args, folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=32000, eos_token_id=2, **LLAMA["tiny" if args.tiny else "13B"])
+    model = random_model(args, lambda: LlamaForCausalLM(config))
+
+    def tokenizer(ids):
+        return SimpleNamespace(input_ids=ids)
+    tokenizer.decode = lambda ids, **_: "x"
+
+    def run(n):
+        prompts = [[*range(5, 105), *torch.randint(5, 32000, (40,)).tolist()] for _ in range(n)]  # the instruction, then two texts
+        V.answer(model, tokenizer, prompts, n, Counter())
+    return generation(args, model, run, [2] if args.tiny else [64, 256])
+
+
+def check_peer(args, folder):
+    if not importlib.util.find_spec("open_clip_train"):
+        return "needs open_clip_torch"
+    size = ["--model", "nano", "--batch-size", "8", "--warmup", "1", "--steps", "1"] if args.tiny else [
+        "--batch-size", "256", "--warmup", "4", "--steps", "8", "--workers", "8"]
+    subprocess.run([sys.executable, ROOT / "tests/bench/train.py", "--cases", "gpu-bf16", "--pairs", "1", "--device", args.device, *size,
+                    "--json", folder / "peer.json"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return json.loads((folder / "peer.json").read_text())["rows"]
 
 
 def check_loader(args, folder):

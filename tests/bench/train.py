@@ -9,6 +9,7 @@
     mixed       train_clip.py, 1 % of the captions fill 77 tokens | the same, none does. The peers pad all to 77 anyway,
                 so this ratio is also ratio(mixed) / ratio(short): the share of the gain that is kept
     compile     train_clip.py with --compile | without
+    gpu         train_clip.py | open_clip's own trainer, ViT-B/16, with --device cuda; not in the default
     decode      one thread: our reading and cropping of JPEGs | torchvision's
 
 Every run is a process of its own that decodes, augments, tokenises and trains (the plain loops are in peers.py). A step
@@ -43,8 +44,8 @@ from inputs import FIELDS, T, make_data, photograph, seen_lengths  # noqa: E402
 from peers import open_clip_name, torchvision_transform  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-MODELS = {"b32": "ViT-B/32", "b16": "ViT-B/16", "multitext": "ViT-B/32", "mixed": "ViT-B/32", "compile": "ViT-B/32"}
-CASES = [f"{kind}-{precision}" for kind in MODELS for precision in ("fp32", "bf16")] + ["decode"]
+MODELS = {"gpu": "ViT-B/16", "b32": "ViT-B/32", "b16": "ViT-B/16", "multitext": "ViT-B/32", "mixed": "ViT-B/32", "compile": "ViT-B/32"}
+CASES = [f"{kind}-{precision}" for kind in MODELS if kind != "gpu" for precision in ("fp32", "bf16")] + ["decode"]
 AIMS = {("b32-fp32", "open_clip"): 1.4, ("b32-bf16", "open_clip"): 1.7, ("b16-fp32", "open_clip"): 1.08,
         ("b16-bf16", "open_clip"): 1.2, ("multitext-fp32", "open_clip, loop"): 2.2, ("multitext-bf16", "open_clip, loop"): 2.5,
         ("mixed-fp32", "ours, short"): 0.9, ("mixed-bf16", "ours, short"): 0.9,
@@ -58,11 +59,11 @@ def commands(kind, folder, model, precision, args):
     common = ["--batch-size", args.batch_size, "--workers", args.workers]
     ours = [HERE.parents[1] / "train_clip.py", "--image-root", folder / "images", "--model", model,
             "--tokenizer", folder / "tokenizer.json", "--precision", precision, "--epochs", 1, "--log-every", 1,
-            "--device", "cpu", "--out", "out", *common, "--captions"]
+            "--device", args.device, "--out", "out", *common, "--captions"]
     loop = [folder, "--model", model, "--precision", precision, *common]
     open_clip = ["-m", "open_clip_train.main", "--dataset-type", "csv", "--train-data", folder / "short.tsv",
                  "--model", open_clip_name(model, folder), "--precision", "amp_bf16" if precision == "bf16" else "fp32",
-                 "--aug-cfg", "scale=(0.5, 1.0)", "--epochs", 1, "--log-every-n-steps", 1, "--device", "cpu",
+                 "--aug-cfg", "scale=(0.5, 1.0)", "--epochs", 1, "--log-every-n-steps", 1, "--device", args.device,
                  "--logs", "none", *common]
     short, mixed = [*ours, folder / "short.jsonl"], [*ours, folder / "mixed.jsonl"]
     if kind == "multitext":
@@ -72,6 +73,8 @@ def commands(kind, folder, model, precision, args):
         return {"ours, mixed": mixed, "ours, short": short}
     if kind == "compile":
         return {"ours, --compile": [*short, "--compile"], "ours": short}
+    if kind == "gpu":
+        return {"ours": short, "open_clip": open_clip}
     return {"ours": short, "open_clip": open_clip, "transformers": [HERE / "peers.py", "transformers", *loop]}
 
 
@@ -111,9 +114,9 @@ def compare(case, folder, args, peaks):
     ours, *peers = sides
     rounds, order, best = [], [peers[0], ours, *peers[1:]], []
     for number in range(args.pairs):
-        before = peak(precision)
+        before = peak(precision, args.device)
         rounds.append({side: run(sides[side], folder, args) for side in order[::-1 if number % 2 else 1]})
-        best.append((before + peak(precision)) / 2)
+        best.append((before + peak(precision, args.device)) / 2)
         print(f"{case}, round {number + 1} of {args.pairs}, seconds a step: " + ", ".join(
             f"{side} {seconds / args.steps:.3f}" for side, (seconds, _) in rounds[-1].items()), file=sys.stderr)
 
@@ -155,12 +158,14 @@ def forward_flops(model, images, lengths):
     return images * image + tower(c.text_width, c.text_layers, lengths) + projections
 
 
-def peak(precision, n=2048):
+def peak(precision, device, n=2048):
     """GFLOP/s of the best of ten products of n x n matrices"""
-    a, seconds = torch.randn(n, n, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision]), []
+    a, seconds = torch.randn(n, n, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision], device=device), []
     for _ in range(10):
         start = time.perf_counter()
         torch.mm(a, a)
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return 2 * n ** 3 / min(seconds) / 1e9
 
@@ -207,7 +212,7 @@ def print_table(rows):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--cases", nargs="+", choices=CASES, default=CASES, metavar="CASE", help=f"of {' '.join(CASES)} (default: all)")
+    add("--cases", nargs="+", choices=[*CASES, "gpu-fp32", "gpu-bf16"], default=CASES, metavar="CASE", help=f"of {' '.join(CASES)} (default: all)")
     add("--pairs", type=int, default=3, help="rounds of runs a case (default: %(default)s)")
     add("--steps", type=int, default=4, help="measured steps a run (default: %(default)s)")
     add("--warmup", type=int, default=2, help="steps before them (default: %(default)s)")
@@ -215,6 +220,7 @@ def main(argv=None):
     add("--model", choices=T.PRESETS, help="in all cases, to try the script (default: as the case is named)")
     add("--workers", type=int, default=2, help="processes that read data, one thread each (default: %(default)s)")
     add("--threads", type=int, default=os.cpu_count(), help="of the process that trains (default: all, %(default)s)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="of cases gpu-fp32 and gpu-bf16 (default: %(default)s)")
     add("--json", metavar="FILE", help="write the results there")
     args = parser.parse_args(argv)
     if min(args.pairs, args.steps, args.warmup, args.batch_size) < 1:
