@@ -147,7 +147,8 @@ def test_ours_to_hf_and_back(shapes, vocabulary, tmp_path):
     assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 1, done.stderr
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     texts = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")
-    images, hf = torch.randn(2, 3, 48, 48), CLIPModel.from_pretrained(tmp_path / "hf")
+    S = model.config.image_size
+    images, hf = torch.randn(2, 3, S, S), CLIPModel.from_pretrained(tmp_path / "hf")
     same_features(model, images, vocabulary(TEXTS), *hf_features(hf, images, **texts))
     assert processor.tokenizer("red " * 100, truncation=True)["input_ids"] == vocabulary.encode("red " * 100)
     again, tokenizer, _ = convert("hf", tmp_path / "hf", tmp_path / "again.pt")
