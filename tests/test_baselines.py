@@ -237,6 +237,7 @@ def test_eda_depends_on_seed_source_and_place_alone(many, wordnet, tmp_path):
     run_eda(many, tmp_path / "b.jsonl", wordnet)
     a, b = ((tmp_path / name).read_text().splitlines() for name in ("a.jsonl", "b.jsonl"))
     assert [i for i, (one, other) in enumerate(zip(a, b)) if one != other] == [300]
+    assert lines[0] == lines[280] and a[0] != a[280]  # the same caption elsewhere
     run_eda(many, tmp_path / "c.jsonl", wordnet, "--seed", 1, "--n", 1)
     c = read_jsonl(tmp_path / "c.jsonl")
     assert sum(row["rewrite_eda_1"] == json.loads(line)["rewrite_eda_1"] for row, line in zip(c, a)) < 200
