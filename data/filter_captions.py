@@ -20,13 +20,11 @@ in this order:
 import json
 import os
 import re
-import sys
 from collections import Counter
 from functools import partial
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from train_clip import (NO_BLANKS, BadRow, check_output, die, new_parser, number, open_rows, parse_row,  # noqa: E402
-                        texts_of, words_of)
+from train_clip import (NO_BLANKS, BadRow, check_output, die, new_parser, number, open_rows, parse_row, texts_of,
+                        words_of)
 
 STOP_WORDS = frozenset("""
 a about above after all also am an and any are as at be been before being below between both but by can did

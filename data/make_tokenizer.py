@@ -8,12 +8,10 @@ Byte-level BPE over lower-cased text, like OpenAI CLIP's. The tokenizer itself a
 the end.
 """
 import os
-import sys
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from train_clip import BadRow, die, check_output, new_parser, number, open_rows, parse_row  # noqa: E402
+from train_clip import BadRow, check_output, die, new_parser, number, open_rows, parse_row
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

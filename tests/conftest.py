@@ -17,10 +17,11 @@ SHAPES = ["square", "bar", "cross", "frame"]
 
 
 def run(script, *arguments, env=None, ranks=None):
-    """A script as a user runs it. -> CompletedProcess"""
+    """A script of the top level, or data/NAME.py as `python -m data.NAME`, as a user runs it. -> CompletedProcess"""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks \
         else [sys.executable]
-    return subprocess.run([*launch, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True,
+    script = ["-m", script[:-3].replace("/", ".")] if script.startswith("data/") else [str(ROOT / script)]
+    return subprocess.run([*launch, *script, *map(str, arguments)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, cwd=ROOT)
 
 

@@ -75,6 +75,12 @@ def test_tools_run_in_one_way():
     assert by_path == []
 
 
+def test_no_script_and_no_tool_edits_sys_path():
+    """They are run from the root, where `data` and the scripts are found as they are."""
+    sources = [*ROOT.glob("*.py"), *(ROOT / "data").rglob("*.py")]
+    assert [path.name for path in sources if "sys.path" in path.read_text()] == []
+
+
 @pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "data").glob("*.py") if "__main__" in path.read_text()))
 def test_a_tool_is_documented(tool):
     """In the table of data/README.md, and with its command in its docstring."""

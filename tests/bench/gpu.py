@@ -78,8 +78,8 @@ def write_set(folder, n, size=(640, 480)):
         words = " ".join(rng.choice(["red", "old", "bike", "tree", "near", "a", "river", "house"], rng.integers(3, 20)))
         rows.append({"image": f"{i}.jpg", "alt": words, "rewrite_a": f"a photo of {words}"})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    subprocess.run([sys.executable, ROOT / "data/make_tokenizer.py", folder / "rows.jsonl", folder / "tokenizer.json", "--vocab-size", "400"],
-                   check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "data.make_tokenizer", folder / "rows.jsonl", folder / "tokenizer.json", "--vocab-size", "400"],
+                   check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
 
 
 def check_train(args, folder):

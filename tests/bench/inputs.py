@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[2] / "data")]
-import features  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_clip as T  # noqa: E402
+from data.classification_sets import read_rows  # noqa: E402
 
 FIELDS = ["alt", "rewrite_chatgpt", "rewrite_bard", "rewrite_coco", "rewrite_human"]
 AHEAD = 6  # batches behind the last measured one: the workers are busy to the end
@@ -77,14 +77,14 @@ def make_data(folder, batch_size, warmup, steps):
 
 def seen_lengths(folder, name, fields, batch_size, warmup, steps):
     """Tokens of each text that our trainer's measured steps see."""
-    rows = list(features.read_rows(str(folder / f"{name}.jsonl")))
+    rows = list(read_rows(str(folder / f"{name}.jsonl")))
     tokenizer = T.Tokenizer.load(str(folder / "tokenizer.json"))
     seen = [rows[T.shuffled(p, len(rows), 0)] for p in range(warmup * batch_size, (warmup + steps) * batch_size)]
     return [len(tokenizer.encode(row[field])) for row in seen for field in fields]
 
 
 def make_rows(folder, n, size):
-    """For data.py: rows.jsonl; the same as rows.tsv (path, alt) and a text file a rewrite; one picture, tokenizer.json.
+    """For rows.py: rows.jsonl; the same as rows.tsv (path, alt) and a text file a rewrite; one picture, tokenizer.json.
 
     Every row has a path of its own, by way of a hundred links from the folder to itself, and but for chance its own
     texts: a reader might hold equal strings only once."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torchvision import transforms
 from torchvision.datasets.folder import default_loader
 
-from inputs import FIELDS, T, features
+from inputs import FIELDS, T, read_rows
 
 
 def torchvision_transform(size):
@@ -28,7 +28,7 @@ def torchvision_transform(size):
 class Pairs(torch.utils.data.Dataset):
     def __init__(self, folder, fields, size, tokenize):
         self.folder, self.fields, self.tokenize, self.transform = folder, fields, tokenize, torchvision_transform(size)
-        self.rows = list(features.read_rows(f"{folder}/short.jsonl"))
+        self.rows = list(read_rows(f"{folder}/short.jsonl"))
 
     def __len__(self):
         return len(self.rows)
