@@ -833,14 +833,15 @@ def to_rgb(image):
     """Any PIL image -> RGB, upright; transparency becomes white, grey of 9 to 16 bits is scaled."""
     image.load()  # which turns a TIFF
     tags = getattr(image, "tag_v2", {})  # a TIFF's; elsewhere Pillow gives grey of 8 or 16 bits
-    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-            8: "ROTATE_90"}.get(orientation(image))
+    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+            7: "TRANSVERSE", 8: "ROTATE_90"}.get(orientation(image))
     if turn:
         image = image.transpose(Image.Transpose[turn])
     if image.mode in ("I", "F") or image.mode.startswith("I;"):  # convert("RGB") would clip these at 255
         bits = max(tags.get(258, (16,)))
         if image.mode == "F" or bits > 16 or tags.get(339, (1,)) != (1,):
-            raise ValueError("grey of floats, signed or of more than 16 bits: the file does not say which value is white")
+            raise ValueError("grey of floats, signed or of more than 16 bits: the file does not say which "
+                             "value is white")
         image = image.convert("I").point(lambda value: value * (255 / (2 ** bits - 1)) + 0.5).convert("L")
         image = ImageOps.invert(image) if tags.get(262) == 0 else image  # white is zero
     if image.has_transparency_data:
