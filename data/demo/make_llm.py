@@ -23,6 +23,7 @@ def main(out):
     shutil.rmtree(path + ".tmp", ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(path + ".tmp")
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(path + ".tmp")
+    shutil.rmtree(path, ignore_errors=True)  # of a launch that was killed here
     os.rename(path + ".tmp", path)
     os.remove(os.path.join(folder, file))
 
