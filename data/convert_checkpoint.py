@@ -357,8 +357,16 @@ def from_hf(args):
     return ours_from(state, config, HF, path), args.tokenizer or args.input
 
 
+def load_plain(path, target):
+    """Model and tokenizer of a checkpoint whose towers are both CLIP's, or one line that says why they are not."""
+    model, tokenizer, _ = load_checkpoint(path)
+    if model.config.text_model:
+        die(f"{path}: its text tower is a {model.config.text_model['model_type']}, which {target} cannot express")
+    return model, tokenizer
+
+
 def to_hf(args):
-    model, tokenizer, _ = load_checkpoint(args.input)
+    model, tokenizer = load_plain(args.input, "Hugging Face's CLIPModel")
     c, folder = model.config, os.path.normpath(args.output) + ".tmp"
     for name, expected in (("qk_norm", False), ("pre_norm", True), ("patch_bias", False)):
         if getattr(c, name) != expected:
@@ -394,7 +402,7 @@ def to_hf(args):
 
 def to_open_clip(args):
     """open_clip loads a plain state dict with our names. The settings that it needs besides are printed."""
-    model, _, _ = load_checkpoint(args.input)
+    model, _ = load_plain(args.input, "open_clip's CLIP")
     c = model.config
     plain = c.pre_norm and not c.qk_norm and not c.patch_bias and c.vision_eps == c.text_eps == 1e-5
     if not plain or c.vision_quick_gelu != c.text_quick_gelu:
