@@ -219,9 +219,10 @@ class Config:
 
 
 PRESETS = {  # as open_clip has them; parameters with OpenAI's vocabulary
-    "nano":     dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=2, vision_heads=2,
-                     text_width=128, text_layers=2, text_heads=2,  # 0.9 M and the vocabulary: for the demo's icons
-                     mean=(1.0, 1.0, 1.0), std=(0.27, 0.27, 0.27)),  # white is 0, or icons would all look the same at first
+    # 0.9 M and the vocabulary, for the demo's icons. White is 0, or all icons would look the same at first
+    "nano":     dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=2,
+                     vision_heads=2, text_width=128, text_layers=2, text_heads=2, mean=(1.0, 1.0, 1.0),
+                     std=(0.27, 0.27, 0.27)),
     "ViT-S/16": dict(embed_dim=384, patch_size=16, vision_width=384, vision_heads=6,
                      text_width=384, text_heads=6),  # 62 M
     "ViT-B/32": dict(patch_size=32),  # 151 M
