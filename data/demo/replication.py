@@ -50,7 +50,7 @@ CANNOT_RUN = {  # rows of the papers that need what a laptop has not: the comman
     "ViT-B/16 on CC3M": "README, section 3",
 }
 # What README shows
-README_ROWS = ("clip", "laclip", "oracle", "clip-noisy", "laclip-noisy", "veclip", "veclip-vec")
+README_ROWS = ("clip", "laclip", "clip-noisy", "laclip-noisy", "veclip", "veclip-vec")
 README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"), ("heldout_alias", "top10"), ("heldout", "top1"), ("heldout", "top10")]
 
 
