@@ -187,9 +187,16 @@ def main(argv=None):
     add("--max-alt-tokens", type=number(int, 0), default=128, help="AltText is cut there (default: 128)")
     add("--format", default="chat", choices=["chat", "pairs"],
         help="chat: Vicuna 1.1's conversation; pairs: in-context pairs, a deviation for base models")
+    add("--pairs", default=os.path.join(PROMPTS, "fuse_pairs.jsonl"), metavar="FILE",
+        help="JSONL of alt, vec and output, for --format pairs (default: data/prompts/fuse_pairs.jsonl)")
     args = parser.parse_args(argv)
-    with open(os.path.join(PROMPTS, "fuse_pairs.jsonl"), encoding="utf-8-sig") as f:
-        pairs = [json.loads(line) for line in f]
+    try:
+        with open(args.pairs, encoding="utf-8-sig") as f:
+            pairs = [{key: row[key] for key in ("alt", "vec", "output")} for row in map(json.loads, f)]
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        die(f"--pairs {args.pairs}: expected JSONL of alt, vec and output ({type(e).__name__}: {e})")
+    if len(pairs) < SHOTS:
+        die(f"--pairs {args.pairs}: {len(pairs)} pairs, expected {SHOTS} or more")
     with open(os.path.join(PROMPTS, "refusals.txt"), encoding="utf-8-sig") as f:
         openings = tuple(filter(None, f.read().splitlines()))  # in lower case
     device = pick_device(args)

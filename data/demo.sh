@@ -60,10 +60,11 @@ laclip_track() {
 veclip_track() { # the captioner learned to speak from other teams' clean names: of the demo's images it has seen none
   step train-tower $train 600 --captions $out/captioner.jsonl --tokenizer $out/captioner_tokenizer.json --text alt --out $out/tower
   step llava python -m data.demo.make_llava $out/tower/checkpoint.pt $out/captioner.jsonl $out/llava --image-root $out/images \
-    --steps 500 --device $device
+    --steps 450 --device $device
   step caption python caption_llava.py --input $out/demo.jsonl --output $out/captioned.jsonl --image-root $out/images \
     --model $out/llava --max-new-tokens 12 --batch-size 256 --workers 1 --device $device
-  step fuse python fuse_vicuna.py --input $out/captioned.jsonl --output $out/fused.jsonl --model $out/smollm2 --format pairs \
+  # two ranks share the rows: the other track is done by now, or soon
+  step fuse torchrun --nproc_per_node $([ $device = cuda ] && echo 1 || echo 2) fuse_vicuna.py --input $out/captioned.jsonl --output $out/fused.jsonl --model $out/smollm2 --format pairs \
     --pairs data/demo/fuse_pairs.jsonl --max-new-tokens 20 --batch-size 256 --device $device
   step train-veclip $train 600 --captions $out/fused.jsonl --tokenizer $out/tokenizer.json --text alt=0.5 vecap=0.5 --out $out/veclip
   evaluate veclip

@@ -190,3 +190,13 @@ def test_readmes_table_is_made_of_the_results():
     text = (ROOT / "README.md").read_text()
     for line in replication.table(replication.read_results(), replication.README_ROWS, replication.README_COLUMNS):
         assert line in text, f"README.md needs this line of `python -m data.demo.replication readme`: {line}"
+
+
+@pytest.mark.parametrize("text", [None, "no JSON\n", '{"alt": "a", "vec": "b"}\n' * 9, '{"alt": "a", "vec": "b", "output": "c"}\n'])
+def test_a_file_of_pairs_that_cannot_be_used_is_one_line(tmp_path, text):
+    (tmp_path / "in.jsonl").write_text('{"alt": "a", "vec": "b"}\n')
+    if text:
+        (tmp_path / "pairs.jsonl").write_text(text)
+    done = python("fuse_vicuna.py", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--model", tmp_path,
+                  "--format", "pairs", "--pairs", tmp_path / "pairs.jsonl")
+    assert done.returncode == 2 and "--pairs" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
