@@ -13,7 +13,7 @@ from data.filter_captions import content_words, plain_words
 
 MODELS = {"clip": "CLIP, noisy AltText", "laclip": "LaCLIP: and rewrites", "veclip": "VeCLIP: and VeCap"}
 SEEDS = {"clip": "clip-noisy", "laclip": "laclip-noisy", "veclip": "veclip"}  # the same of data/replication.jsonl, more images and steps
-NOISE = "half of the AltTexts say nothing true: file names, the names of other icons"
+NOISE = "about half of the AltTexts say nothing true: meaningless file names, names of other icons"
 
 
 def read_json(*path):
@@ -90,7 +90,7 @@ def main(out):
             f"captioned every image: {100 * right:.1f} % of its captions share a content word with the icon's true name, {100 * shuffled:.1f} % "
             f"with another's. SmolLM2-135M fused caption and AltText. Three CLIPs were trained for {settings['steps']} steps of "
             f"{settings['batch_size']}, seed {settings['seed']}, which differ in the text alone."],
-        "notes": ["Fusing and rewriting ask SmolLM2 by in-context pairs written for such texts (eight shots), a deviation from the papers' "
+        "notes": ["Fusing and rewriting ask SmolLM2 by in-context pairs written for such texts, a deviation from the papers' "
                   "chat prompts that suits a 135 M model.",
                   "Icons: Fluent, Material Icons, RPG Awesome, Weather Icons, Codicons, Elusive, Material Design Icons, Bootstrap, Remix, Font "
                   "Awesome, Phosphor, Lucide, Typicons; licences in data/demo/README.md."],
