@@ -101,7 +101,7 @@ run() { # run ROW SEED
   python eval_zeroshot.py --checkpoint "$run/checkpoint.pt" --image-root $out/images --label label --templates data/demo/templates.txt \
     --dataset jsonl:$out/heldout.jsonl jsonl:$out/heldout_never.jsonl jsonl:$out/heldout_alias.jsonl jsonl:$out/validation.jsonl \
     --workers 0 --json "$run/eval.json"
-  python -m data.demo.replication add "$1" "$run" --llm "$(basename "$model")"
+  python -m data.demo.replication add "$1" "$run" --llm "$(basename "$model")"  # once: eval.json is there now
 }
 
 one= list= only=
@@ -128,6 +128,7 @@ runs=$(echo "$jobs" | grep -c . || true)
 echo "$runs runs of $steps steps, two at a time: about $((runs * 5 / 2 + 1)) minutes on two quiet cores, and the captions before them:" \
   "about 20 minutes for a language model of 0.5 B and 20 for the captioner, once"
 mkdir -p $out/runs
+[ -e $out/packages ] || ln -s "$PWD/out/demo/packages" $out/packages
 [ -f $out/heldout.jsonl ] || python -m data.demo.icons draw $out
 [ -f $out/tokenizer.json ] || python -m data.make_tokenizer $out/clean.jsonl $out/tokenizer.json
 OMP_NUM_THREADS=$(nproc)

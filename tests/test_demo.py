@@ -170,7 +170,7 @@ def test_every_row_of_the_table_can_be_run_and_none_else():
 def test_results_are_whole_and_name_what_made_them():
     with open(replication.RESULTS) as f:
         runs = [json.loads(line) for line in f]
-    assert len({(run["row"], run["seed"]) for run in runs}) == len(runs)
+    assert len({(run["row"], run["seed"], run["llm"]) for run in runs}) == len(runs)
     for run in runs:
         assert {"row", "seed", "llm", "settings", "metrics", "versions"} <= set(run)
         assert set(replication.SETS) <= set(run["metrics"])

@@ -55,7 +55,7 @@ README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"), ("heldo
 
 
 def read_results(path=RESULTS):
-    """-> {row: {seed: {(set, metric): percent}}}"""
+    """-> {row: {seed: {(set, metric): percent}}}; of several runs of a row with one seed the last counts"""
     results = {}
     with open(path, encoding="utf-8") as f:
         for run in map(json.loads, f):
@@ -117,8 +117,6 @@ def add(row, run, llm):
     with open(os.path.join(run, "eval.json"), encoding="utf-8") as f:
         metrics = json.load(f)
     metrics = {os.path.splitext(os.path.basename(name))[0]: {k: round(found[k], 5) for k in ("top1", "top5", "top10")} for name, found in metrics.items()}
-    if row in read_results() and settings["seed"] in read_results()[row]:
-        return
     keep = ("rows", "text", "loss", "ssl", "steps", "batch_size", "lr", "wd", "warmup", "augment", "model", "precision")
     with open(RESULTS, "a", encoding="utf-8") as f:
         f.write(json.dumps({"row": row, "seed": settings["seed"], "llm": llm, "settings": {k: settings[k] for k in keep}, "metrics": metrics,
