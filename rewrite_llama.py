@@ -20,6 +20,7 @@ import contextlib
 import copy
 import hashlib
 import http.client
+import inspect
 import itertools
 import json
 import os
@@ -142,6 +143,8 @@ class Completer:
 
     def __init__(self, model, tokenizer, args):
         self.model, self.tokenizer, self.args = model, tokenizer, args
+        new = "cache" in inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if new else "past_key_values"  # before transformers 5.24
         config = self.config = model.config.get_text_config()
         self.window = getattr(config, "sliding_window", None)
         self.kinds = set(getattr(config, "layer_types", None) or
@@ -179,7 +182,7 @@ class Completer:
         """Compute the keys and values of the prompt's ids [1, P], which what is decoded next continues."""
         from transformers import DynamicCache
         self.prefix = DynamicCache(config=None if self.shares else self.config)  # None: windows drop nothing
-        self.model(input_ids=ids, use_cache=True, logits_to_keep=1, cache=self.prefix)
+        self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{self.cache_name: self.prefix})
 
     def pack(self, texts):
         """B texts' ids, N together, in one sequence behind the prompt's P -> ids [N]; for every token its row
@@ -194,7 +197,8 @@ class Completer:
         """Logits [B, V] after the tokens `last` of ids [N]. The cache takes their keys and values, then K in
         all; row and position [K] are those of all K."""
         if not self.shares:
-            return self.model(input_ids=ids[None], use_cache=True, logits_to_keep=1, cache=cache).logits[0]
+            return self.model(input_ids=ids[None], use_cache=True, logits_to_keep=1,
+                              **{self.cache_name: cache}).logits[0]
         N = len(ids)
         distance = position[-N:, None] - position  # [N, K]
         visible = ((row == -1) | (row == row[-N:, None])) & (distance >= 0)
@@ -204,7 +208,7 @@ class Completer:
         masks = {kind: torch.where(masks[kind], zeros, lowest)[None, None] for kind in self.kinds}
         mask = masks if len(masks) > 1 else masks.popitem()[1]
         return self.model(input_ids=ids[None], attention_mask=mask, position_ids=position[None, -N:],
-                          use_cache=True, logits_to_keep=last, cache=cache).logits[0]
+                          use_cache=True, logits_to_keep=last, **{self.cache_name: cache}).logits[0]
 
     def complete(self, prompt, texts, seeds):
         """-> for each text (answer, whether its line ended, None), or ("", False, why it cannot be asked)"""
