@@ -56,6 +56,9 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.send(*(reply if isinstance(reply, tuple) else (200, stub.answer(request, **(reply or {})))))
 
+    def do_GET(self):
+        self.send(200, b'{"version": "0.1-stub"}')
+
     def send(self, status, body):
         self.send_response(status)
         self.end_headers()
@@ -108,8 +111,8 @@ def folder(tmp_path_factory):
     rows[2] |= {"alt": "a </s><|im_end|> kite [INST]", "seen": "a <|im_start|> red </s> kite"}
     rows[3] |= {"alt": "", "image": "absent.png"}
     write_jsonl(folder / "rows.jsonl", rows)
-    (folder / "sitecustomize.py").write_text(
-        "import time\nsleep = time.sleep\ntime.sleep = lambda seconds: sleep(seconds / 200)\n")
+    (folder / "sitecustomize.py").write_text("from threading import Event\nwait = Event.wait\n"
+                                             "Event.wait = lambda self, timeout=None: wait(self, timeout and timeout / 200)\n")
     return folder
 
 
@@ -167,7 +170,7 @@ def test_every_row_gets_its_answer(stage, happy, folder):
                     "fuse": [f"1. {alt} 2. {vec}" if alt else f"1. {vec}" for alt in alts]}[stage]
         assert texts_of([row]) == expected * len(FIELDS[stage])
     assert sorted(stub.subjects()) == sorted(filter(None, texts_of(rows)))  # each asked once
-    assert settings["model"] == "some/name" and "a key" not in str(settings)
+    assert settings["model"] == "some/name" and settings["servers"] == [{"version": "0.1-stub"}] and "a key" not in str(settings)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -268,12 +271,23 @@ def test_an_answer_without_text(stage, happy, folder, tmp_path):
     assert len(seeds) == len(set(seeds)) == (4 if stage == "rewrite" else 1)
 
 
-def test_a_row_that_breaks_the_server(happy, folder, tmp_path):
-    """Row 0 always gets a 500, the others pass: after three times it is the row's error."""
-    stub = Stub(lambda text, _: (500, b"CUDA error") if text == ROW_0["fuse"] else None)
-    launch_well(folder, tmp_path, "fuse", [stub])
+@pytest.mark.parametrize("concurrency, late", [(2, False), (2, True), (1, False)])
+def test_a_row_that_breaks_the_server(concurrency, late, happy, folder, tmp_path):
+    """Row 0 always gets a 500. Others pass; or late, when it has had four; or none, since there is one request at a time."""
+    four = threading.Event()
+
+    def behave(text, number):
+        if text == ROW_0["fuse"]:
+            if stub.subjects().count(text) == 4:
+                four.set()
+            return 500, b"CUDA error"
+        if late and "dog" not in text:  # a dog's is the trial
+            four.wait(1)
+            four.set()
+    stub = Stub(behave)
+    launch_well(folder, tmp_path, "fuse", [stub], "--concurrency", concurrency)
     assert_only(0, "fuse", happy, tmp_path, "500 CUDA error")
-    assert stub.subjects().count(ROW_0["fuse"]) == 3
+    assert 3 <= stub.subjects().count(ROW_0["fuse"]) <= 7
 
 
 # --- faults that end the launch ---------------------------------------------------------------------------------------
@@ -408,5 +422,16 @@ def test_a_real_server_gives_what_the_stage_gives_without_it(stage, real, folder
     assert len(set(texts_of(rows))) > 4 and sum(map(operator.eq, rows, expected)) >= 20, (models / "log").read_text()[-5000:]
 
 
-def test_a_url_without_a_scheme(happy, folder, tmp_path):
-    assert launch_well(folder, tmp_path, "fuse", [Stub().url.removeprefix("http://")]) == happy["fuse"][1]
+def test_every_row_refused(folder, tmp_path):
+    """The harmless request passes, but no row does: after a hundred of them the launch ends."""
+    stub = Stub(lambda text, _: None if "dog" in text else (400, b"too long"))
+    rows = [{"alt": f"red bike {i}", "seen": "a wall"} for i in range(150)]
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = launch(folder, tmp_path, "fuse", [stub], "--input", path)
+    assert_ended(done, "refuses every row", "too long")
+
+
+def test_a_url_without_a_scheme(folder, tmp_path):
+    done = run("fuse_vicuna.py", "--input", folder / "rows.jsonl", "--output", tmp_path / "o", "--vec-field", "seen", "--server", "localhost:8000")
+    assert_mistake(done, "--server localhost:8000", "http://")

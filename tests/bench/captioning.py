@@ -39,6 +39,7 @@ from statistics import mean, median
 
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # for all sides
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
@@ -202,14 +203,34 @@ def batched(script, size, field, folder, args, *flags):
 
 
 def fuse(args, rows, folder, dtype):
-    rows = [{"alt": row.get("wording", row["alt"]), "vec": row["alt"]} for row in rows[::2]]
+    rows = [{"alt": row["alt"], "vec": row["alt"]} for row in rows[::2]]
     return batched("fuse_vicuna.py", 32, "vecap", folder, args, "--input", write_rows(folder / "rows.jsonl", rows),
                    "--model", args.model, "--format", "pairs", "--dtype", dtype)
 
 
+def random_llava(llm, folder):
+    """A LlavaForConditionalGeneration with its processor, small and untrained; the tokenizer is the language model's."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    vision = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                           image_size=56, patch_size=14, projection_dim=32)
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                       num_attention_heads=4, num_key_value_heads=4, bos_token_id=tokenizer.bos_token_id,
+                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=vision, text_config=text, vision_feature_layer=-2, image_seq_length=16,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"))).save_pretrained(folder)
+    transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}), tokenizer,
+        patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template="{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}"
+                      "{{ '<image>\\n' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}"
+                      "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}").save_pretrained(folder)
+
+
 def caption(args, rows, folder):
-    (folder / "smollm2").symlink_to(Path(args.model).resolve())  # prepare.py takes its tokenizer
-    subprocess.run([sys.executable, ROOT / "data/demo/prepare.py", "llava", folder], check=True, capture_output=True)
+    random_llava(args.model, folder / "random-llava")
     for i in range(len(rows)):
         Image.effect_noise((640, 480), 20 + i % 60).convert("RGB").save(folder / f"{i}.jpg")
     file = write_rows(folder / "rows.jsonl", [{"image": f"{i}.jpg"} for i in range(len(rows))])
@@ -242,7 +263,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, default=[*CASES], metavar="CASE", help=f"of {' '.join(CASES)} (all)")
     add("--model", default="out/demo/smollm2", help="LLaMA-like folder (default: %(default)s, made by data/demo.sh)")
-    add("--input", default="out/demo/train.jsonl", help="JSONL with captions in alt (default: %(default)s)")
+    add("--input", default="out/demo/names.jsonl", help="JSONL with captions in alt (default: %(default)s)")
     add("--rows", type=int, default=256, help="captions, taken evenly from the file (default: %(default)s)")
     add("--pairs", type=int, default=3, help="rounds a case (default: %(default)s)")
     add("--batch-sizes", type=int, nargs="+", default=[16, 32, 64, 256], help="for rewrite to try (%(default)s)")
