@@ -20,7 +20,7 @@ def run(script, *arguments, env=None, ranks=None):
     """A script of the top level, or data/NAME.py as `python -m data.NAME`, as a user runs it. -> CompletedProcess"""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks \
         else [sys.executable]
-    script = ["-m", script[:-3].replace("/", ".")] if script.startswith("data/") else [str(ROOT / script)]
+    script = ["-m", script[:-3].replace("/", ".")] if str(script).startswith("data/") else [str(ROOT / script)]
     return subprocess.run([*launch, *script, *map(str, arguments)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, cwd=ROOT)
 
