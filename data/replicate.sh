@@ -98,6 +98,7 @@ run() { # run ROW SEED
   local run=$out/runs/$1-$2
   [ -f "$run/eval.json" ] && return
   $train --tokenizer $out/tokenizer.json $flags --captions $(printf "$out/%s.jsonl " $captions) --seed "$2" --out "$run"
+  python -m data.demo.replication finished "$run"
   python eval_zeroshot.py --checkpoint "$run/checkpoint.pt" --image-root $out/images --label label --templates data/demo/templates.txt \
     --dataset jsonl:$out/heldout.jsonl jsonl:$out/heldout_never.jsonl jsonl:$out/heldout_alias.jsonl jsonl:$out/validation.jsonl \
     --workers 0 --json "$run/eval.json"

@@ -152,6 +152,14 @@ def test_gains_are_paired_by_seed():
     assert replication.cell([3.25]) == "3.2"  # one run has no error
 
 
+def test_a_run_that_was_stopped_is_not_evaluated(tmp_path):
+    (tmp_path / "settings.json").write_text('{"steps": 30}')
+    for step, status in ((20, 1), (30, 0)):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 10}}\n{{"step": {step}}}\n')
+        done = python("-m", "data.demo.replication", "finished", tmp_path)
+        assert done.returncode == status and len(done.stderr.splitlines()) == status, done.stderr
+
+
 def replicate(*words):
     return subprocess.run(["bash", "data/replicate.sh", *words], cwd=ROOT, capture_output=True, text=True)
 

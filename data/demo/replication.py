@@ -2,7 +2,8 @@
 
     python -m data.demo.replication                       # the table, in Markdown, and out/replicate/report.html
     python -m data.demo.replication readme                # README's part of it
-    python -m data.demo.replication add ROW RUN --llm M   # after an evaluation; replicate.sh does it
+    python -m data.demo.replication finished RUN          # replicate.sh asks: a run that was told to stop leaves with status 0
+    python -m data.demo.replication add ROW RUN --llm M   # after its evaluation
 
 All rows take the same steps of the same batch (but those that say 2 x). Zero-shot accuracy in %, images of three teams that nothing
 was trained on; a class's prompt is its name. The metrics were named before any run: *never named*, classes whose name no
@@ -132,7 +133,12 @@ def main(argv=None):
     adding.add_argument("run")
     adding.add_argument("--llm", required=True)
     commands.add_parser("readme")
+    commands.add_parser("finished").add_argument("run")
     args = parser.parse_args(argv)
+    if args.command == "finished":
+        with open(os.path.join(args.run, "settings.json"), encoding="utf-8") as f, open(os.path.join(args.run, "metrics.jsonl"), "rb") as log:
+            steps, done = json.load(f)["steps"], json.loads(log.readlines()[-1])["step"]
+        return None if done == steps else sys.exit(f"{args.run} stopped at step {done} of {steps}: the same command goes on")
     if args.command == "readme":
         return print("\n".join(table(read_results(), README_ROWS, README_COLUMNS)))
     if args.command == "add":
