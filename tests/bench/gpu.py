@@ -286,7 +286,8 @@ def check_fuse(args, folder):
 
     def tokenizer(ids):
         return SimpleNamespace(input_ids=ids)
-    tokenizer.decode = lambda ids, **_: "x"
+    tokenizer.batch_decode = lambda rows, **_: ["x"] * len(rows)
+    model.generation_config.eos_token_id = [2]
 
     def run(n):
         prompts = [[*range(5, 105), *torch.randint(5, 32000, (40,)).tolist()] for _ in range(n)]  # the instruction, then two texts
