@@ -80,7 +80,8 @@ make_captions() { # make_captions NAME: out/replicate/NAME.jsonl
                        --image-root $out/images --output "$file" --workers 0 ;;
     eda)             python -m data.baselines eda $out/clean.jsonl "$file" --n 2 --wordnet "${WORDNET:-/usr/share/wordnet}" ;;
     vec|vec_quarter) make_captioner; python caption_llava.py --input $out/noisy${1#vec}.jsonl --output "$file" --image-root $out/images \
-                       --model $out/llava --max-new-tokens 12 --workers 1 --batch-size 256 ;;
+                       --model $out/llava --max-new-tokens 12 --workers 1 --batch-size 256
+                     python -m data.demo.collect share "$file" ;;
     fused|fused_quarter) make_captions vec${1#fused}; python fuse_vicuna.py --input $out/vec${1#fused}.jsonl --output "$file" \
                        --model "$model" --format pairs --pairs data/demo/fuse_pairs.jsonl --max-new-tokens 20 --batch-size 256 ;;
   esac

@@ -84,7 +84,7 @@ def test_noise_is_as_documented():
         assert rows == [icons.with_noise({"image": f"google/{i}.png", "alt": name}, names, shares) for i, name in enumerate(names)]
 
 
-def test_pairs_of_the_demo_name_no_icon_by_accident():
+def test_every_source_has_as_many_different_pairs():
     sources = {}
     for pair in read_jsonl(ROOT / "data/demo/rewrite_pairs.jsonl"):
         sources.setdefault(pair["source"], []).append(pair["input"])
