@@ -253,8 +253,9 @@ class CLIP(nn.Module):
             self.transformer = Transformer(c.text_width, c.text_layers, c.text_heads, c.text_quick_gelu,
                                            c.text_eps)
             self.ln_final = nn.LayerNorm(c.text_width, c.text_eps)
-            nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.text_projection = nn.Parameter(torch.randn(c.text_width, c.embed_dim) * c.text_width ** -0.5)
+        if not c.text_model:
+            nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # ln(1 / tau)
         self.register_buffer("mean", torch.tensor(c.mean), persistent=False)  # no copy in a step
         self.register_buffer("std", torch.tensor(c.std), persistent=False)
