@@ -605,8 +605,6 @@ def train(args):
     if first_rank and done < steps:
         print(f"stopped at step {done} of {steps}: the same command with --resume auto goes on",
               file=sys.stderr)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 # === samples ================================================================================================
@@ -1551,6 +1549,8 @@ def in_one_line():
     """What no other place reports: unusable rows, a full GPU or disk, lost ranks and workers."""
     try:
         yield
+        if dist.is_initialized():  # else gloo's threads outlive the interpreter, and now and then it aborts
+            dist.destroy_process_group()
     except BadRow as e:
         die(str(e).strip().split("\n")[-1])
     except torch.OutOfMemoryError as e:
