@@ -1,24 +1,25 @@
 """Caption images with LLaVA: VeCLIP's visual-enriched captions, VeC (arXiv 2310.07699, section 3.2).
 
-The model sees the image and one fixed prompt. No caption field is read, so a VeC is independent of the AltText.
+The model sees the image and one fixed prompt. No caption field is read: a VeC is independent of the AltText.
 
-    python caption_llava.py --input cc3m.jsonl --output cc3m.vec.jsonl --image-root DIR --model llava-hf/llava-1.5-7b-hf
+    python caption_llava.py --input cc3m.jsonl --output cc3m.vec.jsonl --image-root DIR
     torchrun --nproc_per_node 8 caption_llava.py ...the same arguments...    # the ranks share the work
-    python caption_llava.py --input a.jsonl --output b.jsonl --image-root DIR --model FOLDER --limit 8    # a first look
-    python caption_llava.py ...the same arguments... --server http://node1:8000 http://node2:8000    # vLLM generates
+    python caption_llava.py --input a.jsonl --output b.jsonl --image-root DIR --limit 8  # a first look
+    python caption_llava.py ...the same arguments... --server http://node1:8000 http://node2:8000  # vLLM
 
 Row in:  {"image": "photos/1.jpg", "alt": "IMG_0123 sale!!"}
-Row out: the same and "vec": "a red bicycle leaning on a wall"; null for an image that cannot be read, with the reason in
-"error". The same command resumes after any interruption. Without --server, its output is then identical byte for byte.
+Row out: the same and "vec": "a red bicycle leaning on a wall"; null for an unreadable image, with
+the reason in "error".
+The same command resumes after any interruption; without --server, its output is then identical byte for byte.
 
-Read caption and Images, then main. What follows main is the same in all three captioning scripts: rows, resuming, servers.
+Read caption and Images, then main. What follows main is the same in all three captioning scripts: rows,
+resuming, servers.
 """
 import argparse
 import base64
 import contextlib
 import errno
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -27,14 +28,14 @@ import re
 import shutil
 import stat
 import sys
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from functools import partial
+from http.client import HTTPException
+from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -43,64 +44,66 @@ from tqdm import tqdm
 PROMPT = "Describe the image concisely, less than 20 words"  # paper, section 3.2
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
+# --- the model --------------------------------------------------------------------------------------------
 
 def load_model(args, device):
     """-> the model, its processor, and the prompt in the model's chat template"""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-    load(AutoConfig, args.model)  # whose message is the clearest if this is no such model
+    load(AutoConfig, args.model)  # its message is the clearest if this is no such model
     processor = load(AutoProcessor, args.model)
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.prompt}]}
     try:  # once here, so that a later failure can be blamed on the image
         prompt = processor.apply_chat_template([message], add_generation_prompt=True)
         processor.tokenizer.padding_side = "left"  # a decoder-only model continues at the right end
-        if processor.tokenizer.pad_token is None:  # what is padded is masked
-            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
         Images(args.image_root, processor, prompt).prepare([Image.new("RGB", (64, 64))])
     except Exception as e:  # processors raise nearly everything
         die(f"--model {args.model} has no working processor with a chat template: {type(e).__name__}: {e}")
     model = load(AutoModelForImageTextToText, args.model, dtype=DTYPES[args.dtype], device_map=device).eval()
-    model.generation_config = GenerationConfig(max_new_tokens=args.max_new_tokens, pad_token_id=processor.tokenizer.pad_token_id,
-                                               eos_token_id=end_tokens(model, processor.tokenizer))  # greedy, whatever the folder says
+    ends = end_tokens(model, processor.tokenizer)
+    model.generation_config = GenerationConfig(  # greedy, whatever the folder says
+        max_new_tokens=args.max_new_tokens, eos_token_id=ends, pad_token_id=max(ends, default=0))
     return model, processor, prompt
 
 
 def caption(model, tokenizer, inputs, notes):
     """Greedy captions of the B images that `inputs` holds, one line each."""
-    inputs = {name: x.to(model.device, model.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
-    new = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, at most max_new_tokens]
-    answers = [until_end(ids, model.generation_config.eos_token_id) for ids in new]
+    inputs = {name: x.to(model.device) for name, x in inputs.items()}
+    inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    new = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, up to max_new_tokens]
+    answers = [[token for token in ids if token not in model.generation_config.eos_token_id] for ids in new]
     notes.update("cut off at --max-new-tokens" for ids, answer in zip(new, answers) if answer == ids)
-    return [one_line(text).rstrip("\ufffd ") for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return [first_line(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def caption_message(image, prompt):
-    """The image and the prompt as a chat message. The image is encoded again as JPEG, which every server reads."""
+    """The image and the prompt as a chat message. The image is encoded as JPEG, which every server reads."""
     image.save(data := io.BytesIO(), "JPEG", quality=95)
     url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-    return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]}
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
+    return {"role": "user", "content": content}
 
 
 def caption_by_server(server, args, row):
-    """-> (caption or None, reason or None)"""
+    """-> (caption, None) or (None, the reason)"""
     try:
         message = caption_message(to_rgb(open_image(args.image_root, row.get("image"))), args.prompt)
     except Exception as e:
         return None, image_fault(e)
     text, _, refusal = server.ask(messages=[message], temperature=0, seed=args.seed)
-    return one_line(text).rstrip("\ufffd "), refusal
+    return first_line(text), refusal
 
 
-# --- images, in worker processes --------------------------------------------------------------------------------------
+# --- images, in worker processes --------------------------------------------------------------------------
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # of Pillow's; EPS would run Ghostscript
-MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}  # these are one image's fault, not the disk's
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # EPS runs programs
+MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES}
 
 
 def open_image(root, name):
-    """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row cannot name what lies
-    outside; a link that lies inside is the user's own, and is followed."""
+    """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row cannot
+    name what lies outside; a link that lies inside is the user's own, and is followed."""
     if not isinstance(name, str) or not name:
         raise ValueError("no image")
     member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name)
@@ -138,14 +141,15 @@ def to_rgb(image):
     """Any PIL image -> RGB, upright; transparency becomes white, grey of 9 to 16 bits is scaled."""
     image.load()  # which turns a TIFF
     tags = getattr(image, "tag_v2", {})  # a TIFF's; elsewhere Pillow gives grey of 8 or 16 bits
-    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
-            8: "ROTATE_90"}.get(orientation(image))
+    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+            7: "TRANSVERSE", 8: "ROTATE_90"}.get(orientation(image))
     if turn:
         image = image.transpose(Image.Transpose[turn])
     if image.mode in ("I", "F") or image.mode.startswith("I;"):  # convert("RGB") would clip these at 255
         bits = max(tags.get(258, (16,)))
         if image.mode == "F" or bits > 16 or tags.get(339, (1,)) != (1,):
-            raise ValueError("grey of floats, signed or of more than 16 bits: the file does not say which value is white")
+            raise ValueError("grey of floats, signed or of more than 16 bits: the file does not say which "
+                             "value is white")
         image = image.convert("I").point(lambda value: value * (255 / (2 ** bits - 1)) + 0.5).convert("L")
         image = ImageOps.invert(image) if tags.get(262) == 0 else image  # white is zero
     if image.has_transparency_data:
@@ -155,8 +159,8 @@ def to_rgb(image):
 
 
 def image_fault(e):
-    """The reason that a row gets for its image. A disk that fails is no image's fault: the launch ends, and a later one goes
-    on. Pillow's own OSErrors have no number."""
+    """The reason that a row gets for its image. An error of the disk, with a number outside MISSING, is no
+    image's fault: it ends the launch, and a later one goes on."""
     code = getattr(e, "errno", None)
     if code and code not in MISSING:
         raise e
@@ -171,10 +175,10 @@ class Images(torch.utils.data.Dataset):
 
     def prepare(self, images):
         """The model's inputs for RGB images, the prompt included: a dict of tensors, empty for no images."""
-        texts = [self.prompt] * len(images)
         bos = self.processor.tokenizer.bos_token  # some templates write it themselves
-        return dict(self.processor(images=[[image] for image in images], text=texts, padding=True, return_tensors="pt",
-                                   add_special_tokens=not (bos and self.prompt.startswith(bos)))) if images else {}
+        return dict(self.processor(
+            images=[[image] for image in images], text=[self.prompt] * len(images), return_tensors="pt",
+            padding=True, add_special_tokens=not (bos and self.prompt.startswith(bos)))) if images else {}
 
     def __getitems__(self, names):
         """-> (inputs of the images that can be read, {number of a name: why it cannot be})"""
@@ -186,7 +190,7 @@ class Images(torch.utils.data.Dataset):
                 faults[i] = image_fault(e)
         try:
             return self.prepare([*images.values()]), faults
-        except Exception:  # find out which image fails
+        except Exception:  # one of the images fails: find out which
             for i, image in images.items():
                 try:
                     self.prepare([image])
@@ -196,39 +200,39 @@ class Images(torch.utils.data.Dataset):
 
 
 def read_ahead(units, args, dataset):
-    """Yield (unit, rows, whether they are its last, (inputs, faults)). The workers do not wait for a unit to be written: they
-    go on to the next one's images."""
-    begun = deque()
-
+    """Yield (unit, rows, whether they are its last, (inputs, faults)) for every batch. The workers do not
+    wait for a unit to be written: they go on with the next one's images."""
     def batches():
         for unit in units:
-            parts = batched([row for _, row in unit.todo], args.batch_size) or [[]]  # an empty unit gets one empty batch, so that it is written
-            for rows in parts:
-                begun.append((unit, rows, rows is parts[-1]))
-                yield [row.get("image") for row in rows]
+            rows = [row for _, row in unit.todo]
+            parts = batched(rows, args.batch_size) or [[]]  # a unit without images is written too
+            yield from ((unit, rows, rows is parts[-1]) for rows in parts)
 
     def begin(worker, stage=os.getpid()):
         if os.getppid() != stage:  # it died before torch's own watch began
             os._exit(1)
 
+    ahead, behind = itertools.tee(batches())
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches(), num_workers=args.workers, collate_fn=lambda batch: batch, worker_init_fn=begin,
+        dataset, batch_sampler=([row.get("image") for row in rows] for _, rows, _ in ahead),
+        num_workers=args.workers, collate_fn=lambda batch: batch, worker_init_fn=begin,
         multiprocessing_context="fork" if args.workers else None)
     try:
-        for batch in loader:
-            yield *begun.popleft(), batch
+        for inputs, batch in zip(loader, behind):
+            yield *batch, inputs
     except Exception as e:
-        die(f"images cannot be read: {str(e).strip().splitlines()[-1]}. Nothing is lost: the same command goes on from here "
-            "(if a worker was killed for want of memory, with fewer --workers, or in a container with more --shm-size)")
+        die(f"images cannot be read: {str(e).strip().splitlines()[-1]}. Nothing is lost: the same command "
+            "goes on from here (too little memory? try fewer --workers, and in a container more --shm-size)")
 
 
-# --- the stage --------------------------------------------------------------------------------------------------------
+# --- the stage --------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = stage_parser(__doc__, model="llava-hf/llava-1.5-7b-hf", batch_size=32, max_new_tokens=40)  # 1.5, 40: assumed
-    parser.add_argument("--image-root", required=True, help="the folder that the rows' image paths start from")
-    parser.add_argument("--prompt", default=PROMPT, help="default: the paper's, %(default)r")
-    parser.add_argument("--workers", type=number(int, 0), default=4, help="processes that read images (default: %(default)s)")
+    parser = stage_parser(__doc__, "llava-hf/llava-1.5-7b-hf", batch_size=32, max_new_tokens=40)  # assumed
+    add = parser.add_argument
+    add("--image-root", required=True, help="the folder that the rows' image paths start from")
+    add("--prompt", default=PROMPT, help="default: the paper's, %(default)r")
+    add("--workers", type=number(int, 0), default=4, help="processes that read images (default: %(default)s)")
     args = parser.parse_args(argv)
     if not os.path.isdir(args.image_root):
         die(f"--image-root {args.image_root}: no such folder")
@@ -239,12 +243,14 @@ def main(argv=None):
         return print(f"{args.output} is finished")
 
     def put(row, text, reason):
-        put_texts(row, "vec", None, [(text or None, reason or (None if text else "empty"))])
-        units.outcomes[row["error"]["vec"].split(":")[0] if not text else "captioned"] += 1
+        reason = reason or (None if text else "empty")
+        put_texts(row, "vec", None, [(None if reason else text, reason)])
+        units.outcomes[reason.split(":")[0] if reason else "captioned"] += 1
 
     if args.server:
         message = caption_message(Image.new("RGB", (64, 64)), args.prompt)
-        server = Server(args, units, "/v1/chat/completions", messages=[message], temperature=0, seed=args.seed)
+        server = Server(args, units, "/v1/chat/completions", messages=[message], temperature=0,
+                        seed=args.seed)
         for unit in units:
             rows = [row for _, row in unit.todo]
             for row, result in zip(rows, server.map(partial(caption_by_server, server, args), rows)):
@@ -252,7 +258,8 @@ def main(argv=None):
             units.write(unit)
     else:
         model, processor, prompt = load_model(args, device)
-        for unit, rows, last, (inputs, faults) in read_ahead(units, args, Images(args.image_root, processor, prompt)):
+        images = Images(args.image_root, processor, prompt)
+        for unit, rows, last, (inputs, faults) in read_ahead(units, args, images):
             texts = iter(caption(model, processor.tokenizer, inputs, units.notes) if inputs else [])
             for i, row in enumerate(rows):
                 put(row, *((None, faults[i]) if i in faults else (next(texts), None)))
@@ -261,59 +268,61 @@ def main(argv=None):
     units.join()
 
 
-# === rows: the same lines in rewrite_llama.py, caption_llava.py and fuse_vicuna.py; a test compares them ==============
+# === rows: the same lines in rewrite_llama.py, caption_llava.py and fuse_vicuna.py; a test compares them ====
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# how most models write special tokens: for a server, whose tokenizer is not here
+SERVER_MARKERS = re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]")
 
 
 def die(message):
     """End with one line on stderr and exit status 2."""
-    line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", message).split())
-    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {line if len(line) < 600 else line[:600] + ' ...'}", file=sys.stderr)
+    line = " ".join(re.sub(r"\x1b\[[\d;]*m", "", message).split())  # transformers colours its messages
+    tqdm.write(f"{os.path.basename(sys.argv[0])}: error: {line[:600]}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def number(kind, low):
-    """For argparse: a finite number, `low` or more."""
-    def parse(text):
-        if not low <= kind(text) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} or more")
+def number(kind, low, high=10 ** 12):
+    """A type for argparse: numbers from `low` to `high`."""
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
-    parse.__name__ = kind.__name__
-    return parse
+    return number
 
 
-def stage_parser(description, **defaults):
-    """The arguments of all three stages."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def stage_parser(description, model, batch_size, max_new_tokens):
+    """The arguments that all three stages have."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
     parser.error, add = die, parser.add_argument
     add("--input", required=True, help="JSONL, one row an image (data/README.md)")
     add("--output", required=True, help="JSONL, one row for every row of --input, in its order")
-    add("--model", help="folder or hub name; with --server the name that it serves (default: %(default)s)")
-    add("--max-new-tokens", type=number(int, 1), help="longest answer, in tokens (default: %(default)s)")
-    add("--batch-size", type=number(int, 1), help="prompts a batch (default: %(default)s)")
-    add("--limit", type=number(int, 0), help="only the first N lines, and an estimate for whole data sets (default: all)")
+    add("--model", default=model, help="folder, hub name, or a server's name of it (default: %(default)s)")
+    add("--max-new-tokens", type=number(int, 1), default=max_new_tokens, help="(default: %(default)s)")
+    add("--batch-size", type=number(int, 1), default=batch_size, help="of prompts (default: %(default)s)")
+    add("--limit", type=number(int, 0), help="only the first N lines; says how long data sets would take")
     add("--dtype", default="auto", choices=["auto", *DTYPES],
-        help="auto: bf16 where the hardware computes in it, else fp32 (fp16 for GPUs before Ampere)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if there is one")
+        help="auto: bf16 where the hardware computes in it, else fp32 (fp16 suits GPUs before Ampere)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: a GPU if present")
     add("--seed", type=number(int, 0), default=0, help="seed of all random draws (default: %(default)s)")
-    add("--server", nargs="+", metavar="URL", help="OpenAI-compatible servers (vLLM, SGLang) that generate the texts and share "
-        "the work; a second run may give other texts (default: generate here)")
-    add("--concurrency", type=number(int, 1), default=64, help="open requests per server (default: %(default)s)")
-    parser.set_defaults(**defaults)
+    add("--server", nargs="+", metavar="http://HOST:PORT", help="OpenAI-compatible servers (vLLM, SGLang) "
+        "that generate the texts and share the work; a second run may give other texts (default: none)")
+    add("--concurrency", type=number(int, 1), default=64, help="requests at a time, a server (default: 64)")
     sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     return parser
 
 
 def pick_device(args):
-    """Return the model's device. Set args.dtype to the dtype in use: it changes the texts, so it is one of OUT's settings."""
+    """The model's device. Sets args.dtype to the dtype in use, which is one of OUT's settings."""
     if args.server:
         args.dtype = args.batch_size = "the server's"
         return None
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = next(name for name in found if found[name]) if args.device == "auto" else args.device
-    if not found[device]:
-        die(f"--device {device}: torch finds no such device")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = ["cpu", *([accelerator.type] if accelerator else [])]
+    device = devices[-1] if args.device == "auto" else args.device
+    if device not in devices:
+        die(f"--device {device}: torch finds only {' and '.join(devices)}")
     if args.dtype == "auto":
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
                   device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
@@ -340,53 +349,52 @@ def load(auto_class, name, **options):
 
 def end_tokens(model, tokenizer):
     """The ids that end an answer. Conversions of the same model name them in different places."""
-    places = [model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id]
+    places = model.config.get_text_config(), model.generation_config, tokenizer
+    places = [place.eos_token_id for place in places]  # each a number, a list or None
     return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
 
 
-def until_end(ids, ends):
-    """The ids before the first end token"""
-    return list(itertools.takewhile(lambda i: i not in ends, ids))
-
-
 def special_markers(tokenizer):
-    """A pattern of all texts that the tokenizer reads as a special token, flagged as one or not (<|end|>). Of an unknown
-    tokenizer (None: a server's), of all that look like one."""
-    if tokenizer is None:
-        return re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]")
-    names = {str(token) for token in tokenizer.added_tokens_decoder.values()
-             if token.special or str(token)[0] in "<[{" and str(token)[-1] in ">]}"} | set(tokenizer.all_special_tokens)
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+    """A pattern of all texts that the tokenizer reads as a special token, flagged as one or not (<|end|>)."""
+    markers = {str(token) for token in tokenizer.added_tokens_decoder.values()
+               if token.special or str(token)[0] in "<[{" and str(token)[-1] in ">]}"}
+    longest_first = sorted(markers | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def one_line(text, markers=None):
-    """The text without control characters, line breaks of any kind and `markers`, runs of white space as one blank."""
+    """The text without control characters and `markers`, all white space as single blanks."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return one_line(markers.sub(" ", text), markers) if markers and markers.search(text) else text
 
 
+def first_line(text):
+    """The first line of an answer, without half a character at its end."""
+    return one_line(text.strip().split("\n")[0]).rstrip("\ufffd ")
+
+
 def as_list(value):
-    """The texts of a field: all of a list, or the one that is there; none is there in []."""
+    """The texts of a field: a list's entries, or the one text; an empty list counts as one missing text."""
     return value if value and isinstance(value, list) else [value or None]
 
 
 def put_texts(row, field, source, results):
-    """Put [(text or None, reason or None)] into row[field]: a list if `source`, what they were made from, is one. The
-    reasons go to row["error"][field]."""
+    """Put [(text or None, reason or None)] into row[field], the reasons into row["error"][field]: as lists if
+    `source`, which the texts were made from, is a list."""
     if row.get(field) is not None:  # Units checks only the first 1,000 rows
         source, results = None, [(row[field], "was there before, kept")]
-    texts, reasons = ([result[i] for result in results] for i in (0, 1))
+    texts, reasons = map(list, zip(*results))
     row[field], reason = (texts, reasons) if as_list(source) is source else (texts[0], reasons[0])
     error = row.get("error")
     if any(reasons):
-        error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # the user's own: kept
+        error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # user's own
         row["error"] = {**error, field: reason}
-    elif isinstance(error, dict) and error.pop(field, None) and not error:  # from an earlier run, no longer true
+    elif isinstance(error, dict) and error.pop(field, None) and not error:  # an earlier run's, no longer true
         del row["error"]
 
 
 def parse_row(line):
-    """The line's object and True. If the line is not a JSON object: a row that keeps its text and the reason, and False."""
+    """The line's JSON object and True. Of any other line: a row with its text and the reason, and False."""
     try:
         row = json.loads(line.decode("utf-8-sig"))  # which skips a byte order mark
         if isinstance(row, dict):
@@ -394,26 +402,33 @@ def parse_row(line):
         reason = "not a JSON object"
     except (ValueError, RecursionError) as e:
         reason = f"not JSON: {e}"
-    return {"error": {"line": reason}, "line": line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")}, False
+    text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+    return {"error": {"line": reason}, "line": text}, False
+
+
+def batched(items, size):
+    return [items[at:at + size] for at in range(0, len(items), size)]
 
 
 class Units:
-    """The input in units, and the output that is made of them.
+    """The input in units of consecutive lines, and the output made of them, which survives any interruption.
 
-    A unit is some consecutive lines, together 64 KiB or a little more. What a stage makes of a unit depends on the settings,
-    the unit's lines and their place in the file, and on nothing else. Its file in OUT.parts is named by a hash of just
-    these, and gets this name when it is complete and on the disk. So a file that is there is right, whatever was killed and
-    whoever else is at work; one that is not there is made. No locks, no process group, nothing else to remember."""
+    The file of a unit is named by a hash of all that decides its content: the settings, the unit's lines and
+    their place in the input. It gets this name when it is complete and on the disk. So a file of this name is
+    right, whatever was killed and whoever else is at work, and a unit without its file is made."""
 
     def __init__(self, args, settings, reads, makes):
         """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
-        self.args, self.output, self.parts, self.servers = args, args.output, args.output + ".parts", []
-        self.settings = {name: getattr(args, name) for name in ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")}
+        names = ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")
+        self.settings = {name: getattr(args, name) for name in names}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.outcomes, self.notes, self.paths = Counter(), Counter(), []  # how texts ended; what else happened; units' files
+        self.args, self.output, self.parts = args, args.output, args.output + ".parts"
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.outcomes, self.notes = Counter(), Counter()  # how texts ended; what else happened
+        self.servers = []  # what the servers say of their versions
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
-            die("several SLURM tasks without RANK would all do the same work: start them by torchrun, or set RANK and WORLD_SIZE")
+            die("several SLURM tasks without RANK would all do the same: start torchrun in one task a node")
         try:
             with open(args.input, "rb") as f:
                 lines = list(itertools.islice(f, 1000))
@@ -421,47 +436,49 @@ class Units:
             die(f"--input {args.input}: {e.strerror}")
         if lines and lines[0].startswith((b"\xff\xfe", b"\xfe\xff")):
             die(f"--input {args.input} is UTF-16; expected UTF-8")
-        fields = {key for line in lines for key, value in parse_row(line)[0].items() if value is not None}
-        if lines and not fields & set(reads):
-            die(f"none of the first {len(lines)} rows of {args.input} has {' or '.join(reads)}, only {sorted(fields)}")
-        if there := fields & set(makes):
-            die(f"{args.input} has {', '.join(sorted(there))} already, which this stage would overwrite")
+        rows = [parse_row(line)[0] for line in lines]
+        fields = {key for row in rows for key, value in row.items() if value is not None}
+        if rows and not fields & set(reads):
+            die(f"{args.input}: no row has {' or '.join(reads)}, the first {len(rows)} have {sorted(fields)}")
+        if fields & set(makes):
+            die(f"{args.input} has {sorted(fields & set(makes))} already, which this stage would overwrite")
+
+    def read(self):
+        """Yield all units in order: the path of a unit's file, its first byte's offset, its lines."""
+        self.paths, end, begun, size = [], 0, time.time(), os.path.getsize(self.args.input)
+        unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, more for more than 4 GiB
+        left = sys.maxsize if self.args.limit is None else self.args.limit
+        with open(self.args.input, "rb") as f, tqdm(
+                total=size if self.args.limit is None else None, unit="B", unit_scale=True, delay=1,
+                disable=self.rank > 0) as progress:
+            while lines := f.readlines(unit_size - 1)[:left]:  # reads until they are unit_size together
+                content, key = b"".join(lines), json.dumps([self.settings, end], sort_keys=True).encode()
+                name = f"{len(self.paths):05d}-{hashlib.sha256(key + content).hexdigest()[:32]}"
+                self.paths.append(os.path.join(self.parts, name))
+                yield self.paths[-1], end, lines
+                left, end = left - len(lines), end + len(content)
+                rate = self.outcomes.total() / (time.time() - begun)
+                progress.set_postfix_str(f"{rate:.1f} texts/s", refresh=False)
+                progress.update(len(content))
 
     def __iter__(self):
-        """The units that rank r of W has to make, of units r, r + W, ...: path, rows, and todo, [(byte offset, row)] without
-        the rows that are no JSON object. Reads and hashes the whole input, which takes minutes for 300 M rows."""
-        self.paths, self.input_hash, self.clock = [], hashlib.sha256(), [(0, time.time())]
-        size, end = os.path.getsize(self.args.input), 0
-        unit_size = 64 << 10
-        while size / unit_size > 65_536:
-            unit_size *= 2
-        self.progress = tqdm(total=size if self.args.limit is None else None, unit="B", unit_scale=True,
-                             delay=1, disable=self.rank > 0)
-        left = sys.maxsize if self.args.limit is None else self.args.limit
-        with open(self.args.input, "rb") as f:
-            while unit := f.readlines(unit_size - 1)[:left]:  # the next lines, until they are unit_size together
-                left -= len(unit)
-                offsets = list(itertools.accumulate(map(len, unit), initial=end))
-                content = hashlib.sha256(b"".join(unit)).hexdigest()
-                key = hashlib.sha256(json.dumps([self.settings, end, content], sort_keys=True).encode()).hexdigest()
-                number, path = len(self.paths), f"{self.parts}/{len(self.paths):05d}-{key[:32]}"
-                self.paths.append(path)
-                self.input_hash.update(content.encode())
-                size, end = offsets[-1] - end, offsets[-1]
-                if number % self.world != self.rank or os.path.exists(path) or os.path.exists(self.output):
-                    self.progress.update(size)
-                    continue
-                rows = [parse_row(line) for line in unit]
-                self.notes.update("not a JSON object, kept as text" for _, good in rows if not good)
-                yield SimpleNamespace(path=path, size=size, rows=[row for row, _ in rows],
-                                      todo=[(offset, row) for offset, (row, good) in zip(offsets, rows) if good])
+        """The units that this rank has to make, of units r, r + W, ...: path, rows, and todo, which is
+        [(byte offset, row)] of those rows that are JSON objects."""
+        self.clock = [(0, time.time())]  # after every unit: rows made so far, and when
+        for number, (path, begin, lines) in enumerate(self.read()):
+            if number % self.world != self.rank or os.path.exists(path) or os.path.exists(self.output):
+                continue
+            rows = [parse_row(line) for line in lines]
+            self.notes.update("not a JSON object, kept as text" for _, good in rows if not good)
+            offsets = itertools.accumulate(map(len, lines), initial=begin)
+            yield SimpleNamespace(path=path, rows=[row for row, _ in rows],
+                                  todo=[(offset, row) for offset, (row, good) in zip(offsets, rows) if good])
 
     def write(self, unit):
+        """Write a unit's file, when its rows are complete."""
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in unit.rows)
-        self.save(unit.path, (line.encode(errors="backslashreplace") for line in lines))  # a lone surrogate stays an escape
+        self.save(unit.path, (line.encode(errors="backslashreplace") for line in lines))  # lone surrogates
         self.clock.append((self.clock[-1][0] + len(unit.rows), time.time()))
-        self.progress.update(unit.size)
-        self.progress.set_postfix_str(f"{self.outcomes.total() / (time.time() - self.clock[0][1]):.1f} texts/s", refresh=False)
 
     def save(self, path, chunks):
         """Write a file whole or not at all: under a name of this host and process, synced, then renamed."""
@@ -476,11 +493,17 @@ class Units:
         except OSError as e:
             with contextlib.suppress(OSError):
                 os.remove(temporary)
-            if not (isinstance(e, FileNotFoundError) and os.path.exists(self.output)):  # else another launch was first to join
+            overtaken = isinstance(e, FileNotFoundError) and os.path.exists(self.output)
+            if not overtaken:  # by another launch, which made OUT and removed OUT.parts
                 die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
+    def record(self):
+        """For OUT.settings.json: the settings, and a hash of the input as it was read last."""
+        names = " ".join(map(os.path.basename, self.paths))
+        return {**self.settings, "input": hashlib.sha256(names.encode()).hexdigest()}
+
     def finished(self):
-        """Whether OUT is there, made from this input with these settings. If it was made otherwise, one line says how."""
+        """Whether OUT is there. If it has other settings or was made from another input, one line says so."""
         if not os.path.exists(self.output):
             return False
         try:
@@ -488,108 +511,112 @@ class Units:
                 made = json.load(f)
         except (OSError, ValueError) as e:
             die(f"{self.output} exists, but nothing says how it was made ({e}): choose another --output")
-        list(self)  # hashes the input: while OUT is there, there is nothing to make
-        self.progress.close()
-        for key, value in {**self.settings, "input": self.input_hash.hexdigest()}.items():
-            if made.get(key) != value:
-                die(f"{self.output} was made with {key} = {made.get(key)!r}, now it is {value!r}: choose another --output")
-        shutil.rmtree(self.parts, ignore_errors=True)  # if the launch that joined them was killed before it could
+        for _ in self.read():
+            pass
+        for key, now in self.record().items():
+            if (then := made.get(key)) != now:
+                die(f"{self.output} was made with {key} = {then!r}, now it is {now!r}: choose another "
+                    "--output")
+        shutil.rmtree(self.parts, ignore_errors=True)  # if the launch that made OUT was killed before it did
         return True
 
     def join(self):
-        """Join the units if all are there, and say what this launch did."""
-        self.progress.close()
-        clock, there = self.clock, set(os.listdir(self.parts)) if os.path.isdir(self.parts) else set()
-        missing = {os.path.basename(path) for path in self.paths} - there
+        """Join the units to OUT if all are there, and say what this launch did."""
+        missing = sum(not os.path.exists(path) for path in self.paths)
         if not self.finished() and missing:
-            print(f"{len(missing)} of {len(self.paths)} units are not there yet: the last rank joins all (if none is at work, repeat the command)")
+            print(f"{missing} of {len(self.paths)} units are missing: the last rank joins all (if none is at "
+                  "work, repeat the command)")
         elif not os.path.exists(self.output):
-            record = json.dumps({**self.settings, "input": self.input_hash.hexdigest(), "servers": self.servers}, indent=1)
-            self.save(self.output + ".settings.json", [record.encode()])
+            record = {**self.record(), "servers": self.servers}
+            self.save(self.output + ".settings.json", [json.dumps(record, indent=1).encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
             shutil.rmtree(self.parts, ignore_errors=True)
-        rows, seconds = clock[-1][0], clock[-1][1] - clock[0][1]
+        (_, begun), (rows, ended) = self.clock[0], self.clock[-1]
+        seconds = max(ended - begun, 1e-9)
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
-              f"{rows / max(seconds, 1e-9):.2f} rows a second")
-        for what, count in self.outcomes.most_common() + self.notes.most_common():
-            print(f"{count:9d}  {what}")
+              f"{rows / seconds:.2f} rows a second")
+        for outcome, count in self.outcomes.most_common() + self.notes.most_common():
+            print(f"{count:9d}  {outcome}")
         if self.args.limit is not None and rows:
-            first, begun = clock[len(clock) > 2]  # after the first unit, which includes the warm-up
+            first, warm = self.clock[1 if len(self.clock) > 2 else 0]  # without the first unit, the warm-up
             for millions in (1, 12, 300):
-                days = millions * 1e6 * (clock[-1][1] - begun) / (rows - first) / self.world / 86400
-                print(f"{millions:6d} M rows would take {days:10,.2f} days at this rate on {self.world} rank(s)")
-
-
-def batched(items, size):
-    return [items[at:at + size] for at in range(0, len(items), size)]
+                days = millions * 1e6 / (rows - first) * (ended - warm) / self.world / 86400
+                print(f"{millions:4d} M rows would take {days:9,.2f} days at this rate on {self.world} "
+                      "rank(s)")
 
 
 class Server:
-    """Texts from OpenAI-compatible servers: one text a request, many requests at once.
+    """Texts from OpenAI-compatible servers: one text a request, many requests at once, the servers in turn.
 
-    A request that a server refuses (400, 413, 422) while it still answers a harmless one is its row's error. A server that is
-    not there, busy or broken is asked again for half a minute, in turn with the others. All else ends the launch."""
+    A request that fails for the moment is sent again for half a minute, or as long as a server is only busy.
+    A request that a server refuses (400, 413, 422, or 500 three times) while it answers a harmless one is its
+    row's error. All else ends the launch."""
 
-    def __init__(self, args, units, path, **trial):
-        """trial: a harmless request, which every server has to answer before the first row"""
+    def __init__(self, args, units, path, **harmless):
+        """harmless: a request that every server must answer before the first row is asked"""
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in args.server]
-        if wrong := [url for url in self.urls if not url.startswith(("http://", "https://"))]:
-            die(f"--server {wrong[0]}: expected http://HOST:PORT")
-        self.path, self.trial, self.common = path, trial, {"model": args.model, "max_tokens": args.max_new_tokens}
-        self.pool = ThreadPoolExecutor(args.concurrency * len(self.urls))
-        self.answered, self.refused, self.turns, self.leaving = 0, 0, itertools.count(), threading.Event()
-        self.map(lambda url: self.ask([url], **trial), self.urls)
         for url in self.urls:
-            with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url + "/version", timeout=10) as response:
-                units.servers.append(json.load(response))  # vLLM reports it; not a setting: a long run survives an update
+            if not url.startswith(("http://", "https://")):
+                die(f"--server {url}: expected http://HOST:PORT")
+        key = os.environ.get("OPENAI_API_KEY", "none")
+        self.headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        self.common = {"model": args.model, "max_tokens": args.max_new_tokens}
+        self.path, self.harmless, self.turns = path, harmless, itertools.count()
+        self.answered = self.refused = 0  # requests in all; requests since the last answer
+        self.threads = ThreadPool(args.concurrency * len(self.urls))
+        self.map(lambda url: self.ask([url], **harmless), self.urls)
+        for url in self.urls:
+            with contextlib.suppress(OSError, ValueError), urlopen(url + "/version", timeout=10) as response:
+                units.servers.append(json.load(response))  # vLLM's; a long run may outlive an update
 
     def map(self, function, items):
         """[function(item) for item in items], many at a time"""
-        futures = [self.pool.submit(function, item) for item in items]
         try:
-            return [future.result() for future in futures]
-        except BaseException as e:  # Ctrl-C too: what waits is not asked any more
-            self.leaving.set()
-            self.pool.shutdown(cancel_futures=True)
-            if isinstance(e, OSError):  # from a server, or from the disk that holds an image
-                die(f"{e}. Nothing is lost: the same command goes on from here")
-            raise
+            return [*self.threads.imap(function, items)]
+        except OSError as e:  # from a server, or from the disk that holds an image
+            die(f"{e}. Nothing is lost: the same command goes on from here")
+
+    def post(self, url, request):
+        """-> (200, what ask returns), or (another status, the fault). Status 0: no usable answer"""
+        data = json.dumps({**self.common, **request}).encode()
+        try:
+            try:
+                response = urlopen(Request(url + self.path, data, self.headers), timeout=300)
+            except HTTPError as e:
+                response = e
+            with response:
+                status, body = response.status, response.read()
+            if status != 200:
+                return status, f"{status} {one_line(body.decode(errors='replace'))[:200]}"
+            choice = json.loads(body)["choices"][0]
+            text = choice["message"]["content"] if "message" in choice else choice["text"]
+            return status, ((text or "") + "", choice.get("finish_reason") == "stop", None)
+        except (OSError, HTTPException, ValueError, LookupError, TypeError) as e:
+            return 0, f"{type(e).__name__}: {e}"
 
     def ask(self, urls=None, **request):
-        """-> (text, whether it ended by itself, None) or ("", False, why the request was refused)"""
-        urls, turn, failures, broken = urls or self.urls, next(self.turns), 0, 0
-        data = json.dumps({**self.common, **request}).encode()
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
-        while True:
-            url, code, answered = urls[turn % len(urls)], 0, self.answered
-            try:
-                try:
-                    response = urllib.request.urlopen(urllib.request.Request(url + self.path, data, headers), timeout=300)
-                except urllib.error.HTTPError as e:
-                    code, response = e.code, e
-                with response:
-                    body = response.read()
-                if code == 0:
-                    choice = json.loads(body)["choices"][0]
-                    text = "" + ((choice["message"]["content"] if "message" in choice else choice["text"]) or "")
-                    self.answered, self.refused = self.answered + 1, self.refused if request == self.trial else 0
-                    return text, choice.get("finish_reason") == "stop", None
-                fault = f"{code} {one_line(body.decode(errors='replace'))[:200]}"
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as e:  # or no answer of this kind
-                fault = f"{type(e).__name__}: {e}"
-            broken += code == 500
-            if (code in (400, 413, 422) or broken == 3) and request != self.trial:
-                self.ask([url], **self.trial)  # if even this is refused, it is not the row's fault, and the launch ends
-                self.refused += 1  # one row after another, without an answer in between
+        """-> (text, whether it ended by itself, None) or ("", False, why the server refuses the request)"""
+        urls, failures, crashes = urls or self.urls, 0, 0
+        for turn in itertools.count(next(self.turns)):
+            url, answered = urls[turn % len(urls)], self.answered
+            status, answer = self.post(url, request)
+            if status == 200:
+                self.answered += 1
+                self.refused = self.refused if request == self.harmless else 0
+                return answer
+            crashes += status == 500
+            if (status in (400, 413, 422) or crashes == 3) and request != self.harmless:
+                self.ask([url], **self.harmless)  # ends the launch if even this is refused
+                self.refused += 1
                 if self.refused >= 100:
-                    raise ConnectionError(f"--server {url} refuses every row: {fault}")
-                return "", False, f"refused by the server: {fault}"
-            failures += not (code in (429, 503) and self.answered > answered)  # else it is only busy
-            if failures > 6 or 400 <= code < 500 and code not in (408, 429) or self.leaving.wait(2 ** failures / 4):
-                raise ConnectionError(f"--server {url}: {fault}")
-            turn += 1
+                    raise ConnectionError(f"--server {url} refuses every row: {answer}")
+                return "", False, f"refused by the server: {answer}"
+            failures += not (status in (429, 503) and self.answered > answered)  # else it is only busy
+            if failures > 6 or 400 <= status < 500 and status not in (408, 429):
+                raise ConnectionError(f"--server {url}: {answer}")
+            time.sleep(2 ** failures / 4)
 
-# === end of rows ======================================================================================================
+# === end of rows ============================================================================================
 
 
 if __name__ == "__main__":

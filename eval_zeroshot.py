@@ -2,7 +2,7 @@
 
     python eval_zeroshot.py --checkpoint clip.pt --dataset imagenet1k --data-root DIR --templates openai
     torchrun --nproc_per_node 8 eval_zeroshot.py --checkpoint clip.pt --dataset laclip15 --data-root DIR \\
-        --templates openai --protocol zeroshot fewshot linear --json out.json      # LaCLIP's tables 2 to 4
+        --templates openai7 --protocol zeroshot fewshot linear --json out.json     # LaCLIP's tables 2 to 4
     python eval_zeroshot.py --checkpoint clip.pt --dataset jsonl:test.jsonl --image-root DIR --device cpu
 
 An unreadable image is named on stderr and counts as wrong. The table also shows the accuracy of guessing

@@ -168,7 +168,8 @@ def projection_head(width, hidden=4096, out=256):
 
 class Gather(torch.autograd.Function):
     """[n, d] of every rank -> [world * n, d], in the ranks' order. In the backward pass a rank receives the
-    gradients of all ranks' losses; without them each tower would get 1/world of its gradient."""
+    gradients of all ranks' losses. A gather without gradient (SLIP's) would drop what a feature contributes
+    to the other features' losses."""
 
     @staticmethod
     def forward(ctx, x):

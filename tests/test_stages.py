@@ -747,7 +747,9 @@ def test_units_hold_every_line_once(ending, last, first, tmp_path):
     assert [row["alt"] for row in rows] == [json.loads(line)["alt"] for line in lines]
     offsets = [int(row["vec"].split()[1]) for row in rows]
     assert offsets[0] == 0 and all(data[at:].startswith(line) for at, line in zip(offsets[1:], lines[1:]))
-    assert all(64 << 10 <= unit.size < (64 << 10) + 3100 for unit in made[:-1]) and sum(unit.size for unit in made) == len(data)
+    begins = [unit.todo[0][0] for unit in made]
+    assert begins[0] == 0 and len(data) - begins[-1] < (64 << 10) + 3100
+    assert all(64 << 10 <= b - a < (64 << 10) + 3100 for a, b in zip(begins, begins[1:]))
 
 
 def test_units_of_odd_files(tmp_path):
@@ -764,7 +766,8 @@ def test_a_large_file_has_larger_units(tmp_path, monkeypatch):
     """At most 65,536 units, whatever the size of the file."""
     monkeypatch.setattr(rewrite_llama.os.path, "getsize", lambda path: 90 << 30)  # 300 M rows
     made = make_units(tmp_path, b"\n".join(many_rows(8000)))
-    assert all(unit.size >= 2 << 20 for unit in made[:-1]) and len(made) > 1 and (90 << 30) / (2 << 20) <= 65_536
+    begins = [unit.todo[0][0] for unit in made]
+    assert all(b - a >= 2 << 20 for a, b in zip(begins, begins[1:])) and len(made) > 1 and (90 << 30) / (2 << 20) <= 65_536
 
 
 def test_an_edited_line_is_noticed(tmp_path, capfd):
