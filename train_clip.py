@@ -1272,7 +1272,7 @@ def parse_args(argv):
         "--init's keeps its first 20 positions and stretches the others (Long-CLIP, arXiv 2403.15378)")
     add("--tokenizer", help="hub name, folder or tokenizer.json (default: that of --init or --text-model, or "
         "openai/clip-vit-base-patch32)")
-    add = parser.add_argument_group("training; defaults are LaCLIP's release, the epochs are assumed").add_argument
+    add = parser.add_argument_group("training; defaults: LaCLIP's release, the epochs assumed").add_argument
     add("--loss", choices=["infonce", "multitext"], default="infonce", help="multitext: LaCLIP-MT")
     add("--ssl", action="store_true", help="add SLIP's loss on two more views of every image (SLIP, LaSLIP)")
     add("--batch-size", type=number(int, 1), default=8192, help="of all ranks together (default: 8192)")
