@@ -172,10 +172,11 @@ def answer(model, tokenizer, prompts, batch_size, notes):
         inputs = tensor([row[:P] + [0] * (T - len(row)) + row[P:] for row in rows])  # [B, T], padded after P
         mask = tensor([[1] * P + [0] * (T - len(row)) + [1] * (len(row) - P) for row in rows])
         new = model.generate(input_ids=inputs, attention_mask=mask, tokenizer=tokenizer, **past)[:, T:]
-        for i, row in zip(batch, new.tolist()):
-            kept = [token for token in row if token not in model.generation_config.eos_token_id]
-            text = tokenizer.decode(kept, skip_special_tokens=True)
-            stopped = len(kept) < len(row) or model.generation_config.stop_strings and "\n" in text
+        new = new.tolist()
+        kept = [[token for token in row if token not in model.generation_config.eos_token_id] for row in new]
+        texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+        for i, row, rest, text in zip(batch, new, kept, texts):
+            stopped = len(rest) < len(row) or model.generation_config.stop_strings and "\n" in text
             notes.update([] if stopped else ["cut off at --max-new-tokens"])
             answers[i] = text, None
     return answers

@@ -239,10 +239,11 @@ class Completer:
         # Without sharing, a batch holds texts of one length: a sliding window would count the padding
         for _, group in itertools.groupby(order, lambda i: self.shares or len(ids[i])):
             for batch in batched(list(group), self.args.batch_size):
-                for i, new in zip(batch, self.decode([ids[i] for i in batch], uniform[batch])):
-                    kept = [token for token in new if token not in self.ends]
-                    answer = self.tokenizer.decode(kept, skip_special_tokens=True)
-                    results[i] = answer, self.stops[new[-1]].item(), None
+                new = self.decode([ids[i] for i in batch], uniform[batch])
+                kept = [[token for token in tokens if token not in self.ends] for tokens in new]
+                answers = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+                for i, tokens, answer in zip(batch, new, answers):
+                    results[i] = answer, self.stops[tokens[-1]].item(), None
         return results
 
     @torch.inference_mode()
