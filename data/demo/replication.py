@@ -1,17 +1,13 @@
-"""The results of data/replicate.sh: one line of data/replication.jsonl a run, and the table and page that are made of them.
+"""Store the results of data/replicate.sh in data/replication.jsonl, a line per run, and show them as a table.
 
-    python -m data.demo.replication                       # the table, in Markdown, and out/replicate/report.html
-    python -m data.demo.replication readme                # README's part of it
-    python -m data.demo.replication finished RUN          # replicate.sh asks: a run that was told to stop leaves with status 0
-    python -m data.demo.replication add ROW RUN --llm M   # after its evaluation
+    python -m data.demo.replication                       # print the table, write out/replicate/report.html
+    python -m data.demo.replication readme                # print the part of the table that README shows
+    python -m data.demo.replication finished RUN          # exit with status 1 if RUN stopped early
+    python -m data.demo.replication add ROW RUN --llm M   # append the settings and metrics of RUN
 
-All rows take the same steps of the same batch (but those that say 2 x). Zero-shot accuracy in %, images of three teams that nothing
-was trained on; a class's prompt is its name. The metrics were named before any run: *never named*, classes whose name no
-training set has, and *aliases*, classes that are asked for by another human name, both at 1, 5 and 10; beside them, all classes.
-Mean over seeds and its standard error; a difference is paired, seed by seed.
+replicate.sh asks `finished` before it evaluates a run: train_clip.py exits with 0 after SIGTERM, too.
 """
 import argparse
-import html
 import json
 import math
 import os
@@ -19,114 +15,153 @@ import platform
 import statistics
 import sys
 
+ABOUT = """Every row trains for the same number of steps with the same batch size; "2 x steps" trains for
+twice as many. The scores are zero-shot accuracy in % on images by three teams that no row trains on. The
+prompt is the name of the class. The metrics were fixed before the first run: top-1, top-5 and top-10 on the
+classes "never named" (no training set has their name) and on the "aliases" (the prompt is another human name
+of the class). The columns "all classes" stand beside them. A cell is the mean over the seeds ± its standard
+error. A gain is the mean difference between runs with the same seed."""
+
 RESULTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "replication.jsonl")
 SETS = {"heldout_never": "never named", "heldout_alias": "aliases", "heldout": "all classes"}
-COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top5"), ("heldout_never", "top10"),
-           ("heldout_alias", "top1"), ("heldout_alias", "top5"), ("heldout_alias", "top10"), ("heldout", "top1"), ("heldout", "top10")]
-# A group's first row is what the others are compared with. row -> (name, what the paper found; ImageNet zero-shot top-1 where it says so)
+COLUMNS = [(name, f"top{k}") for name in SETS for k in (1, 5, 10) if (name, k) != ("heldout", 5)]
+# row -> (name, the paper's finding; a decimal is ImageNet top-1). A group's first row is its baseline.
 GROUPS = {
     "LaCLIP: AltText = the name": {
         "clip": ("CLIP", "40.2 (CC12M)"), "laclip": ("LaCLIP", "48.4"), "laclip-mt": ("LaCLIP-MT", "49.0"),
-        "laclip-unfiltered": ("LaCLIP, rewrites unfiltered", "as the paper"), "laclip-1": ("one rewrite", "more rewrites, more accuracy"),
-        "laclip-scene": ("the other source alone", ""), "laclip-shots-0": ("no pair in the prompt", ""), "laclip-shots-1": ("one pair", ""),
-        "laclip-shots-3": ("three pairs (the others: eight)", "3"), "laclip-small-llm": ("rewrites by SmolLM2-135M", ""), "oracle": ("oracle: human aliases as rewrites", ""),
-        "oracle-alone": ("oracle alone", ""), "eda": ("EDA", "little gain"), "slip": ("SLIP", ""), "laslip": ("LaSLIP", "gains as LaCLIP does"),
+        "laclip-unfiltered": ("LaCLIP, rewrites unfiltered", "as the paper"),
+        "laclip-1": ("one rewrite", "more rewrites, more accuracy"),
+        "laclip-scene": ("the other source alone", ""), "laclip-shots-0": ("no pair in the prompt", ""),
+        "laclip-shots-1": ("one pair", ""), "laclip-shots-3": ("three pairs (the others: eight)", "3"),
+        "laclip-small-llm": ("rewrites by SmolLM2-135M", ""),
+        "oracle": ("oracle: human aliases as rewrites", ""), "oracle-alone": ("oracle alone", ""),
+        "eda": ("EDA", "little gain"), "slip": ("SLIP", ""), "laslip": ("LaSLIP", "gains as LaCLIP does"),
         "clip-2x": ("CLIP, 2 x steps", ""), "laclip-2x": ("LaCLIP, 2 x steps", "")},
-    "LaCLIP: a larger model": {"clip-wide": ("CLIP, ViT-S/16", ""), "laclip-wide": ("LaCLIP, ViT-S/16", "gains at every size")},
+    "LaCLIP: a larger model": {
+        "clip-wide": ("CLIP, ViT-S/16", ""), "laclip-wide": ("LaCLIP, ViT-S/16", "gains at every size")},
     "VeCLIP: half of the AltTexts useless": {
-        "clip-noisy": ("CLIP, AltText", "31.60 (12 M)"), "vec-only": ("VeC alone", "below the mix"), "vecap-only": ("VeCap alone", "below the mix"),
-        "veclip": ("VeCLIP, AltText and VeCap", "38.11"), "veclip-vec": ("AltText and VeC, not fused", ""),
-        "veclip-25-75": ("25 % AltText, 75 % VeCap", ""), "veclip-75-25": ("75 % AltText, 25 % VeCap", ""),
-        "veclip-cut": ("VeCLIP, texts cut to 6 tokens", ""), "laclip-noisy": ("LaCLIP", ""), "veclip-join": ("and a clean set joined", "VeCap + DFN gains")},
-    "VeCLIP: three AltTexts an image": {"alt-random": ("one at random", "best"), "alt-first": ("the first", ""),
-                                        "alt-best": ("the one of the highest CLIP score", "below random")},
+        "clip-noisy": ("CLIP, AltText", "31.60 (12 M)"), "vec-only": ("VeC alone", "below the mix"),
+        "vecap-only": ("VeCap alone", "below the mix"), "veclip": ("VeCLIP, AltText and VeCap", "38.11"),
+        "veclip-vec": ("AltText and VeC, not fused", ""), "veclip-25-75": ("25 % AltText, 75 % VeCap", ""),
+        "veclip-75-25": ("75 % AltText, 25 % VeCap", ""), "veclip-cut": ("VeCLIP, texts cut to 6 tokens", ""),
+        "laclip-noisy": ("LaCLIP", ""), "veclip-join": ("and a clean set joined", "VeCap + DFN gains")},
+    "VeCLIP: three AltTexts an image": {
+        "alt-random": ("one at random", "best"), "alt-first": ("the first", ""),
+        "alt-best": ("the one of the highest CLIP score", "below random")},
     "VeCLIP: a quarter of them": {"clip-quarter": ("CLIP, AltText", ""), "veclip-quarter": ("VeCLIP", "")},
     "half of the images": {"clip-half": ("CLIP", ""), "laclip-half": ("LaCLIP", "gains at every size")},
-    "an eighth of the images": {"clip-eighth": ("CLIP", ""), "laclip-eighth": ("LaCLIP", "gains at every size")},
+    "an eighth of the images": {
+        "clip-eighth": ("CLIP", ""), "laclip-eighth": ("LaCLIP", "gains at every size")},
 }
-CANNOT_RUN = {  # rows of the papers that need what a laptop has not: the command is the result
-    "back-translation": "python -m data.baselines back-translation clean.jsonl bt.jsonl --there Helsinki-NLP/opus-mt-en-de --back Helsinki-NLP/opus-mt-de-en",
-    "pre-trained text tower": "python train_clip.py --text-model sentence-transformers/all-MiniLM-L6-v2 --text alt ... (and --freeze-text)",
+CANNOT_RUN = {  # rows of the papers that need more than a laptop, with their commands
+    "back-translation": "python -m data.baselines back-translation clean.jsonl bt.jsonl "
+                        "--there Helsinki-NLP/opus-mt-en-de --back Helsinki-NLP/opus-mt-de-en",
+    "pre-trained text tower": "python train_clip.py --text-model sentence-transformers/all-MiniLM-L6-v2 "
+                              "--text alt ... (and --freeze-text)",
     "LLaMA-7B's rewrites": "bash data/replicate.sh --model huggyllama/llama-7b laclip laclip-unfiltered",
     "ViT-B/16 on CC3M": "README, section 3",
 }
-# What README shows
 README_ROWS = ("clip", "laclip", "clip-noisy", "laclip-noisy", "veclip", "veclip-vec")
-README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"), ("heldout_alias", "top10"), ("heldout", "top1"), ("heldout", "top10")]
+README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"), ("heldout_alias", "top10"),
+                  ("heldout", "top1"), ("heldout", "top10")]
+RECIPE = ("rows", "text", "loss", "ssl", "steps", "batch_size", "lr", "wd", "warmup", "augment", "model",
+          "precision")  # the settings that a result keeps
+
+
+def read_json(*path):
+    with open(os.path.join(*path), encoding="utf-8") as f:
+        return json.load(f)
+
+
+def read_metrics(path):
+    """The file of eval_zeroshot.py --json -> {name of the set: its metrics}"""
+    return {os.path.splitext(os.path.basename(name))[0]: metrics for name, metrics in read_json(path).items()}
 
 
 def read_results(path=RESULTS):
-    """-> {row: {seed: {(set, metric): percent}}}; of several runs of a row with one seed the last counts"""
+    """-> {row: {seed: {(set, metric): percent}}}; the last run of a row and a seed counts"""
     results = {}
     with open(path, encoding="utf-8") as f:
         for run in map(json.loads, f):
             results.setdefault(run["row"], {})[run["seed"]] = {
-                (name, metric): 100 * x for name, metrics in run["metrics"].items() for metric, x in metrics.items()}
+                (name, metric): 100 * share
+                for name, metrics in run["metrics"].items() for metric, share in metrics.items()}
     return results
 
 
-def mean_and_error(values):
-    """Mean and its standard error; of one value there is no error."""
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
 def cell(values, sign=""):
-    mean, error = mean_and_error(values)
-    return f"{mean:{sign}.1f}" + (f" ± {error:.1f}" if error is not None else "")
+    """"mean ± standard error"; one value has no error. sign="+" shows the sign of the mean."""
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}"
 
 
 def table(results, names=None, columns=COLUMNS):
-    """Markdown lines: per group a row's metrics, and, below a group's first row, what the others gain over it"""
-    lines = ["| | seeds | " + " | ".join(f"{SETS[name]}, top-{metric[3:]}" for name, metric in columns) + " | the paper |",
-             "|---|--:|" + "--:|" * len(columns) + "---|"]
+    """-> Markdown lines: every row, or those in `names`, with its metrics and its gain over the baseline"""
+    headings = " | ".join(f"{SETS[name]}, top-{metric[3:]}" for name, metric in columns)
+    empty_cells = " |" * len(columns)
+    lines = [f"| | seeds | {headings} | the paper |", "|---|--:|" + "--:|" * len(columns) + "---|"]
     for group, rows in GROUPS.items():
-        rows = {row: text for row, text in rows.items() if names is None or row in names}
-        base = results.get(next(iter(rows), None))
-        if rows:
-            lines.append(f"| **{group}** |" + " |" * (len(columns) + 2))
+        rows = {row: texts for row, texts in rows.items() if names is None or row in names}
+        if not rows:
+            continue
+        baseline, (baseline_name, _) = next(iter(rows.items()))
+        baseline_runs = results.get(baseline, {})
+        lines.append(f"| **{group}** | |{empty_cells} |")
         for row, (name, paper) in rows.items():
             runs = results.get(row)
             if not runs:
-                lines.append(f"| {name} | not run |" + " |" * len(columns) + f" {paper} |")
+                lines.append(f"| {name} | not run |{empty_cells} {paper} |")
                 continue
-            lines.append(f"| {name} | {len(runs)} | " + " | ".join(cell([run[c] for run in runs.values()]) for c in columns) + f" | {paper} |")
-            if base and runs is not base and (pairs := [seed for seed in runs if seed in base]):
-                gains = " | ".join(cell([runs[seed][c] - base[seed][c] for seed in pairs], "+") for c in columns)
-                lines.append(f"| *gain over {next(iter(rows.values()))[0]}* | {len(pairs)} | {gains} | |")
+            metrics = " | ".join(cell([run[c] for run in runs.values()]) for c in columns)
+            lines.append(f"| {name} | {len(runs)} | {metrics} | {paper} |")
+            pairs = [(runs[seed], baseline_runs[seed]) for seed in runs if seed in baseline_runs]
+            if row != baseline and pairs:
+                gains = " | ".join(cell([run[c] - base[c] for run, base in pairs], "+") for c in columns)
+                lines.append(f"| *gain over {baseline_name}* | {len(pairs)} | {gains} | |")
     return lines
 
 
-def page(lines):
-    rows = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
-    clean = lambda text: html.escape(text.replace("**", "").replace("*", ""))  # noqa: E731
-    body = "".join("<tr>" + "".join(f"<{tag}>{clean(text)}</{tag}>" for text in row) + "</tr>"
-                   for i, row in enumerate(rows) if i != 1 for tag in ["td" if i else "th"])
-    others = "".join(f"<li>{html.escape(name)}: <code>{html.escape(command)}</code></li>" for name, command in CANNOT_RUN.items())
-    return f"""<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Replication</title>
-<style>body{{font:15px/1.5 system-ui;margin:2em}}div{{overflow-x:auto}}td,th{{padding:.2em .7em;text-align:right;white-space:nowrap}}
-td:first-child{{text-align:left}}tr:nth-child(odd){{background:#f4f4f4}}</style><h1>Both papers in miniature</h1>
-<p>{html.escape(" ".join(__doc__.split("All rows")[1].split()).join(["All rows ", ""]))}</p><div><table>{body}</table></div>
-<h2>Not run here</h2><ul>{others}</ul>"""
+def write_page(path, lines):
+    """Write the HTML page: the table of the Markdown lines, what it means, and the rows that are not run."""
+    from data import view  # here, because it imports torch: slow, and the other commands do not need it
+    columns, _, *rows = ([text.strip(" *") for text in line[1:-1].split("|")] for line in lines)
+    not_run = [view.tag("li", f"{name}: ", view.tag("code", call)) for name, call in CANNOT_RUN.items()]
+    view.write(path, view.document(
+        "Replication", view.tag("header", view.tag("h1", "Both papers in miniature"), view.tag("p", ABOUT)),
+        view.tag("main", view.table({"columns": columns, "rows": rows}),
+                 view.tag("h2", "Not run here"), view.tag("ul", *not_run))))
 
 
 def add(row, run, llm):
+    """Append one line to RESULTS: the run's settings, its metrics, and the versions that made them."""
     import numpy
     import torch
     import transformers
-    with open(os.path.join(run, "settings.json"), encoding="utf-8") as f:
-        settings = json.load(f)
-    with open(os.path.join(run, "eval.json"), encoding="utf-8") as f:
-        metrics = json.load(f)
-    metrics = {os.path.splitext(os.path.basename(name))[0]: {k: round(found[k], 5) for k in ("top1", "top5", "top10")} for name, found in metrics.items()}
-    keep = ("rows", "text", "loss", "ssl", "steps", "batch_size", "lr", "wd", "warmup", "augment", "model", "precision")
+    settings = read_json(run, "settings.json")
+    metrics = {name: {k: round(scores[k], 5) for k in ("top1", "top5", "top10")}
+               for name, scores in read_metrics(os.path.join(run, "eval.json")).items()}
+    result = {"row": row, "seed": settings["seed"], "llm": llm,
+              "settings": {name: settings[name] for name in RECIPE}, "metrics": metrics,
+              "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                           "transformers": transformers.__version__, "numpy": numpy.__version__}}
     with open(RESULTS, "a", encoding="utf-8") as f:
-        f.write(json.dumps({"row": row, "seed": settings["seed"], "llm": llm, "settings": {k: settings[k] for k in keep}, "metrics": metrics,
-                            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                                         "transformers": transformers.__version__, "numpy": numpy.__version__}}) + "\n")
+        f.write(json.dumps(result) + "\n")
+
+
+def check_finished(run):
+    """Exit with status 1 if the run's last logged step is not its last step."""
+    steps = read_json(run, "settings.json")["steps"]
+    with open(os.path.join(run, "metrics.jsonl"), "rb") as f:
+        step = json.loads(f.readlines()[-1])["step"]
+    if step != steps:
+        sys.exit(f"{run} stopped at step {step} of {steps}: run the same command again to continue")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=f"{__doc__}\n{ABOUT}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
     adding = commands.add_parser("add")
     adding.add_argument("row")
@@ -136,19 +171,16 @@ def main(argv=None):
     commands.add_parser("finished").add_argument("run")
     args = parser.parse_args(argv)
     if args.command == "finished":
-        with open(os.path.join(args.run, "settings.json"), encoding="utf-8") as f, open(os.path.join(args.run, "metrics.jsonl"), "rb") as log:
-            steps, done = json.load(f)["steps"], json.loads(log.readlines()[-1])["step"]
-        return None if done == steps else sys.exit(f"{args.run} stopped at step {done} of {steps}: the same command goes on")
-    if args.command == "readme":
-        return print("\n".join(table(read_results(), README_ROWS, README_COLUMNS)))
+        return check_finished(args.run)
     if args.command == "add":
         return add(args.row, args.run, args.llm)
+    if args.command == "readme":
+        return print("\n".join(table(read_results(), README_ROWS, README_COLUMNS)))
     lines = table(read_results())
     print("\n".join(lines))
     print("\nNot run here:\n" + "\n".join(f"  {name}: {command}" for name, command in CANNOT_RUN.items()))
     os.makedirs("out/replicate", exist_ok=True)
-    with open("out/replicate/report.html", "w", encoding="utf-8") as f:
-        f.write(page(lines))
+    write_page("out/replicate/report.html", lines)
     print("\nout/replicate/report.html", file=sys.stderr)
 
 

@@ -2,7 +2,7 @@
 
     python -m data.demo.report out/demo/results.json out/demo/report.html --image-root out/demo/images
 
-The results file is described at `report`. The markup and its safety are those of data/view.py.
+`report` describes the results file. data/view.py makes the markup and keeps it safe.
 """
 import json
 import math
@@ -11,7 +11,7 @@ from data.view import (add_page_options, because, block, card, document, get, hi
                        image_root, is_number, table, tag, words, write)
 from train_clip import die, new_parser
 
-DASHES = ("none", "9 4", "2 4", "12 4 2 4", "5 5", "16 5")  # one for each series, for grey print
+DASHES = ("none", "9 4", "2 4", "12 4 2 4", "5 5", "16 5")  # one per series, for print without colour
 
 REPORT_STYLE = """
 :root { --s0: #1f5fbf; --s1: #c2410c; --s2: #14734a; --s3: #8b2fa8; --s4: #86660a; --s5: #4b5563 }
@@ -46,25 +46,25 @@ nav ul, .machine, .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.5rem; f
 
 
 def ticks(low, high, count=6) -> list:
-    """Round numbers that enclose low..high, a step of 1, 2, 5 or 10 times a power of ten apart."""
+    """-> round numbers that enclose low..high. Their step is 1, 2, 5 or 10 times a power of ten."""
     power = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(power * m for m in (1, 2, 5, 10) if power * m * count >= (high - low) * 0.999)
     return [step * i for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def span(values) -> tuple:
-    """(least, greatest) of the values, widened if they are (nearly) all the same."""
+    """-> (minimum, maximum) of the values, widened if the values are nearly the same."""
     low, high = min(values), max(values)
     return (low, high) if high - low > 1e-9 * max(abs(low), abs(high), 1) else (low, low + max(abs(low), 1))
 
 
 def curves(results) -> list:
-    """The losses as an SVG line chart, with a dashed line where a model that guesses would be."""
+    """The losses as an SVG line chart. A dashed line marks the loss of a model that guesses."""
     node = get(results, "curves", dict)
     series = []
     for line in get(node, "series", list, dict):
         points = [point[:2] for point in get(line, "points", list, list) if len(point) > 1]
-        points = [point for point in points if all(map(is_number, point))]  # not a loss of null or NaN
+        points = [point for point in points if all(map(is_number, point))]  # drops a loss of null or NaN
         if points:
             series.append((line.get("name", "–"), points))
     if not series:
@@ -111,11 +111,11 @@ def rewrites(results, root) -> list:
     for node in get(results, "rewrites", list, dict):
         pairs = []
         for text in get(node, "texts", list, dict):
-            said = words("dd", text.get("text"))
+            element = words("dd", text.get("text"))
             if text.get("text") is None or not text.get("kept", True):
-                said = "no text" if text.get("text") is None else words("del", text["text"])
-                said = tag("dd", tag("p", said), because("dropped", text.get("reason")), class_="soft")
-            pairs.append((text.get("source"), said))
+                dropped = "no text" if text.get("text") is None else words("del", text["text"])
+                element = tag("dd", tag("p", dropped), because("dropped", text.get("reason")), class_="soft")
+            pairs.append((text.get("source"), element))
         cards.append(card(image_element(root, node.get("image"), node.get("alt")), node.get("alt"), pairs))
     about = "The original caption in bold; below it what each source made of it."
     return [tag("p", about, class_="soft"), tag("ul", *cards, class_="cards")] if cards else []
@@ -168,10 +168,10 @@ def steps(results) -> list:
 
 
 def report(results, root) -> str:
-    """The page of a results file: an object with these keys, of which only "title" has to be there.
+    """The page of a results file. The file holds an object with these keys; only "title" is required.
 
     title: text            summary, notes: [text]            machine: {name: text}
-    tables: [{title, note, columns: [text], rows: [[text or number]]}]      short rows are filled up
+    tables: [{title, note, columns: [text], rows: [[text or number]]}]      short rows are padded
     curves: {title, chance: ln(batch), series: [{name, points: [[step, loss]]}]}
     rewrites: [{image, alt, texts: [{source, text, kept: bool, reason}]}]
     queries: [{query, rows: [{model, hits: [{image, alt, score, correct: bool}]}]}]
@@ -206,7 +206,7 @@ def read_json(path) -> dict:
             results = json.load(file)
     except OSError as error:
         die(f"cannot read {path}: {error.strerror}")
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested without end
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         die(f"{path} is not a JSON file: {error}")
     if not isinstance(results, dict):
         die(f"{path} has to hold one JSON object")
