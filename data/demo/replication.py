@@ -24,6 +24,7 @@ error. A gain is the mean difference between runs with the same seed."""
 
 RESULTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "replication.jsonl")
 SETS = {"heldout_never": "never named", "heldout_alias": "aliases", "heldout": "all classes"}
+CLASSES = {"heldout_never": 1376, "heldout_alias": 369, "heldout": 2379}  # data/demo/icons.py draws them
 COLUMNS = [(name, f"top{k}") for name in SETS for k in (1, 5, 10) if (name, k) != ("heldout", 5)]
 # row -> (name, the paper's finding; a decimal is ImageNet top-1). A group's first row is its baseline.
 GROUPS = {
@@ -32,7 +33,7 @@ GROUPS = {
         "laclip-unfiltered": ("LaCLIP, rewrites unfiltered", "as the paper"),
         "laclip-1": ("one rewrite", "more rewrites, more accuracy"),
         "laclip-scene": ("the other source alone", ""), "laclip-shots-0": ("no pair in the prompt", ""),
-        "laclip-shots-1": ("one pair", ""), "laclip-shots-3": ("three pairs (the others: eight)", "3"),
+        "laclip-shots-1": ("one pair", ""), "laclip-shots-3": ("three pairs (the others: eight)", "takes three"),
         "laclip-small-llm": ("rewrites by SmolLM2-135M", ""),
         "oracle": ("oracle: human aliases as rewrites", ""), "oracle-alone": ("oracle alone", ""),
         "eda": ("EDA", "little gain"), "slip": ("SLIP", ""), "laslip": ("LaSLIP", "gains as LaCLIP does"),
@@ -61,7 +62,7 @@ CANNOT_RUN = {  # rows of the papers that need more than a laptop, with their co
     "LLaMA-7B's rewrites": "bash data/replicate.sh --model huggyllama/llama-7b laclip laclip-unfiltered",
     "ViT-B/16 on CC3M": "README, section 3",
 }
-README_ROWS = ("clip", "laclip", "clip-noisy", "laclip-noisy", "veclip", "veclip-vec")
+README_ROWS = ("clip", "laclip", "laclip-mt", "oracle", "clip-noisy", "laclip-noisy", "veclip", "veclip-vec")
 README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"), ("heldout_alias", "top10"),
                   ("heldout", "top1"), ("heldout", "top10")]
 RECIPE = ("rows", "text", "loss", "ssl", "steps", "batch_size", "lr", "wd", "warmup", "augment", "model",
@@ -102,6 +103,8 @@ def table(results, names=None, columns=COLUMNS):
     headings = " | ".join(f"{SETS[name]}, top-{metric[3:]}" for name, metric in columns)
     empty_cells = " |" * len(columns)
     lines = [f"| | seeds | {headings} | the paper |", "|---|--:|" + "--:|" * len(columns) + "---|"]
+    chance = " | ".join(f"{100 * int(metric[3:]) / CLASSES[name]:.1f}" for name, metric in columns)
+    lines.append(f"| chance | | {chance} | |")
     for group, rows in GROUPS.items():
         rows = {row: texts for row, texts in rows.items() if names is None or row in names}
         if not rows:
