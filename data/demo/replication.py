@@ -33,7 +33,7 @@ GROUPS = {
         "laclip-unfiltered": ("LaCLIP, rewrites unfiltered", "as the paper"),
         "laclip-1": ("one rewrite", "more rewrites, more accuracy"),
         "laclip-scene": ("the other source alone", ""), "laclip-shots-0": ("no pair in the prompt", ""),
-        "laclip-shots-1": ("one pair", ""), "laclip-shots-3": ("three pairs (the others: eight)", "takes three"),
+        "laclip-shots-1": ("one pair", ""), "laclip-shots-3": ("three pairs (the others: eight)", "three"),
         "laclip-small-llm": ("rewrites by SmolLM2-135M", ""),
         "oracle": ("oracle: human aliases as rewrites", ""), "oracle-alone": ("oracle alone", ""),
         "eda": ("EDA", "little gain"), "slip": ("SLIP", ""), "laslip": ("LaSLIP", "gains as LaCLIP does"),
@@ -62,7 +62,8 @@ CANNOT_RUN = {  # rows of the papers that need more than a laptop, with their co
     "LLaMA-7B's rewrites": "bash data/replicate.sh --model huggyllama/llama-7b laclip laclip-unfiltered",
     "ViT-B/16 on CC3M": "README, section 3",
 }
-README_ROWS = ("clip", "laclip", "laclip-mt", "oracle", "clip-noisy", "laclip-noisy", "veclip", "veclip-vec")
+README_ROWS = ("clip", "laclip", "laclip-mt", "oracle", "clip-noisy", "laclip-noisy", "veclip",
+               "veclip-vec")
 README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"), ("heldout_alias", "top10"),
                   ("heldout", "top1"), ("heldout", "top10")]
 RECIPE = ("rows", "text", "loss", "ssl", "steps", "batch_size", "lr", "wd", "warmup", "augment", "model",
