@@ -52,8 +52,9 @@ PROMPTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prom
 
 def clean(text, markers=None):
     """The text as one line without separators of --format pairs and roles of the conversation."""
-    text = re.sub(r"=>|(?<=\s)\+(?=\s)", " ", one_line(text, markers))
-    return one_line(re.sub(r"\b(USER|ASSISTANT|SYSTEM)[\s:]*:", r"\1", text), markers)
+    cleaned = re.sub(r"=>|(?<=\s)\+(?=\s)", " ", one_line(text, markers))
+    cleaned = one_line(re.sub(r"\b(USER|ASSISTANT|SYSTEM)[\s:]*:", r"\1", cleaned), markers)
+    return cleaned if cleaned == text else clean(cleaned, markers)  # what was cut may join to a role
 
 
 def chat_prompt(alt, vec, instruction=INSTRUCTION):
@@ -84,7 +85,7 @@ def fuse(ask, inputs, openings, notes):
 
     ask([(AltText, VeC), ...]) -> [(answer, reason or None)]; either text may be "". If the model refuses, the
     VeC alone is rewritten (section 3.3)."""
-    results = [(None, pair) for pair in inputs]
+    results = [(None, pair if isinstance(pair, str) else None) for pair in inputs]
     notes.update(pair for pair in inputs if isinstance(pair, str))
     todo = {i: pair for i, pair in enumerate(inputs) if not isinstance(pair, str)}
     while todo:
@@ -158,7 +159,7 @@ def answer(model, tokenizer, prompts, batch_size, notes):
     tensor = partial(torch.tensor, device=model.device)
     answers, ids = [None] * len(prompts), [tokenizer(prompt).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
-    groups = [[*group] for _, group in itertools.groupby(order, lambda i: can_pad or len(ids[i]))]
+    groups = [[*group] for _, group in itertools.groupby(order, lambda i: 0 if can_pad else len(ids[i]))]
     for batch in itertools.chain(*(batched(group, batch_size) for group in groups)):
         rows, past = [ids[i] for i in batch], {}
         P = min(len(os.path.commonprefix(rows)), len(rows[0]) - 1) if can_share and len(rows) > 1 else 0
@@ -248,7 +249,7 @@ def main(argv=None):
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # how most models write special tokens: for a server, whose tokenizer is not here
-SERVER_MARKERS = re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]")
+SERVER_MARKERS = re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[a-z]*[A-Z_]+\]")
 
 
 def die(message):
@@ -260,7 +261,7 @@ def die(message):
 
 def number(kind, low, high=10 ** 12):
     """A type for argparse: numbers from `low` to `high`."""
-    def number(text):
+    def number(text):  # argparse shows this name
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
@@ -327,7 +328,7 @@ def end_tokens(model, tokenizer):
     """The ids that end an answer. Conversions of the same model name them in different places."""
     places = model.config.get_text_config(), model.generation_config, tokenizer
     places = [place.eos_token_id for place in places]  # each a number, a list or None
-    return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
+    return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids])} - {None})
 
 
 def special_markers(tokenizer):
@@ -335,12 +336,17 @@ def special_markers(tokenizer):
     markers = {str(token) for token in tokenizer.added_tokens_decoder.values()
                if token.special or str(token)[0] in "<[{" and str(token)[-1] in ">]}"}
     longest_first = sorted(markers | set(tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    return re.compile("|".join(map(re.escape, filter(str.strip, longest_first))) or "(?!)")
+
+
+# Controls, marks of direction, lone surrogates, hidden tags; not the joiners of emoji and of Persian words
+CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
+                      "\U000e0000-\U000e007f]")
 
 
 def one_line(text, markers=None):
     """The text without control characters and `markers`, all white space as single blanks."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = " ".join(CONTROLS.sub(" ", text).split())
     return one_line(markers.sub(" ", text), markers) if markers and markers.search(text) else text
 
 
@@ -354,13 +360,13 @@ def as_list(value):
     return value if value and isinstance(value, list) else [value or None]
 
 
-def put_texts(row, field, source, results):
-    """Put [(text or None, reason or None)] into row[field], the reasons into row["error"][field]: as lists if
-    `source`, which the texts were made from, is a list."""
+def put_texts(row, field, like, results):
+    """Write the texts of results, [(text or None, reason or None)], into row[field], the reasons into
+    row["error"][field]. Both are lists if `like`, which the texts were made from, is a list."""
     if row.get(field) is not None:  # Units checks only the first 1,000 rows
-        source, results = None, [(row[field], "was there before, kept")]
+        like, results = None, [(row[field], "was there before, kept")]
     texts, reasons = map(list, zip(*results))
-    row[field], reason = (texts, reasons) if as_list(source) is source else (texts[0], reasons[0])
+    row[field], reason = (texts, reasons) if like and isinstance(like, list) else (texts[0], reasons[0])
     error = row.get("error")
     if any(reasons):
         error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # user's own
@@ -389,16 +395,18 @@ def batched(items, size):
 class Units:
     """The input in units of consecutive lines, and the output made of them, which survives any interruption.
 
-    The file of a unit is named by a hash of all that decides its content: the settings, the unit's lines and
-    their place in the input. It gets this name when it is complete and on the disk. So a file of this name is
-    right, whatever was killed and whoever else is at work, and a unit without its file is made."""
+    OUT.parts has a folder for these settings. In it, the name of a unit's file is a hash of the unit's lines
+    and their place in the input. A file gets its name after it is complete and synced. So an existing file is
+    right, whatever was killed and whoever else is at work, and a missing file is made."""
 
     def __init__(self, args, settings, reads, makes):
         """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
         names = ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")
         self.settings = {name: getattr(args, name) for name in names}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
-        self.args, self.output, self.parts = args, args.output, args.output + ".parts"
+        key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:32]
+        self.args, self.output = args, args.output
+        self.parts = os.path.join(args.output + ".parts", key)
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.outcomes, self.notes = Counter(), Counter()  # how texts ended; what else happened
@@ -422,15 +430,15 @@ class Units:
     def read(self):
         """Yield all units in order: the path of a unit's file, its first byte's offset, its lines."""
         self.paths, end, begun, size = [], 0, time.time(), os.path.getsize(self.args.input)
-        unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, more for more than 4 GiB
+        unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, or more: at most 65,536 units
         left = sys.maxsize if self.args.limit is None else self.args.limit
         with open(self.args.input, "rb") as f, tqdm(
                 total=size if self.args.limit is None else None, unit="B", unit_scale=True, delay=1,
                 disable=self.rank > 0) as progress:
             while lines := f.readlines(unit_size - 1)[:left]:  # reads until they are unit_size together
-                content, key = b"".join(lines), json.dumps([self.settings, end], sort_keys=True).encode()
-                name = f"{len(self.paths):05d}-{hashlib.sha256(key + content).hexdigest()[:32]}"
-                self.paths.append(os.path.join(self.parts, name))
+                content = b"".join(lines)
+                key = hashlib.sha256(b"%d " % end + content).hexdigest()[:32]
+                self.paths.append(os.path.join(self.parts, f"{len(self.paths):05d}-{key}"))
                 yield self.paths[-1], end, lines
                 left, end = left - len(lines), end + len(content)
                 rate = self.outcomes.total() / (time.time() - begun)
@@ -457,8 +465,8 @@ class Units:
         self.clock.append((self.clock[-1][0] + len(unit.rows), time.time()))
 
     def save(self, path, chunks):
-        """Write a file whole or not at all: under a name of this host and process, synced, then renamed."""
-        temporary = os.path.join(self.parts, f"{os.path.basename(path)}.{os.uname().nodename}.{os.getpid()}")
+        """Write a file whole or not at all: under a name of its own, synced, then renamed."""
+        temporary = os.path.join(self.parts, f"{os.path.basename(path)}.{os.urandom(8).hex()}")
         try:
             os.makedirs(self.parts, exist_ok=True)
             with open(temporary, "wb") as f:
@@ -469,8 +477,7 @@ class Units:
         except OSError as e:
             with contextlib.suppress(OSError):
                 os.remove(temporary)
-            overtaken = isinstance(e, FileNotFoundError) and os.path.exists(self.output)
-            if not overtaken:  # by another launch, which made OUT and removed OUT.parts
+            if not os.path.exists(self.output):  # else another launch made OUT and removed the units
                 die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
     def record(self):
@@ -481,6 +488,11 @@ class Units:
     def finished(self):
         """Whether OUT is there. If it has other settings or was made from another input, one line says so."""
         if not os.path.exists(self.output):
+            with contextlib.suppress(OSError):
+                others = set(os.listdir(self.output + ".parts")) - {os.path.basename(self.parts)}
+                if others and self.rank == 0:
+                    print(f"note: {self.output}.parts also has units of {len(others)} other settings, which "
+                          "are not used", file=sys.stderr)
             return False
         try:
             with open(self.output + ".settings.json") as f:
@@ -493,20 +505,27 @@ class Units:
             if (then := made.get(key)) != now:
                 die(f"{self.output} was made with {key} = {then!r}, now it is {now!r}: choose another "
                     "--output")
-        shutil.rmtree(self.parts, ignore_errors=True)  # if the launch that made OUT was killed before it did
+        self.remove_parts()  # if the launch that made OUT was killed before it did
         return True
+
+    def remove_parts(self):
+        shutil.rmtree(self.parts, ignore_errors=True)
+        with contextlib.suppress(OSError):  # units of other settings stay
+            os.rmdir(self.output + ".parts")
 
     def join(self):
         """Join the units to OUT if all are there, and say what this launch did."""
         missing = sum(not os.path.exists(path) for path in self.paths)
-        if not self.finished() and missing:
+        if os.path.exists(self.output):
+            self.finished()  # another launch made it
+        elif missing:
             print(f"{missing} of {len(self.paths)} units are missing: the last rank joins all (if none is at "
                   "work, repeat the command)")
-        elif not os.path.exists(self.output):
+        else:
             record = {**self.record(), "servers": self.servers}
             self.save(self.output + ".settings.json", [json.dumps(record, indent=1).encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
-            shutil.rmtree(self.parts, ignore_errors=True)
+            self.remove_parts()
         (_, begun), (rows, ended) = self.clock[0], self.clock[-1]
         seconds = max(ended - begun, 1e-9)
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
@@ -524,9 +543,9 @@ class Units:
 class Server:
     """Texts from OpenAI-compatible servers: one text a request, many requests at once, the servers in turn.
 
-    A request that fails for the moment is sent again for half a minute, or as long as a server is only busy.
-    A request that a server refuses (400, 413, 422, or 500 three times) while it answers a harmless one is its
-    row's error. All else ends the launch."""
+    A request without an answer is sent again for half a minute, to the other servers first; to a busy server,
+    as long as any request gets an answer. A request that a server refuses (400, 413, 422, or 500 three times)
+    while it answers a harmless one is its row's error. All else ends the launch."""
 
     def __init__(self, args, units, path, **harmless):
         """harmless: a request that every server must answer before the first row is asked"""
@@ -539,6 +558,7 @@ class Server:
         self.common = {"model": args.model, "max_tokens": args.max_new_tokens}
         self.path, self.harmless, self.turns = path, harmless, itertools.count()
         self.answered = self.refused = 0  # requests in all; requests since the last answer
+        self.down = {}  # url -> until when it gets no requests, because it gave no answer
         self.threads = ThreadPool(args.concurrency * len(self.urls))
         self.map(lambda url: self.ask([url], **harmless), self.urls)
         for url in self.urls:
@@ -574,12 +594,16 @@ class Server:
         """-> (text, whether it ended by itself, None) or ("", False, why the server refuses the request)"""
         urls, failures, crashes = urls or self.urls, 0, 0
         for turn in itertools.count(next(self.turns)):
-            url, answered = urls[turn % len(urls)], self.answered
+            up = [url for url in urls if self.down.get(url, 0) < time.monotonic()]
+            url, answered = (up or urls)[turn % len(up or urls)], self.answered
             status, answer = self.post(url, request)
             if status == 200:
                 self.answered += 1
-                self.refused = self.refused if request == self.harmless else 0
+                if request != self.harmless:
+                    self.refused = 0
                 return answer
+            if status == 0:
+                self.down[url] = time.monotonic() + 60
             crashes += status == 500
             if (status in (400, 413, 422) or crashes == 3) and request != self.harmless:
                 self.ask([url], **self.harmless)  # ends the launch if even this is refused
@@ -587,7 +611,8 @@ class Server:
                 if self.refused >= 100:
                     raise ConnectionError(f"--server {url} refuses every row: {answer}")
                 return "", False, f"refused by the server: {answer}"
-            failures += not (status in (429, 503) and self.answered > answered)  # else it is only busy
+            only_busy = status in (429, 503) and self.answered > answered
+            failures += not (only_busy or status == 0 and len(up) > 1)
             if failures > 6 or 400 <= status < 500 and status not in (408, 429):
                 raise ConnectionError(f"--server {url}: {answer}")
             time.sleep(2 ** failures / 4)

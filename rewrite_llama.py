@@ -12,8 +12,8 @@ Row in:  {"image": "photos/1.jpg", "alt": "red bike"}
 Row out: the same and "rewrite_chatgpt": "...", ...; null where no usable answer came, the reason in "error".
 The same command resumes after any interruption; without --server, its output is then identical byte for byte.
 
-Read draw_prompt, rewrite, Completer.complete and sample, in this order, then main. What follows main is the
-same in all three captioning scripts: rows, resuming, servers.
+Read draw_prompt and rewrite, then Completer.complete and decode, then sample, then main. What follows main is
+the same in all three captioning scripts: rows, resuming, servers.
 """
 import argparse
 import contextlib
@@ -110,7 +110,7 @@ def rewrite(complete, prompt, pairs, texts, seeds, notes):
             results[i] = (None if reason else answer, reason)
             if reason and not fault:
                 again.append(i)
-        notes.update(["drawn again"] * len(again) * (attempt == 0))
+        notes.update(["drawn again"] * len(again) if attempt == 0 else [])
         todo = again
     return results
 
@@ -159,8 +159,9 @@ class Completer:
         for layer in self.new_cache().layers:
             if not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states"):
                 die(f"--model {args.model}: some layers have no attention, which only --server supports")
-        AttentionInterface.register("shared_prefix", self.attend)
-        AttentionMaskInterface.register("shared_prefix", eager_mask)
+        self.attention = f"shared_prefix_{id(self)}"
+        AttentionInterface.register(self.attention, self.attend)
+        AttentionMaskInterface.register(self.attention, eager_mask)
         if not self.try_sharing():
             print("this model's attention cannot share the prompt among rows: each row gets a copy, which is "
                   "slower", file=sys.stderr)
@@ -179,6 +180,7 @@ class Completer:
         if self.prefix is not None:
             prefix = self.prefix.layers[module.layer_idx]
             P = prefix.keys.shape[2]
+            self.attended.add(module.layer_idx)
             rows = q.transpose(0, 1).reshape(1, G, -1, D)  # the queries of all rows, one matrix a group
             shared = (rows @ prefix.keys.transpose(2, 3)).view(G, B, H // G, T, P)
             scores = torch.cat([shared.transpose(0, 1).reshape(B, H, T, P) * scaling, scores], -1)
@@ -212,13 +214,15 @@ class Completer:
         with a sliding window, a softcap or sinks cannot share the prompt."""
         ids, position = self.tensor([[*range(5, 17)]]), self.tensor([[*range(12)]])
         own, before = ids[:, 8:], self.model.config._attn_implementation
+        self.attended = set()  # a model may ignore set_attn_implementation
         expected = self.forward(ids, torch.ones_like(ids), position, cache := self.new_cache())
         try:
-            self.model.set_attn_implementation("shared_prefix")
+            self.model.set_attn_implementation(self.attention)
             self.set_prefix(ids[:, :8])
             logits = self.forward(own, torch.ones_like(own), position[:, 8:], self.new_cache())
             close = (logits - expected).norm() < 0.25 * expected.norm()  # rounding to bf16 makes up to 0.1
-            self.shares = bool(close) and not any(cache.is_sliding)
+            self.shares = (bool(close) and not any(cache.is_sliding)
+                           and len(self.attended) == len(cache.layers))
         except (RuntimeError, ValueError, TypeError, AttributeError):
             self.shares = False
         if not self.shares:
@@ -237,7 +241,7 @@ class Completer:
         order = [i for i in range(len(texts)) if len(ids[i]) <= MAX_INPUT_TOKENS]
         order.sort(key=lambda i: len(ids[i]))
         # Without sharing, a batch holds texts of one length: a sliding window would count the padding
-        for _, group in itertools.groupby(order, lambda i: self.shares or len(ids[i])):
+        for _, group in itertools.groupby(order, lambda i: 0 if self.shares else len(ids[i])):
             for batch in batched(list(group), self.args.batch_size):
                 new = self.decode([ids[i] for i in batch], uniform[batch])
                 kept = [[token for token in tokens if token not in self.ends] for tokens in new]
@@ -335,10 +339,10 @@ def main(argv=None):
                 seeds = [[*key, *place] for place, _ in group]
                 results += rewrite(complete, prompt, pairs, [text for _, text in group], seeds, units.notes)
             units.outcomes.update(reason or "rewritten" for _, reason in results)
-            results = iter(results)
+            answers = iter(results)
             for _, row in unit.todo:
                 value = row.get(args.field)
-                put_texts(row, f"rewrite_{source}", value, [next(results) for _ in as_list(value)])
+                put_texts(row, f"rewrite_{source}", value, [next(answers) for _ in as_list(value)])
         units.write(unit)
     units.join()
 
@@ -347,7 +351,7 @@ def main(argv=None):
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # how most models write special tokens: for a server, whose tokenizer is not here
-SERVER_MARKERS = re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[A-Z_]+\]")
+SERVER_MARKERS = re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[a-z]*[A-Z_]+\]")
 
 
 def die(message):
@@ -359,7 +363,7 @@ def die(message):
 
 def number(kind, low, high=10 ** 12):
     """A type for argparse: numbers from `low` to `high`."""
-    def number(text):
+    def number(text):  # argparse shows this name
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
@@ -426,7 +430,7 @@ def end_tokens(model, tokenizer):
     """The ids that end an answer. Conversions of the same model name them in different places."""
     places = model.config.get_text_config(), model.generation_config, tokenizer
     places = [place.eos_token_id for place in places]  # each a number, a list or None
-    return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids]) if i is not None})
+    return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids])} - {None})
 
 
 def special_markers(tokenizer):
@@ -434,12 +438,17 @@ def special_markers(tokenizer):
     markers = {str(token) for token in tokenizer.added_tokens_decoder.values()
                if token.special or str(token)[0] in "<[{" and str(token)[-1] in ">]}"}
     longest_first = sorted(markers | set(tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    return re.compile("|".join(map(re.escape, filter(str.strip, longest_first))) or "(?!)")
+
+
+# Controls, marks of direction, lone surrogates, hidden tags; not the joiners of emoji and of Persian words
+CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
+                      "\U000e0000-\U000e007f]")
 
 
 def one_line(text, markers=None):
     """The text without control characters and `markers`, all white space as single blanks."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = " ".join(CONTROLS.sub(" ", text).split())
     return one_line(markers.sub(" ", text), markers) if markers and markers.search(text) else text
 
 
@@ -453,13 +462,13 @@ def as_list(value):
     return value if value and isinstance(value, list) else [value or None]
 
 
-def put_texts(row, field, source, results):
-    """Put [(text or None, reason or None)] into row[field], the reasons into row["error"][field]: as lists if
-    `source`, which the texts were made from, is a list."""
+def put_texts(row, field, like, results):
+    """Write the texts of results, [(text or None, reason or None)], into row[field], the reasons into
+    row["error"][field]. Both are lists if `like`, which the texts were made from, is a list."""
     if row.get(field) is not None:  # Units checks only the first 1,000 rows
-        source, results = None, [(row[field], "was there before, kept")]
+        like, results = None, [(row[field], "was there before, kept")]
     texts, reasons = map(list, zip(*results))
-    row[field], reason = (texts, reasons) if as_list(source) is source else (texts[0], reasons[0])
+    row[field], reason = (texts, reasons) if like and isinstance(like, list) else (texts[0], reasons[0])
     error = row.get("error")
     if any(reasons):
         error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # user's own
@@ -488,16 +497,18 @@ def batched(items, size):
 class Units:
     """The input in units of consecutive lines, and the output made of them, which survives any interruption.
 
-    The file of a unit is named by a hash of all that decides its content: the settings, the unit's lines and
-    their place in the input. It gets this name when it is complete and on the disk. So a file of this name is
-    right, whatever was killed and whoever else is at work, and a unit without its file is made."""
+    OUT.parts has a folder for these settings. In it, the name of a unit's file is a hash of the unit's lines
+    and their place in the input. A file gets its name after it is complete and synced. So an existing file is
+    right, whatever was killed and whoever else is at work, and a missing file is made."""
 
     def __init__(self, args, settings, reads, makes):
         """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
         names = ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")
         self.settings = {name: getattr(args, name) for name in names}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
-        self.args, self.output, self.parts = args, args.output, args.output + ".parts"
+        key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:32]
+        self.args, self.output = args, args.output
+        self.parts = os.path.join(args.output + ".parts", key)
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.outcomes, self.notes = Counter(), Counter()  # how texts ended; what else happened
@@ -521,15 +532,15 @@ class Units:
     def read(self):
         """Yield all units in order: the path of a unit's file, its first byte's offset, its lines."""
         self.paths, end, begun, size = [], 0, time.time(), os.path.getsize(self.args.input)
-        unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, more for more than 4 GiB
+        unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, or more: at most 65,536 units
         left = sys.maxsize if self.args.limit is None else self.args.limit
         with open(self.args.input, "rb") as f, tqdm(
                 total=size if self.args.limit is None else None, unit="B", unit_scale=True, delay=1,
                 disable=self.rank > 0) as progress:
             while lines := f.readlines(unit_size - 1)[:left]:  # reads until they are unit_size together
-                content, key = b"".join(lines), json.dumps([self.settings, end], sort_keys=True).encode()
-                name = f"{len(self.paths):05d}-{hashlib.sha256(key + content).hexdigest()[:32]}"
-                self.paths.append(os.path.join(self.parts, name))
+                content = b"".join(lines)
+                key = hashlib.sha256(b"%d " % end + content).hexdigest()[:32]
+                self.paths.append(os.path.join(self.parts, f"{len(self.paths):05d}-{key}"))
                 yield self.paths[-1], end, lines
                 left, end = left - len(lines), end + len(content)
                 rate = self.outcomes.total() / (time.time() - begun)
@@ -556,8 +567,8 @@ class Units:
         self.clock.append((self.clock[-1][0] + len(unit.rows), time.time()))
 
     def save(self, path, chunks):
-        """Write a file whole or not at all: under a name of this host and process, synced, then renamed."""
-        temporary = os.path.join(self.parts, f"{os.path.basename(path)}.{os.uname().nodename}.{os.getpid()}")
+        """Write a file whole or not at all: under a name of its own, synced, then renamed."""
+        temporary = os.path.join(self.parts, f"{os.path.basename(path)}.{os.urandom(8).hex()}")
         try:
             os.makedirs(self.parts, exist_ok=True)
             with open(temporary, "wb") as f:
@@ -568,8 +579,7 @@ class Units:
         except OSError as e:
             with contextlib.suppress(OSError):
                 os.remove(temporary)
-            overtaken = isinstance(e, FileNotFoundError) and os.path.exists(self.output)
-            if not overtaken:  # by another launch, which made OUT and removed OUT.parts
+            if not os.path.exists(self.output):  # else another launch made OUT and removed the units
                 die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
     def record(self):
@@ -580,6 +590,11 @@ class Units:
     def finished(self):
         """Whether OUT is there. If it has other settings or was made from another input, one line says so."""
         if not os.path.exists(self.output):
+            with contextlib.suppress(OSError):
+                others = set(os.listdir(self.output + ".parts")) - {os.path.basename(self.parts)}
+                if others and self.rank == 0:
+                    print(f"note: {self.output}.parts also has units of {len(others)} other settings, which "
+                          "are not used", file=sys.stderr)
             return False
         try:
             with open(self.output + ".settings.json") as f:
@@ -592,20 +607,27 @@ class Units:
             if (then := made.get(key)) != now:
                 die(f"{self.output} was made with {key} = {then!r}, now it is {now!r}: choose another "
                     "--output")
-        shutil.rmtree(self.parts, ignore_errors=True)  # if the launch that made OUT was killed before it did
+        self.remove_parts()  # if the launch that made OUT was killed before it did
         return True
+
+    def remove_parts(self):
+        shutil.rmtree(self.parts, ignore_errors=True)
+        with contextlib.suppress(OSError):  # units of other settings stay
+            os.rmdir(self.output + ".parts")
 
     def join(self):
         """Join the units to OUT if all are there, and say what this launch did."""
         missing = sum(not os.path.exists(path) for path in self.paths)
-        if not self.finished() and missing:
+        if os.path.exists(self.output):
+            self.finished()  # another launch made it
+        elif missing:
             print(f"{missing} of {len(self.paths)} units are missing: the last rank joins all (if none is at "
                   "work, repeat the command)")
-        elif not os.path.exists(self.output):
+        else:
             record = {**self.record(), "servers": self.servers}
             self.save(self.output + ".settings.json", [json.dumps(record, indent=1).encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
-            shutil.rmtree(self.parts, ignore_errors=True)
+            self.remove_parts()
         (_, begun), (rows, ended) = self.clock[0], self.clock[-1]
         seconds = max(ended - begun, 1e-9)
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
@@ -623,9 +645,9 @@ class Units:
 class Server:
     """Texts from OpenAI-compatible servers: one text a request, many requests at once, the servers in turn.
 
-    A request that fails for the moment is sent again for half a minute, or as long as a server is only busy.
-    A request that a server refuses (400, 413, 422, or 500 three times) while it answers a harmless one is its
-    row's error. All else ends the launch."""
+    A request without an answer is sent again for half a minute, to the other servers first; to a busy server,
+    as long as any request gets an answer. A request that a server refuses (400, 413, 422, or 500 three times)
+    while it answers a harmless one is its row's error. All else ends the launch."""
 
     def __init__(self, args, units, path, **harmless):
         """harmless: a request that every server must answer before the first row is asked"""
@@ -638,6 +660,7 @@ class Server:
         self.common = {"model": args.model, "max_tokens": args.max_new_tokens}
         self.path, self.harmless, self.turns = path, harmless, itertools.count()
         self.answered = self.refused = 0  # requests in all; requests since the last answer
+        self.down = {}  # url -> until when it gets no requests, because it gave no answer
         self.threads = ThreadPool(args.concurrency * len(self.urls))
         self.map(lambda url: self.ask([url], **harmless), self.urls)
         for url in self.urls:
@@ -673,12 +696,16 @@ class Server:
         """-> (text, whether it ended by itself, None) or ("", False, why the server refuses the request)"""
         urls, failures, crashes = urls or self.urls, 0, 0
         for turn in itertools.count(next(self.turns)):
-            url, answered = urls[turn % len(urls)], self.answered
+            up = [url for url in urls if self.down.get(url, 0) < time.monotonic()]
+            url, answered = (up or urls)[turn % len(up or urls)], self.answered
             status, answer = self.post(url, request)
             if status == 200:
                 self.answered += 1
-                self.refused = self.refused if request == self.harmless else 0
+                if request != self.harmless:
+                    self.refused = 0
                 return answer
+            if status == 0:
+                self.down[url] = time.monotonic() + 60
             crashes += status == 500
             if (status in (400, 413, 422) or crashes == 3) and request != self.harmless:
                 self.ask([url], **self.harmless)  # ends the launch if even this is refused
@@ -686,7 +713,8 @@ class Server:
                 if self.refused >= 100:
                     raise ConnectionError(f"--server {url} refuses every row: {answer}")
                 return "", False, f"refused by the server: {answer}"
-            failures += not (status in (429, 503) and self.answered > answered)  # else it is only busy
+            only_busy = status in (429, 503) and self.answered > answered
+            failures += not (only_busy or status == 0 and len(up) > 1)
             if failures > 6 or 400 <= status < 500 and status not in (408, 429):
                 raise ConnectionError(f"--server {url}: {answer}")
             time.sleep(2 ** failures / 4)

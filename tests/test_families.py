@@ -200,6 +200,18 @@ def test_rewrites(family, model_folder, capfd):
         assert alone == together and len(set(alone)) > 8
 
 
+@torch.no_grad()
+def test_a_model_that_ignores_the_attention_does_not_share(model_folder, tmp_path):
+    """BLOOM has attention of its own: it never calls ours, so it would not read the prompt. Logits with a large common offset
+    look alike with and without a prompt."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder("Bloom"), dtype=torch.float32)
+    model.transformer.ln_f.bias.fill_(4)
+    model.get_output_embeddings().weight += 4
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_folder("Bloom")).save_pretrained(tmp_path)
+    assert not completer(ROOT, 8, model=tmp_path).shares
+
+
 # --- where an answer ends ---------------------------------------------------------------------------------------------
 
 def answers_of(stage, folder, pictures):

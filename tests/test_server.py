@@ -111,8 +111,7 @@ def folder(tmp_path_factory):
     rows[2] |= {"alt": "a </s><|im_end|> kite [INST]", "seen": "a <|im_start|> red </s> kite"}
     rows[3] |= {"alt": "", "image": "absent.png"}
     write_jsonl(folder / "rows.jsonl", rows)
-    (folder / "sitecustomize.py").write_text("from threading import Event\nwait = Event.wait\n"
-                                             "Event.wait = lambda self, timeout=None: wait(self, timeout and timeout / 200)\n")
+    (folder / "sitecustomize.py").write_text("import time\nsleep = time.sleep\ntime.sleep = lambda seconds: sleep(seconds / 200)\n")
     return folder
 
 
@@ -319,7 +318,7 @@ def test_a_server_that_disappears(stage, happy, folder, tmp_path):
             return b""
     stub = Stub(behave)
     assert_ended(launch(folder, tmp_path, stage, [stub]), stub.url, "Nothing is lost")
-    made = [*filter(None, texts_of(row for part in (tmp_path / "out.jsonl.parts").iterdir() for row in read_jsonl(part)))]
+    made = [*filter(None, texts_of(row for part in (tmp_path / "out.jsonl.parts").glob("*/*") for row in read_jsonl(part)))]
     assert made and not (tmp_path / "out.jsonl").exists()
     stub = Stub(port=stub.server_port)
     assert launch_well(folder, tmp_path, stage, [stub]) == data
@@ -363,6 +362,16 @@ def test_one_takes_over_from_another(happy, folder, tmp_path):
     stubs = [Stub(behave), Stub()]
     assert launch_well(folder, tmp_path, "rewrite", stubs) == happy["rewrite"][1]
     assert len(stubs[1].requests) == len(happy["rewrite"][0].requests) - 5  # the other one answered five behind its trial
+
+
+def test_seven_neighbours_that_vanish_do_not_end_the_launch(happy, folder, tmp_path):
+    def behave(text, number):
+        if number >= 3:
+            for stub in stubs[:7]:
+                stub.vanish()
+            return b""
+    stubs = [Stub(behave), *(Stub() for _ in range(8))]
+    assert launch_well(folder, tmp_path, "rewrite", stubs) == happy["rewrite"][1]
 
 
 def test_a_refusal_is_asked_again_with_the_vec_alone(folder, tmp_path):
