@@ -3,11 +3,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+import forks
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 ROOT = Path(__file__).parents[1]
@@ -16,13 +19,36 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), 
 SHAPES = ["square", "bar", "cross", "frame"]
 
 
-def run(script, *arguments, env=None, ranks=None):
-    """A script of the top level, or data/NAME.py as `python -m data.NAME`, as a user runs it. -> CompletedProcess"""
+def run(script, *arguments, env=None, ranks=None, fresh=False, first=()):
+    """A script of the top level, or data/NAME.py as `python -m data.NAME`, alone or on some ranks. -> CompletedProcess
+
+    In forks (see forks.py), or with `fresh` as a user starts it, which variables for Python's start need."""
+    module = str(script)[:-3].replace("/", ".") if str(script).startswith("data/") else None
+    if not fresh:
+        return run_forks(module or script, arguments, env or {}, ranks, first)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks \
         else [sys.executable]
-    script = ["-m", script[:-3].replace("/", ".")] if str(script).startswith("data/") else [str(ROOT / script)]
+    script = ["-m", module] if module else [str(ROOT / script)]
     return subprocess.run([*launch, *script, *map(str, arguments)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, cwd=ROOT)
+
+
+def run_forks(script, arguments, env, ranks, first):
+    assert not any(name.startswith(("PYTHON", "OMP_")) for name in env), "read when Python starts: fresh=True"
+    with tempfile.TemporaryDirectory() as folder:
+        folder, store = Path(folder), None
+        if ranks:
+            processes, store = forks.start_ranks(ranks, script, arguments, folder, env)
+        else:
+            processes = [forks.start(script, arguments, [folder / "0.stdout", folder / "0.stderr"], env, first)]
+        try:
+            status = forks.wait_for_all(processes)
+        finally:  # of an interrupted test, or of the ranks beside one that failed, nothing stays
+            for process in processes:
+                if process.is_alive():
+                    process.kill()  # its workers see that
+        return subprocess.CompletedProcess([script, *arguments], status, *(
+            "".join(path.read_text() for path in sorted(folder.glob(f"*.{name}"))) for name in ("stdout", "stderr")))
 
 
 def assert_mistake(done, *words):
@@ -78,7 +104,7 @@ def shapes(tmp_path_factory):
                          "rewrite_b": None if shape == "bar" else f"one {colour} coloured {shape}", "label": colour})
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = run("data/make_tokenizer.py", folder / "captions.jsonl", folder / "tokenizer.json", "--text", "alt",
-               "rewrite_a", "rewrite_b", "--vocab-size", 400)
+               "rewrite_a", "rewrite_b", "--vocab-size", 400, fresh=True)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -91,14 +117,15 @@ def train_arguments(shapes, out, *arguments):
         "--warmup", 2, "--workers", 0, "--log-every", 1, "--precision", "fp32", "--device", "cpu", "--out", out, *arguments)]
 
 
-def train(shapes, out, *arguments, ranks=None):
-    return run("train_clip.py", *train_arguments(shapes, out, *arguments), ranks=ranks)
+def train(shapes, out, *arguments, **more):
+    return run("train_clip.py", *train_arguments(shapes, out, *arguments), **more)
 
 
 @pytest.fixture(scope="session")
 def trained(shapes, tmp_path_factory):
     """A run long enough to tell the shapes apart."""
     out = tmp_path_factory.mktemp("runs") / "trained"
-    done = train(shapes, out, "--batch-size", 16, "--seed", 2, "--steps", 300, "--lr", "2e-3", "--warmup", 10, "--wd", "0.1")
+    done = train(shapes, out, "--batch-size", 16, "--seed", 2, "--steps", 300, "--lr", "2e-3", "--warmup", 10, "--wd", "0.1",
+                 fresh=True)
     assert done.returncode == 0, done.stderr
     return out

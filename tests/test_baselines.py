@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 from conftest import ROOT, assert_mistake
 from data import baselines
+from tools import run_tool
 from train_clip import draw_texts
 
 LICENCE = "  1 This is the licence, indented by two blanks\n  2 as WordNet's own files have it\n"
@@ -106,12 +108,11 @@ def command(*arguments):
 
 
 def as_a_user(*arguments, env=None):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    return run_tool("baselines", *arguments, fresh=True, env=env)
 
 
 def baseline(*arguments):
-    """The same in this process, which need not import torch again."""
+    """The same in this process."""
     streams, status = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)], 0
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         try:
@@ -262,8 +263,8 @@ def test_a_torn_part_is_cut_back_to_whole_blocks(many, wordnet, tmp_path):
 
 
 def test_sigkill_changes_no_byte(many, marians, tmp_path):
-    arguments = ["back-translation", many, "--there", marians[0], "--back", marians[1], "--n", 2, "--device", "cpu"]
-    done = as_a_user(*arguments[:2], tmp_path / "whole.jsonl", *arguments[2:])
+    arguments = ["back-translation", many, "--there", marians[0], "--back", marians[1], "--n", 2, "--device", "cpu", "--max-new-tokens", 20]
+    done = run_tool("baselines", *arguments[:2], tmp_path / "whole.jsonl", *arguments[2:])
     assert done.returncode == 0, done.stderr
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     process = subprocess.Popen(command(*arguments[:2], out, *arguments[2:]), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -272,7 +273,7 @@ def test_sigkill_changes_no_byte(many, marians, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not out.exists() and part.stat().st_size
-    done = as_a_user(*arguments[:2], out, *arguments[2:])
+    done = run_tool("baselines", *arguments[:2], out, *arguments[2:])
     assert done.returncode == 0 and "of an earlier launch" in done.stdout, done.stderr
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -311,7 +312,7 @@ def test_greedy_is_transformers_own(many, marians, tmp_path):
 def test_sampling_keeps_the_contract(rows, marians, tmp_path):
     arguments = ("--there", marians[0], "--back", marians[1], "--n", 3, "--device", "cpu")
     for name, *more in ("a",), ("b",), ("c", "--seed", 1):
-        done = (as_a_user if name == "a" else baseline)("back-translation", rows, tmp_path / name, *arguments, *more)
+        done = (partial(run_tool, "baselines") if name == "a" else baseline)("back-translation", rows, tmp_path / name, *arguments, *more)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
     first, listed, bad, number, none, *_, broken = read_jsonl(tmp_path / "a")
@@ -372,7 +373,7 @@ def test_a_real_marian_tokenizer(tmp_path):
 
 def test_a_wrong_wordnet_folder_is_one_line(rows, wordnet, tmp_path):
     out = tmp_path / "out.jsonl"
-    assert_mistake(as_a_user("eda", rows, out, "--wordnet", tmp_path / "no"), "--wordnet", "index.noun", "wordnet-base")
+    assert_mistake(run_tool("baselines", "eda", rows, out, "--wordnet", tmp_path / "no"), "--wordnet", "index.noun", "wordnet-base")
     assert_mistake(baseline("eda", rows, out), "--wordnet")
     broken = shutil.copytree(wordnet, tmp_path / "broken")
     (broken / "data.noun").write_text("shorter by this" + (wordnet / "data.noun").read_text()[20:])
@@ -386,7 +387,7 @@ def test_a_wrong_wordnet_folder_is_one_line(rows, wordnet, tmp_path):
 
 def test_a_wrong_marian_folder_is_one_line(rows, marians, tmp_path):
     out = tmp_path / "out.jsonl"
-    assert_mistake(as_a_user("back-translation", rows, out, "--there", tmp_path / "no", "--back", marians[1]), "--there", "Marian")
+    assert_mistake(run_tool("baselines", "back-translation", rows, out, "--there", tmp_path / "no", "--back", marians[1]), "--there", "Marian")
     (tmp_path / "empty").mkdir()
     assert_mistake(baseline("back-translation", rows, out, "--there", tmp_path / "empty", "--back", marians[1]), "--there", "Marian")
     assert_mistake(baseline("back-translation", rows, out, "--there", marians[0], "--back", marians[1], "--temperature", 0), "--n 1")
@@ -438,10 +439,10 @@ def test_users_mistakes_are_one_line(rows, wordnet, tmp_path):
 def test_two_launches_at_once_are_one(rows, wordnet, tmp_path):
     from train_clip import lock
     held = lock(str(tmp_path / "out.jsonl.lock"), "test")
-    assert_mistake(as_a_user("eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet), "another launch")
+    assert_mistake(run_tool("baselines", "eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet), "another launch")
     held.close()
 
 
 def test_the_help_teaches():
-    done = as_a_user("--help")
+    done = run_tool("baselines", "--help")
     assert done.returncode == 0 and "python -m data.baselines eda" in done.stdout

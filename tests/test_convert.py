@@ -144,7 +144,7 @@ def test_ours_to_hf_and_back(shapes, vocabulary, tmp_path):
     model = randomise(T.CLIP(T.Config(**T.PRESETS["nano"], vocab_size=vocabulary.vocab_size, eot_id=vocabulary.eot_id,
                                       vision_eps=0.01, text_quick_gelu=True)))
     T.save_checkpoint(str(tmp_path / "ours.pt"), model, vocabulary)
-    done = run_tool("convert_checkpoint", "to-hf", tmp_path / "ours.pt", tmp_path / "hf")
+    done = run_tool("convert_checkpoint", "to-hf", tmp_path / "ours.pt", tmp_path / "hf", fresh=True)
     assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) == 1, done.stderr
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
     texts = processor.tokenizer(TEXTS, padding=True, return_tensors="pt")

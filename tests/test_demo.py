@@ -7,15 +7,12 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, read_jsonl
+from conftest import ROOT, read_jsonl, run
 from PIL import ImageFont
+from tools import run_tool
 
 sys.path.insert(0, str(ROOT))
 from data.demo import collect, icons, replication  # noqa: E402
-
-
-def python(*words, **more):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, **more)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +36,7 @@ def drawn(tmp_path_factory):
         with zipfile.ZipFile(out / "packages" / f"{package}-1.0-py3-none-any.whl", "w") as wheel:
             for name, data in members.items():
                 wheel.writestr(name, data)
-    done = python("-m", "data.demo.icons", "draw", out)
+    done = run_tool("demo.icons", "draw", out, fresh=True)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -99,7 +96,7 @@ def test_every_source_has_as_many_different_pairs():
 def test_a_package_of_another_layout_is_one_line(drawn, tmp_path, break_it, words):
     subprocess.run(["cp", "-r", drawn / "packages", tmp_path], check=True)
     break_it(tmp_path)
-    done = python("-m", "data.demo.icons", "draw", tmp_path)
+    done = run_tool("demo.icons", "draw", tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert [line for line in done.stderr.splitlines() if "error: " in line and words in line], done.stderr
 
@@ -107,7 +104,7 @@ def test_a_package_of_another_layout_is_one_line(drawn, tmp_path, break_it, word
 def test_spread_gives_every_row_its_texts(drawn, tmp_path):
     made = [{"alt": row["alt"], "rewrite_wording": row["alt"] + "!"} for row in read_jsonl(drawn / "names.jsonl")]
     (tmp_path / "made.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    done = python("-m", "data.demo.icons", "spread", tmp_path / "made.jsonl", drawn / "clean.jsonl", tmp_path / "out.jsonl")
+    done = run_tool("demo.icons", "spread", tmp_path / "made.jsonl", drawn / "clean.jsonl", tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr
     before, after = read_jsonl(drawn / "clean.jsonl"), read_jsonl(tmp_path / "out.jsonl")
     assert after == [{**row, "rewrite_wording": row["alt"] + "!"} for row in before]
@@ -117,20 +114,20 @@ def test_the_small_llava_learns_to_name_icons(drawn, tmp_path):
     """Tower, projector and LLM from scratch, then caption_llava.py on the folder: it says the names it was taught."""
     captions = drawn / "few.jsonl"
     captions.write_text("".join(json.dumps(row) + "\n" for row in read_jsonl(drawn / "clean.jsonl")[:4]))
-    assert python("-m", "data.make_tokenizer", captions, tmp_path / "t.json", "--vocab-size", 300).returncode == 0
-    done = python("train_clip.py", "--captions", captions, "--image-root", drawn / "images", "--tokenizer", tmp_path / "t.json", "--text", "alt",
+    assert run_tool("make_tokenizer", captions, tmp_path / "t.json", "--vocab-size", 300).returncode == 0
+    done = run("train_clip.py", "--captions", captions, "--image-root", drawn / "images", "--tokenizer", tmp_path / "t.json", "--text", "alt",
                   "--model", "nano", "--batch-size", 4, "--steps", 2, "--workers", 0, "--device", "cpu", "--out", tmp_path / "tower")
     assert done.returncode == 0, done.stderr
-    make = ["-m", "data.demo.make_llava", tmp_path / "tower/checkpoint.pt", captions, tmp_path / "llava", "--image-root", drawn / "images",
-            "--steps", 120, "--batch-size", 16, "--device", "cpu"]
-    done = python(*make)
+    make = ["demo.make_llava", tmp_path / "tower/checkpoint.pt", captions, tmp_path / "llava", "--image-root", drawn / "images",
+            "--steps", 100, "--batch-size", 8, "--device", "cpu"]
+    done = run_tool(*make, fresh=True)
     assert done.returncode == 0, done.stderr
-    done = python("caption_llava.py", "--input", captions, "--output", tmp_path / "out.jsonl", "--image-root", drawn / "images",
+    done = run("caption_llava.py", "--input", captions, "--output", tmp_path / "out.jsonl", "--image-root", drawn / "images",
                   "--model", tmp_path / "llava", "--max-new-tokens", 12, "--workers", 0, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     rows = read_jsonl(tmp_path / "out.jsonl")
     assert sum(row["vec"] == row["alt"] for row in rows) >= 3, rows
-    done = python(*make)
+    done = run_tool(*make)
     assert done.returncode == 2 and "exists" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
@@ -156,7 +153,7 @@ def test_a_run_that_was_stopped_is_not_evaluated(tmp_path):
     (tmp_path / "settings.json").write_text('{"steps": 30}')
     for step, status in ((20, 1), (30, 0)):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": 10}}\n{{"step": {step}}}\n')
-        done = python("-m", "data.demo.replication", "finished", tmp_path)
+        done = run_tool("demo.replication", "finished", tmp_path, fresh=True)
         assert done.returncode == status and len(done.stderr.splitlines()) == status, done.stderr
 
 
@@ -205,6 +202,6 @@ def test_a_file_of_pairs_that_cannot_be_used_is_one_line(tmp_path, text):
     (tmp_path / "in.jsonl").write_text('{"alt": "a", "vec": "b"}\n')
     if text:
         (tmp_path / "pairs.jsonl").write_text(text)
-    done = python("fuse_vicuna.py", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--model", tmp_path,
+    done = run("fuse_vicuna.py", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--model", tmp_path,
                   "--format", "pairs", "--pairs", tmp_path / "pairs.jsonl")
     assert done.returncode == 2 and "--pairs" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

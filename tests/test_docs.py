@@ -90,8 +90,8 @@ def test_a_tool_is_documented(tool):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_teaches(script):
-    done = run(script, "--help")
-    assert done.returncode == 0 and f"python {script}" in done.stdout
+    done = run(script, "--help", fresh=True)
+    assert done.returncode == 0 and f"python {script}" in done.stdout and done.stderr == ""
 
 
 def test_the_top_level_is_the_design():

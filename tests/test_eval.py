@@ -387,7 +387,7 @@ def test_zeroshot_as_a_user(shapes, trained, tmp_path):
     (tmp_path / "rows.jsonl").write_text(rows)
     folder, file = f"imagefolder:{tmp_path / 'folder'}", f"jsonl:{tmp_path / 'rows.jsonl'}"
     done = run("eval_zeroshot.py", "--checkpoint", trained / "checkpoint.pt", "--dataset", folder, file, "--image-root",
-               shapes / "images", "--templates", tmp_path / "templates.txt", "--workers", 1, "--json", tmp_path / "out.json")
+               shapes / "images", "--templates", tmp_path / "templates.txt", "--workers", 1, "--json", tmp_path / "out.json", fresh=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found[folder]["top1"] >= 0.8 and found[folder]["classes"] == len(COLOURS) and found[folder]["images"] == 16
@@ -399,7 +399,7 @@ def test_zeroshot_as_a_user(shapes, trained, tmp_path):
 def test_retrieval_as_a_user(shapes, trained, tmp_path):
     arguments = ["--checkpoint", trained / "checkpoint.pt", "--captions", shapes / "captions.jsonl", "--image-root",
                  shapes / "images", "--workers", 1]
-    done = run("eval_retrieval.py", *arguments, "--json", tmp_path / "out.json", "--hits", tmp_path / "hits.jsonl")
+    done = run("eval_retrieval.py", *arguments, "--json", tmp_path / "out.json", "--hits", tmp_path / "hits.jsonl", fresh=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["t2i_r1"] >= 0.8 and found["i2t_r1"] >= 0.8 and found["t2i_r1_chance"] == 1 / 16
@@ -426,7 +426,7 @@ def test_every_protocol_is_the_same_for_any_number_of_ranks(shapes, trained, tmp
                  "--batch-size", 7, "--workers", 1]
     found = []
     for ranks in (None, 2, 3):
-        done = run("eval_zeroshot.py", *arguments, "--json", tmp_path / f"{ranks}.json", ranks=ranks)
+        done = run("eval_zeroshot.py", *arguments, "--json", tmp_path / f"{ranks}.json", ranks=ranks, fresh=ranks == 3)
         assert done.returncode == 0 and "broken.png" in done.stderr, done.stderr
         found.append((tmp_path / f"{ranks}.json").read_text())
     assert found[0] == found[1] == found[2]
@@ -465,7 +465,7 @@ def test_scores_are_cosines_and_serve_best_and_the_filter(shapes, trained, tmp_p
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "no row\n\n")
     arguments = ["--checkpoint", trained / "checkpoint.pt", "--captions", tmp_path / "rows.jsonl", "--image-root",
                  shapes / "images", "--workers", 0, "--output", tmp_path / "scored.jsonl"]
-    done = run_tool("clip_scores", *arguments)
+    done = run_tool("clip_scores", *arguments, fresh=True)
     assert done.returncode == 0, done.stderr
     *lines, broken, blank = (tmp_path / "scored.jsonl").read_text().split("\n")[:-1]
     scored = [json.loads(line) for line in lines]
@@ -492,7 +492,7 @@ def test_scores_are_cosines_and_serve_best_and_the_filter(shapes, trained, tmp_p
     for row in scored[:16]:  # one text a row
         row["alt"], row["clip_score"]["alt"] = row["alt"][1], row["clip_score"]["alt"][1]
     (tmp_path / "single.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
-    done = run_tool("filter_captions", tmp_path / "single.jsonl", tmp_path / "best.jsonl", "--min-score", least)
+    done = run_tool("filter_captions", tmp_path / "single.jsonl", tmp_path / "best.jsonl", "--min-score", least, fresh=True)
     assert done.returncode == 0, done.stderr
     for row in read_jsonl(tmp_path / "best.jsonl")[:16]:
         assert (row["rewrite_a"] is not None) == (row["clip_score"]["rewrite_a"] >= least)
@@ -627,7 +627,7 @@ def test_files_with_a_mark_and_a_terminal_of_ascii(shapes, trained, tmp_path):
                "--classes", tmp_path / "classes.json")
     assert done.returncode == 0 and " 16" in done.stdout, done.stderr
     done = run_tool("search", *common, "--captions", tmp_path / "rows.jsonl", "--query", "caf\u00e9",
-                    env={"PYTHONIOENCODING": "ascii"})
+                    fresh=True, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and "caf\\xe9" in done.stdout, done.stderr
     (tmp_path / "wide.jsonl").write_bytes((shapes / "captions.jsonl").read_text().encode("utf-16"))
     assert_mistake(run("eval_retrieval.py", *common, "--captions", tmp_path / "wide.jsonl"), "wide.jsonl", "UTF-16")

@@ -309,8 +309,8 @@ def launched(model_folder, pictures, tmp_path_factory):
             name, ["caption_llava.py", "--image-root", pictures, "--workers", 1])
         done = run(script, "--input", rows, "--output", out / name, "--model", model_folder(name if name in IMAGE else "Llama"),
                    "--device", "cpu", "--dtype", "fp32", "--batch-size", 2, "--max-new-tokens", 12, *more,
-                   env={"PYTHONWARNINGS": "default,ignore:This process:DeprecationWarning",  # Python 3.12's about fork
-                        "TRANSFORMERS_VERBOSITY": "warning"})
+                   fresh=True, env={"PYTHONWARNINGS": "default,ignore:This process:DeprecationWarning",  # Python 3.12's about fork
+                                    "TRANSFORMERS_VERBOSITY": "warning"})
         return name, (done, read_jsonl(out / name) if done.returncode == 0 else None)
     with ThreadPoolExecutor(2) as pool:
         return dict(pool.map(launch, ["rewrite", "fuse", *IMAGE]))

@@ -191,7 +191,7 @@ def test_human(rows, tmp_path, capsys):
 
 def test_as_a_user_runs_it(rows, tmp_path):
     command = "make_pairs", "human", "--captions", rows, "--output", tmp_path / "out.jsonl"
-    done = run_tool(*command)
+    done = run_tool(*command, fresh=True)
     assert done.returncode == 0 and "16 in " in done.stdout and len(read_jsonl(tmp_path / "out.jsonl")) == 16
     assert_mistake(run_tool(*command), "expected a new file")
 

@@ -4,10 +4,8 @@ Exact: FLOPs of CLIP's towers and of a LLaMA's decoding steps, bytes of JSONL an
 (the pixels need no gradient), parameters of the LLMs (without norms). Within 10 %: a LLaMA that reads a prompt (kernels also
 multiply what the causal mask hides), a checkpoint (the tokenizer and torch's own bookkeeping are in it)."""
 import json
-import os
 import re
 import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -15,9 +13,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import ROOT, assert_mistake, train
+from conftest import assert_mistake, train
 from data import plan
 from train_clip import CLIP, PRESETS, Config, backward, clip_loss, multitext_loss, pack, projection_head, simclr_loss
+from tools import run_tool
 
 HOUR = 3600
 
@@ -169,8 +168,7 @@ def test_the_bottleneck_moves(tmp_path):
 
 
 def test_as_a_user():
-    done = subprocess.run([sys.executable, "-m", "data.plan", "--rows", "3e6", "300e6", "--gpu", "H100"], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run_tool("plan", "--rows", "3e6", "300e6", "--gpu", "H100", fresh=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     tables = re.findall(r"^[\d,]+ rows.*?\n\n", done.stdout, re.M | re.S)
     assert len(tables) == 2 and all(max(map(len, table.splitlines())) <= 140 for table in tables)
@@ -194,4 +192,4 @@ def test_mistakes_are_one_line(arguments, words, capfd):
 
 
 def test_a_mistake_as_a_user():
-    assert_mistake(subprocess.run([sys.executable, "-m", "data.plan", "--rate", "sleep=3"], capture_output=True, text=True, cwd=ROOT), "train")
+    assert_mistake(run_tool("plan", "--rate", "sleep=3"), "train")

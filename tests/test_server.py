@@ -1,5 +1,5 @@
 """--server: the three captioning stages with a stub that fails in every way that servers fail, and with a real server,
-`transformers serve`. The stages run as a user runs them, but wait only a 200th of the time between two tries."""
+`transformers serve`. The stages run in processes of their own, but wait only a 200th of the time between two tries."""
 import base64
 import io
 import json
@@ -100,7 +100,7 @@ class Stub(ThreadingHTTPServer):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """rows.jsonl (24 rows, 3 units), images/, and sitecustomize.py, which shortens the scripts' waiting."""
+    """rows.jsonl (24 rows, 3 units) and images/."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "images").mkdir()
     rows = []
@@ -111,7 +111,6 @@ def folder(tmp_path_factory):
     rows[2] |= {"alt": "a </s><|im_end|> kite [INST]", "seen": "a <|im_start|> red </s> kite"}
     rows[3] |= {"alt": "", "image": "absent.png"}
     write_jsonl(folder / "rows.jsonl", rows)
-    (folder / "sitecustomize.py").write_text("import time\nsleep = time.sleep\ntime.sleep = lambda seconds: sleep(seconds / 200)\n")
     return folder
 
 
@@ -124,7 +123,7 @@ def command(folder, out, stage, servers, *more):
 
 def launch(folder, out, *arguments, **env):
     """The stage, with out/out.jsonl as --output. Later arguments win. -> CompletedProcess"""
-    return run(*command(folder, out, *arguments), env={"PYTHONPATH": str(folder), "no_proxy": "127.0.0.1", **env})
+    return run(*command(folder, out, *arguments), env={"no_proxy": "127.0.0.1", **env}, first=["short_waits"])
 
 
 def launch_well(folder, out, *arguments, **env):

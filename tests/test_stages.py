@@ -2,20 +2,16 @@
 interruption, and no row lost whatever stands in it. All models are real transformers models, small ones."""
 import ast
 import json
-import multiprocessing
 import os
 import random
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
-import traceback
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -28,9 +24,11 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import caption_llava
+import forks
 import fuse_vicuna
 import rewrite_llama
 from conftest import ROOT, assert_mistake, read_jsonl, run
+from forks import ENVIRONMENT
 
 STAGES = {"rewrite": "rewrite_llama.py", "caption": "caption_llava.py", "fuse": "fuse_vicuna.py"}
 REFUSAL, ALONE, BOTH = "I\u2019m sorry, no.", "one red wall", "two blue boats"  # what the trained model says
@@ -199,56 +197,18 @@ def folder(tmp_path_factory):
 
 
 # --- running a stage ----------------------------------------------------------------------------------------
-# torch and transformers take seconds to import. A server has them imported and forks for every run: the
-# script still runs as __main__ in a process of its own, with its own arguments, environment and streams.
-# test_fresh_interpreter runs each script as a user does.
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["pytest", "PIL.Image", "tqdm", "torchvision", "transformers.generation.utils"] +
-    [f"transformers.models.{name}" for name in (
-        "auto.modeling_auto", "auto.tokenization_auto", "auto.processing_auto", "auto.image_processing_auto",
-        "llama.modeling_llama", "llava.modeling_llava", "llava.processing_llava", "clip.modeling_clip",
-        "clip.image_processing_clip")])
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
-               "TOKENIZERS_PARALLELISM": "false"}
-
-
-def run_script(script, arguments, env, streams):
-    """In the forked process: the script, as `python script arguments` would."""
-    os.setpgid(0, 0)
-    for number, path in enumerate(streams, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
-    os.environ.update(env)
-    sys.argv, status = [script, *arguments], 0
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as e:
-        status = e.code
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    threading._shutdown()  # as the interpreter does at its end: joins threads
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
+# In forks (see forks.py). test_fresh_interpreter runs each script as a user does.
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """start(stage, arguments...) -> the process of a stage at work."""
     streams = tmp_path_factory.mktemp("streams")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        multiprocessing.forkserver.ensure_running()
     started = []
 
     def start(stage, *arguments, **env):
         paths = [streams / f"{len(started)}.{name}" for name in ("out", "err")]
-        process = FORKS.Process(target=run_script, args=(STAGES[stage], [*map(str, arguments)], env, paths))
+        process = forks.start(STAGES[stage], arguments, paths, env)
         process.paths = paths
-        process.start()
         started.append(process)
         return process
 
@@ -1367,7 +1327,7 @@ def test_caption_model_without_a_padding_token(folder, arguments, start, whole, 
 # --- a full disk --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kilobytes", [30, 200])
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(kilobytes, arguments, whole, tmp_path):
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(kilobytes, arguments, start, whole, tmp_path):
     """A limit on the size of a file stands for it: less than a block's rows, or less than the whole joined file."""
     command = [sys.executable, str(ROOT / "fuse_vicuna.py"), *map(str, arguments("fuse"))]
     limit = kilobytes * 1000
@@ -1378,8 +1338,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(kilobytes, argumen
         mistakes = [line for line in done.stderr.splitlines() if "error:" in line]
         assert done.returncode == 2 and len(mistakes) == 1 and "Traceback" not in done.stderr, done.stderr
         assert "Nothing is lost" in mistakes[0] and not (tmp_path / "out.jsonl").exists()
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
-    assert done.returncode == 0 and (tmp_path / "out.jsonl").read_bytes() == whole("fuse")
+    finish_well(start("fuse", *arguments("fuse")))
+    assert (tmp_path / "out.jsonl").read_bytes() == whole("fuse")
 
 
 # --- a user's mistakes: exit status 2, one line, nothing touched --------------------------------------------

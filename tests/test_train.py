@@ -724,20 +724,29 @@ def test_another_tokenizer_cannot_go_on(shapes, tmp_path):
     assert_mistake(train(shapes, tmp_path / "out", *arguments, "--tokenizer", tmp_path / "tokenizer.json"), "tokenizer")
 
 
+TWO_HUNDRED = ("--steps", 200, "--eps", "1e-3", "--lr", "1e-4")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shapes, tmp_path_factory):
+    """The run that the next test disturbs."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(shapes, out, *TWO_HUNDRED).returncode == 0
+    return out
+
+
 @pytest.mark.parametrize("ranks", [None, 2])
-def test_sigterm_saves_and_leaves_and_another_number_of_ranks_goes_on(shapes, tmp_path, ranks):
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    arguments = ("--steps", 200, "--eps", "1e-3", "--lr", "1e-4")
-    running = start(shapes, out, *arguments, ranks=ranks)
+def test_sigterm_saves_and_leaves_and_another_number_of_ranks_goes_on(shapes, undisturbed, tmp_path, ranks):
+    out = tmp_path / "run"
+    running = start(shapes, out, *TWO_HUNDRED, ranks=ranks)
     wait_for_steps(running, out, 3)
     running.terminate()
     assert running.wait() == (1 if ranks else 0)  # torchrun itself reports 1
     step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
     assert 3 <= step == read_jsonl(out / "metrics.jsonl")[-1]["step"] < 200
     more = ("--resume", "auto", "--micro-batch", 3)  # this may change, as the number of ranks may
-    assert train(shapes, out, *arguments, *more).returncode == 0
-    assert train(shapes, whole, *arguments).returncode == 0
-    np.testing.assert_allclose(losses(out), losses(whole), rtol=1e-4)
+    assert train(shapes, out, *TWO_HUNDRED, *more).returncode == 0
+    np.testing.assert_allclose(losses(out), losses(undisturbed), rtol=1e-4)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(shapes, tmp_path):
@@ -958,7 +967,7 @@ def test_ranks_that_differ_stop(shapes, tmp_path):
     code = "import json, os, sys, train_clip as T; T.main(json.loads(sys.argv[1])[int(os.environ['RANK'])])"
     (tmp_path / "two.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code)
     same = [train_arguments(shapes, tmp_path / str(rank), "--steps", 400, "--resume", "auto") for rank in (0, 1)]
-    done = run(tmp_path / "two.py", json.dumps(same), ranks=2)
+    done = run(tmp_path / "two.py", json.dumps(same), ranks=2, fresh=True)
     assert done.returncode != 0 and "the ranks begin at different steps" in done.stderr and "Traceback (most recent call last):\n  File \"" + str(tmp_path) not in done.stderr
 
 
