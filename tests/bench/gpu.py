@@ -41,6 +41,7 @@ import caption_llava as C  # noqa: E402
 import fuse_vicuna as V  # noqa: E402
 import rewrite_llama as R  # noqa: E402
 import train_clip as T  # noqa: E402
+from data import make_tokenizer  # noqa: E402
 
 
 def seconds(function, device, repeat=5):
@@ -78,8 +79,7 @@ def write_set(folder, n, size=(640, 480)):
         words = " ".join(rng.choice(["red", "old", "bike", "tree", "near", "a", "river", "house"], rng.integers(3, 20)))
         rows.append({"image": f"{i}.jpg", "alt": words, "rewrite_a": f"a photo of {words}"})
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    subprocess.run([sys.executable, "-m", "data.make_tokenizer", folder / "rows.jsonl", folder / "tokenizer.json", "--vocab-size", "400"],
-                   check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    make_tokenizer.main([str(folder / "rows.jsonl"), str(folder / "tokenizer.json"), "--vocab-size", "400"])
 
 
 def check_train(args, folder):
