@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv and run the tests: bash tests/run.sh [pytest arguments]. Can be run again at any time.
+# Two files of tests run at a time; -n 0 as an argument: one test after another, in one process, as --pdb needs.
 # bash tests/run.sh --lowest [pytest arguments]: the same with the oldest versions that requirements.txt allows, in .venv-lowest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,5 +9,5 @@ if [ "${1:-}" = --lowest ]; then shift; venv=.venv-lowest bounds='s/>=/==/'; fi
 python=${PYTHON:-python3}
 [ -x $venv/bin/python ] || "$python" -m venv $venv
 $venv/bin/python -m pip install --quiet -r <(sed "$bounds" requirements.txt) -r data/requirements.txt -r tests/requirements.txt
-export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec $venv/bin/python -m pytest tests -q "$@"
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec $venv/bin/python -m pytest tests -q -n 2 --dist loadfile "$@"
