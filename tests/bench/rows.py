@@ -1,7 +1,7 @@
 """Two million rows of five texts as the trainer reads them, against holding them in lists: seconds and memory.
 
     python tests/bench/rows.py                  # about 5 minutes, 1.5 GB of disk for a while; also a tenth of the rows
-    python tests/bench/rows.py --rows 20000     # does it run? a minute
+    python tests/bench/rows.py --rows 20000 --reads 2000    # does it run? a minute
 
 ours        Rows and Samples of train_clip.py: rows stay in the file and are found by their byte offsets
 open_clip   its CsvDataset: pandas.read_csv, a list of paths, a list of texts (one text a row)
@@ -95,7 +95,7 @@ def measure(side, folder, reads):
     next(batches)
     first_s, pids = time.perf_counter() - start, [worker.pid for worker in batches._workers]
     at_first = memory(*pids)
-    for _ in range(min(reads // BATCH, len(loader)) - 2):  # the last one would end the workers
+    for _ in range(reads // BATCH - 2):
         next(batches)
     worker, main_mb = memory(*pids), memory(os.getpid())["Rss"] - before
     return {"index s": index_s, "first s": first_s, "main MB": main_mb, "worker MB": at_first["private"],
@@ -109,6 +109,8 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.rows < 10 * args.reads:
+        parser.error(f"--rows {args.rows}: a tenth of them has to be at least --reads {args.reads}")
     if args.measure:
         return print(json.dumps(measure(args.measure[0], Path(args.measure[1]), args.reads)))
     if args.rows < 10 * 3 * BATCH or args.reads < 3 * BATCH:
