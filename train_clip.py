@@ -1562,6 +1562,7 @@ def in_one_line():
             die("another rank left; its own line says why")
         lost = isinstance(e, (ConnectionError, EOFError))
         if lost or "DataLoader worker" in str(e) and "Caught" not in str(e):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for the next one, too
             die("a worker that reads images was killed, perhaps because memory was full (then try fewer "
                 f"--workers): {reason(e)}")
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
