@@ -113,7 +113,8 @@ def main(out):
         "machine": {
             "python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine(),
             "CPUs": os.cpu_count(),
-            "seconds of all steps, two tracks side by side": sum(step["seconds"] for step in steps if step["name"] != "install")},
+            "seconds of all steps, two tracks side by side": sum(
+                step["seconds"] for step in steps if step["name"] != "install")},
         "captioner": {"right": right, "shuffled": shuffled},
         "steps": steps,
         "tables": [table],
