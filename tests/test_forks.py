@@ -27,4 +27,5 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
         "import os, time, torch.distributed as dist\ndist.init_process_group('gloo')\nranks = [None] * 2\n"
         "dist.all_gather_object(ranks, dist.get_rank())\nprint(ranks, flush=True)\nif dist.get_rank():\n    raise SystemExit(3)\ntime.sleep(600)\n")
     done = run(tmp_path / "script.py", ranks=2)
-    assert done.returncode == 3 and done.stdout == "[0, 1]\n" * 2, done.stderr
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # torch 2.9's own
+    assert done.returncode == 3 and lines == ["[0, 1]"] * 2, done.stderr
