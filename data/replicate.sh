@@ -25,7 +25,7 @@ veclip="--text alt=0.5 vecap=0.5"
 wide="--model ViT-S/16 --image-size 64"
 rows="clip laclip laclip-mt laclip-unfiltered laclip-1 laclip-scene
   laclip-shots-0 laclip-shots-1 laclip-shots-3 laclip-small-llm
-  oracle oracle-alone slip laslip eda clip-2x laclip-2x clip-wide laclip-wide
+  oracle oracle-alone slip laslip eda clip-2x laclip-2x clip-4x laclip-4x clip-wide laclip-wide
   clip-noisy laclip-noisy vec-only vecap-only veclip veclip-vec
   veclip-25-75 veclip-75-25 veclip-cut veclip-join alt-random alt-first alt-best
   clip-quarter veclip-quarter clip-half laclip-half clip-eighth laclip-eighth"
@@ -46,8 +46,8 @@ row() { # row NAME: sets $captions, $seeds and $flags (of train_clip.py)
     slip)              captions=clean flags="--text alt --ssl" ;;
     laslip)            captions=filtered flags="$laclip --ssl" ;;
     eda)               captions=eda flags="--text alt rewrite_eda_1 rewrite_eda_2" ;;  # WORDNET=its folder
-    clip-2x)           captions=clean flags="--text alt --steps $((2 * steps))" ;;
-    laclip-2x)         captions=filtered flags="$laclip --steps $((2 * steps))" ;;
+    clip-?x)           captions=clean flags="--text alt --steps $((${1:5:1} * steps))" ;;
+    laclip-?x)         captions=filtered flags="$laclip --steps $((${1:7:1} * steps))" ;;
     clip-wide)         captions=clean flags="--text alt $wide" ;;                      # 21 M, not 1 M
     laclip-wide)       captions=filtered flags="$laclip $wide" ;;
     # VeCLIP: AltText as the web has it, about half of it useless
