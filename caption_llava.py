@@ -616,9 +616,9 @@ class Server:
 
     def ask(self, urls=None, **request):
         """-> (text, whether it ended by itself, None) or ("", False, why the server refuses the request)"""
-        urls, failures, crashes = urls or self.urls, 0, 0
+        urls, failures, crashes, tried = urls or self.urls, 0, 0, set()
         for turn in itertools.count(next(self.turns)):
-            up = [url for url in urls if self.down.get(url, 0) < time.monotonic()]
+            up = [url for url in urls if url not in tried and self.down.get(url, 0) < time.monotonic()]
             url, answered = (up or urls)[turn % len(up or urls)], self.answered
             status, answer = self.post(url, request)
             if status == 200:
@@ -636,7 +636,8 @@ class Server:
                     raise ConnectionError(f"--server {url} refuses every row: {answer}")
                 return "", False, f"refused by the server: {answer}"
             only_busy = status in (429, 503) and self.answered > answered
-            failures += not (only_busy or status == 0 and len(up) > 1)
+            failures += not (only_busy or status == 0 and url not in tried)  # each server may vanish once
+            tried.add(url)
             if failures > 6 or 400 <= status < 500 and status not in (408, 429):
                 raise ConnectionError(f"--server {url}: {answer}")
             time.sleep(2 ** failures / 4)

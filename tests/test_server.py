@@ -2,6 +2,7 @@
 `transformers serve`. The stages run in processes of their own, but wait only a 200th of the time between two tries."""
 import base64
 import io
+import itertools
 import json
 import operator
 import os
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import rewrite_llama
 from caption_llava import PROMPT
 from conftest import ROOT, assert_mistake, read_jsonl, run
 from test_stages import STAGES, assert_rows_kept, make_llama, make_llava, outputs, write_jsonl
@@ -371,6 +373,24 @@ def test_seven_neighbours_that_vanish_do_not_end_the_launch(happy, folder, tmp_p
             return b""
     stubs = [Stub(behave), *(Stub() for _ in range(8))]
     assert launch_well(folder, tmp_path, "rewrite", stubs) == happy["rewrite"][1]
+
+
+def test_servers_that_never_answer_end_the_launch(monkeypatch):
+    """Each hangs until the time-out, when the others are no longer said to be down: a request does not go round for ever."""
+    server, now, asked = object.__new__(rewrite_llama.Server), [0], []
+    vars(server).update(urls=["http://a", "http://b", "http://c"], down={}, turns=itertools.count(), answered=0, refused=0, harmless={})
+    monkeypatch.setattr(rewrite_llama.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rewrite_llama.time, "sleep", lambda seconds: None)
+
+    def post(url, request):
+        asked.append(url)
+        assert len(asked) < 50
+        now[0] += 300
+        return 0, "timed out"
+    server.post = post
+    with pytest.raises(ConnectionError, match="timed out"):
+        server.ask(prompt="a")
+    assert set(asked) == set(server.urls)
 
 
 def test_a_refusal_is_asked_again_with_the_vec_alone(folder, tmp_path):
