@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv and run the tests: bash tests/run.sh [pytest arguments]. Can be run again at any time.
-# Two files of tests run at a time; -n 0 as an argument: one test after another, in one process, as --pdb needs.
+# Two files of tests run at a time; with -n 0, one test after another in one process.
 # bash tests/run.sh --lowest [pytest arguments]: the same with the oldest versions that requirements.txt allows, in .venv-lowest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
