@@ -1,5 +1,6 @@
 """Every command of the documentation is accepted by its script's own parser, and the shape of the repository holds."""
 import argparse
+import ast
 import importlib
 import importlib.util
 import json
@@ -113,3 +114,10 @@ def test_the_gpu_check_runs(tmp_path):
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["train"]["largest difference, two runs"] == found["train"]["killed and resumed"] == 0
     assert set(checks) <= set(found)
+
+
+def test_both_equations_stand_where_readme_says():
+    path, count, names = re.search(r"`(\w+\.py)`, the first (\d+) lines: (.*?) \|", (ROOT / "README.md").read_text()).groups()
+    places = {node.name: node.end_lineno for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)}
+    names = re.findall(r"`(\w+)`", names)
+    assert len(names) == 3 and all(places[name] <= int(count) for name in names), [(name, places[name]) for name in names]
