@@ -4,13 +4,14 @@
     python tests/bench/gpu.py --checks text step                # some of them
     python tests/bench/gpu.py --device cpu --tiny               # do they run? the numbers mean nothing
 
-train     train_clip.py on 512 pictures made here: two runs compared, and one that is killed and goes on
+train     train_clip.py on 512 pictures made here: losses of CLIP, LaCLIP-MT and SLIP against the CPU's, in fp32 and bf16, in
+          micro-batches, by torchrun; two runs compared, and one that is killed and goes on
 text      text tower forward + backward over random batches of 1,024 captions: one attention call (varlen), one a length (groups),
           padded to 77; ms a batch and kernels launched
 step      whole training steps of B/16 and B/16-laclip, images already on the host: images/s, share of --peak FLOP/s, peak memory, in
           eager mode and compiled
 sync      what waits for the GPU inside a step (torch.cuda.set_sync_debug_mode): must be nothing
-rewrite   rewrite_llama.py's decoding with a LLaMA-7B of random weights: new tokens/s, bf16, batches of 64 to 512
+rewrite   rewrite_llama.py's decoding with a LLaMA-7B of random weights, and two loops around generate: rows/s, bf16
 loader    images/s of one loader worker, 640 x 480 JPEGs to crops of 224
 caption   caption_llava.py's `caption` with a LLaVA-1.5-7B of random weights: images/s, ms of the prefill and of a decoding step
 fuse      fuse_vicuna.py's `answer` with a Vicuna-13B of random weights: the same
@@ -83,28 +84,51 @@ def write_set(folder, n, size=(640, 480)):
 
 
 def check_train(args, folder):
+    """Losses of short runs, all at once: each way to train on the device against the CPU in fp32, and the device against itself"""
     write_set(folder, 64 if args.tiny else 512)
-    steps = 6 if args.tiny else 60
+    steps, torchrun = 6 if args.tiny else 60, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
 
-    def command(name):
-        return [sys.executable, ROOT / "train_clip.py", "--captions", folder / "rows.jsonl", "--image-root", folder / "images", "--text", "alt",
-                "rewrite_a", "--model", "nano", "--tokenizer", folder / "tokenizer.json", "--batch-size", "32", "--steps", str(steps), "--warmup", "2",
-                "--save-every", "2", "--log-every", "1", "--device", args.device, "--out", folder / name, "--resume", "auto"]
+    def start(name, *flags, device=args.device, launch=()):
+        return subprocess.Popen([
+            sys.executable, *launch, ROOT / "train_clip.py", "--captions", folder / "rows.jsonl", "--image-root", folder / "images",
+            "--text", "alt", "rewrite_a", "--model", "nano", "--tokenizer", folder / "tokenizer.json", "--batch-size", "32", "--steps",
+            str(steps), "--warmup", "2", "--save-every", "2", "--log-every", "1", "--device", device, "--out", folder / name, "--resume",
+            "auto", "--workers", "1", *flags], stdout=subprocess.DEVNULL, stderr=open(folder / f"{name}.log", "a"),
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def losses(name):
-        return [json.loads(line)["loss"] for line in open(folder / name / "metrics.jsonl")]
+        path = folder / name / "metrics.jsonl"
+        return np.array([json.loads(line)["loss"] for line in open(path)]) if path.exists() else np.array([])
 
-    for name in ("one", "two"):
-        subprocess.run(command(name), check=True, stderr=subprocess.DEVNULL)
-    running = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL)
-    while running.poll() is None and not ((folder / "killed/metrics.jsonl").exists() and len(losses("killed")) > steps // 3):
+    methods = {"clip": [], "multitext": ["--loss", "multitext"], "ssl": ["--ssl"]}
+    extras = {"fp32": [], "micro-batch": ["--micro-batch", "8"], "grad-checkpointing": ["--grad-checkpointing"]}
+    runs = {}
+    for method, flags in [*methods.items()][:1 if args.tiny else None]:
+        runs[f"{method} cpu"] = start(f"{method} cpu", *flags, "--precision", "fp32", device="cpu")
+        runs[f"{method} bf16"] = start(f"{method} bf16", *flags)
+        for name, more in extras.items():
+            runs[f"{method} {name}"] = start(f"{method} {name}", *flags, *more, "--precision", "fp32")
+    runs["clip torchrun"] = start("clip torchrun", "--precision", "fp32", launch=torchrun)
+    runs["clip again"] = start("clip again")
+    killed = start("killed")
+    while killed.poll() is None and len(losses("killed")) <= steps // 3:
         time.sleep(0.05)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    subprocess.run(command("killed"), check=True, stderr=subprocess.DEVNULL)
-    one, two, killed = map(np.array, map(losses, ("one", "two", "killed")))
-    return {"steps": steps, "largest difference, two runs": abs(one - two).max(), "killed and resumed": abs(one - killed).max(),
-            "first loss": one[0], "last loss": one[-1]}
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    runs["clip killed"] = start("killed")
+    found = {"steps": steps}
+    for name, process in runs.items():
+        method, way = name.split()
+        own = "killed" if way == "killed" else name
+        reference = f"{method} bf16" if way in ("killed", "again") else f"{method} cpu"
+        runs[reference].wait()
+        if process.wait() or len(losses(own)) < steps:
+            found[name] = (folder / f"{own}.log").read_text()[-1500:]
+        elif name != reference:
+            found[f"{name}, largest difference of a loss from {reference}"] = abs(losses(own) - losses(reference)).max()
+        else:
+            found[f"{name}, first and last loss"] = losses(own)[[0, -1]].tolist()
+    return found
 
 
 def check_text(args, folder):
@@ -231,20 +255,39 @@ LLAMA = {"tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2
 
 
 def check_rewrite(args, folder):
-    from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(vocab_size=32000, eos_token_id=2, **LLAMA["tiny" if args.tiny else "7B"])
+    """Against `generate`, both with 132 tokens of prompt a row, of which rewrite_llama.py's rows share 120. A share of the
+    vocabulary ends a line, so that lines have about 16 tokens, 77 at most; LaCLIP's released loop always makes 77"""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(vocab_size=32000, eos_token_id=2, pad_token_id=0, **LLAMA["tiny" if args.tiny else "7B"])
     model = random_model(args, lambda: LlamaForCausalLM(config))
-    tokenizer = SimpleNamespace(eos_token_id=2, batch_decode=lambda rows, **_: ["x"] * len(rows))  # no token ends a line but the end
-    found = {}
+    model.lm_head.weight.data.mul_(4)  # a trained model's nucleus has few tokens
+    new, ends = 8 if args.tiny else 77, [2, *range(16, 32000, 16)]
+    tokenizer = SimpleNamespace(eos_token_id=2, batch_decode=lambda rows, **_: ["\n" if row[0] in ends else "x" for row in rows])
+    prompt, found = torch.randint(5, 32000, (1, 120), device=model.device), {}
+
+    def ours(texts):
+        completer.set_prefix(prompt)
+        return sum(map(len, completer.decode(texts, torch.rand(len(texts), new))))
+
+    def theirs(texts, ends):
+        ids = torch.cat([prompt.repeat(len(texts), 1), torch.tensor(texts, device=model.device)], 1)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=GenerationConfig(
+            do_sample=True, temperature=0.9, top_p=0.95, top_k=0, max_new_tokens=new, eos_token_id=ends, pad_token_id=0))
+        return (out[:, ids.shape[1]:] != 0).sum().item()
+
     for n in ([4] if args.tiny else [64, 256, 512]):
-        new = 8 if args.tiny else 40
         completer = R.Completer(model, tokenizer, SimpleNamespace(max_new_tokens=new, temperature=0.9, top_p=0.95, model="random", batch_size=n))
-        completer.set_prefix(torch.randint(5, 32000, (1, 120), device=model.device))
+        implementation = model.config._attn_implementation
         texts = [torch.randint(5, 32000, (12,)).tolist() for _ in range(n)]
-        time_of = seconds(lambda: completer.decode(texts, torch.rand(n, new)), args.device, 3)
-        found[f"batch {n}"] = {"new tokens/s": n * new / time_of, "shares the prompt": completer.shares}
-        print(f"  batch {n}: {found[f'batch {n}']}", flush=True)
-    return found
+        for side, run in (("rewrite_llama.py", lambda: ours(texts)), ("newline stop", lambda: theirs(texts, ends)),
+                          ("LaCLIP's loop", lambda: theirs(texts, [32000]))):
+            model.set_attn_implementation(implementation if side == "rewrite_llama.py" else "sdpa")
+            count = [0, 0]
+            with torch.inference_mode():
+                time_of = seconds(lambda: count.append(run()), args.device, 1 if "loop" in side else 3)
+            found[f"batch {n}, {side}"] = {"rows/s": n / time_of, "tokens a row": count[-1] / n}
+            print(f"  batch {n}, {side}: {found[f'batch {n}, {side}']}", flush=True)
+    return found | {"shares the prompt": completer.shares}
 
 
 def generation(args, model, run, sizes):
