@@ -726,8 +726,9 @@ def collate(samples):
     return {"images": torch.stack([sample["images"] for sample in samples]),
             "tokens": tokens.view(len(samples), -1, tokens.shape[-1]),
             "drawn": torch.tensor([sample["drawn"] for sample in samples]), "bad": bad,
-            "counts": Counter(images=len(samples), bad=len(bad), filled=sum(s["filled"] for s in samples),
-                              replaced=sum(s["replaced"] for s in samples))}
+            # not a Counter, whose numbers torch's pin_memory doubles
+            "counts": {"images": len(samples), "bad": len(bad), "filled": sum(s["filled"] for s in samples),
+                       "replaced": sum(s["replaced"] for s in samples)}}
 
 
 class Pieces:
@@ -768,7 +769,7 @@ def join(parts, device, micro_batch, eot_id):
     chunks = [(chunk, pack(ids.flatten(0, 1), eot_id, device))
               for chunk, ids in zip(images.split(micro_batch), tokens.split(micro_batch))]
     return {"chunks": chunks, "drawn": to_device(torch.cat([part["drawn"] for part in parts]), device),
-            "counts": sum((part["counts"] for part in parts), Counter()),
+            "counts": sum((Counter(part["counts"]) for part in parts), Counter()),
             "bad": sum((part["bad"] for part in parts), [])}
 
 
@@ -1464,6 +1465,8 @@ def start_ranks(device, minutes=30):
     minutes: how long a rank waits for another one."""
     if "cuda" in device:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # of the patches' convolution: fp32 is fp32
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every new shape, and texts have many
     if "RANK" not in os.environ:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             die("several SLURM tasks without RANK would all do the same: start torchrun in one task a node")

@@ -15,6 +15,7 @@ import forks
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # cuda: the same on a GPU, but for ranks and what must be equal to the bit
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
 SHAPES = ["square", "bar", "cross", "frame"]
 
@@ -114,7 +115,7 @@ def train_arguments(shapes, out, *arguments):
     return [str(a) for a in (
         "--captions", shapes / "captions.jsonl", "--image-root", shapes / "images", "--text", "alt", "rewrite_a", "rewrite_b",
         "--model", "nano", "--image-size", 32, "--tokenizer", shapes / "tokenizer.json", "--batch-size", 8, "--steps", 6,
-        "--warmup", 2, "--workers", 0, "--log-every", 1, "--precision", "fp32", "--device", "cpu", "--out", out, *arguments)]
+        "--warmup", 2, "--workers", 0, "--log-every", 1, "--precision", "fp32", "--device", DEVICE, "--out", out, *arguments)]
 
 
 def train(shapes, out, *arguments, **more):

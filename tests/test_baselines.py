@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, assert_mistake
+from conftest import DEVICE, ROOT, assert_mistake
 from data import baselines
 from tools import run_tool
 from train_clip import draw_texts
@@ -263,7 +263,7 @@ def test_a_torn_part_is_cut_back_to_whole_blocks(many, wordnet, tmp_path):
 
 
 def test_sigkill_changes_no_byte(many, marians, tmp_path):
-    arguments = ["back-translation", many, "--there", marians[0], "--back", marians[1], "--n", 2, "--device", "cpu", "--max-new-tokens", 20]
+    arguments = ["back-translation", many, "--there", marians[0], "--back", marians[1], "--n", 2, "--device", DEVICE, "--max-new-tokens", 20]
     done = run_tool("baselines", *arguments[:2], tmp_path / "whole.jsonl", *arguments[2:])
     assert done.returncode == 0, done.stderr
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
@@ -298,7 +298,7 @@ def test_greedy_is_transformers_own(many, marians, tmp_path):
     lines[3] = json.dumps({"alt": ["two dogs", "a red bike by the old wall " * 9]})
     (rows := tmp_path / "rows.jsonl").write_text("\n".join(lines))
     arguments = ("back-translation", rows, tmp_path / "out.jsonl", "--there", marians[0], "--back", marians[1], "--n", 1,
-                 "--temperature", 0, "--dtype", "fp32", "--device", "cpu", "--batch-size", 7, "--max-new-tokens", 20)
+                 "--temperature", 0, "--dtype", "fp32", "--device", DEVICE, "--batch-size", 7, "--max-new-tokens", 20)
     done = baseline(*arguments)
     assert done.returncode == 0, done.stderr
     texts = 0
@@ -310,7 +310,7 @@ def test_greedy_is_transformers_own(many, marians, tmp_path):
 
 
 def test_sampling_keeps_the_contract(rows, marians, tmp_path):
-    arguments = ("--there", marians[0], "--back", marians[1], "--n", 3, "--device", "cpu")
+    arguments = ("--there", marians[0], "--back", marians[1], "--n", 3, "--device", DEVICE)
     for name, *more in ("a",), ("b",), ("c", "--seed", 1):
         done = (partial(run_tool, "baselines") if name == "a" else baseline)("back-translation", rows, tmp_path / name, *arguments, *more)
         assert done.returncode == 0, done.stderr
@@ -341,7 +341,7 @@ def test_the_original_again_is_null():
 
 def test_long_and_endless_texts_are_null(marians, tmp_path):
     (rows := tmp_path / "rows.jsonl").write_text(json.dumps({"alt": ["bike " * 300, "a red bike by the old wall"]}))
-    done = baseline("back-translation", rows, tmp_path / "out.jsonl", "--there", marians[0], "--back", marians[1], "--device", "cpu",
+    done = baseline("back-translation", rows, tmp_path / "out.jsonl", "--there", marians[0], "--back", marians[1], "--device", DEVICE,
                     "--max-new-tokens", 1, "--seed", 3)
     assert done.returncode == 0, done.stderr
     row, = read_jsonl(tmp_path / "out.jsonl")
@@ -364,7 +364,7 @@ def test_a_real_marian_tokenizer(tmp_path):
         (folder / name).unlink(missing_ok=True)
     MarianTokenizer(*(str(tmp_path / name) for name in ("p.model", "p.model", "v.json"))).save_pretrained(folder)
     (rows := tmp_path / "rows.jsonl").write_text('{"alt": ">>fr<< a red bike </s> by the sea"}\n')
-    done = baseline("back-translation", rows, tmp_path / "out.jsonl", "--there", folder, "--back", folder, "--device", "cpu")
+    done = baseline("back-translation", rows, tmp_path / "out.jsonl", "--there", folder, "--back", folder, "--device", DEVICE)
     assert done.returncode == 0, done.stderr
     assert any(read_jsonl(tmp_path / "out.jsonl")[0][f"rewrite_backtranslation_{i}"] for i in (1, 2, 3, 4))
 

@@ -7,7 +7,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, read_jsonl, run
+from conftest import DEVICE, ROOT, read_jsonl, run
 from PIL import ImageFont
 from tools import run_tool
 
@@ -116,14 +116,14 @@ def test_the_small_llava_learns_to_name_icons(drawn, tmp_path):
     captions.write_text("".join(json.dumps(row) + "\n" for row in read_jsonl(drawn / "clean.jsonl")[:4]))
     assert run_tool("make_tokenizer", captions, tmp_path / "t.json", "--vocab-size", 300).returncode == 0
     done = run("train_clip.py", "--captions", captions, "--image-root", drawn / "images", "--tokenizer", tmp_path / "t.json", "--text", "alt",
-                  "--model", "nano", "--batch-size", 4, "--steps", 2, "--workers", 0, "--device", "cpu", "--out", tmp_path / "tower")
+                  "--model", "nano", "--batch-size", 4, "--steps", 2, "--workers", 0, "--device", DEVICE, "--out", tmp_path / "tower")
     assert done.returncode == 0, done.stderr
     make = ["demo.make_llava", tmp_path / "tower/checkpoint.pt", captions, tmp_path / "llava", "--image-root", drawn / "images",
-            "--steps", 100, "--batch-size", 8, "--device", "cpu"]
+            "--steps", 100, "--batch-size", 8, "--device", DEVICE]
     done = run_tool(*make, fresh=True)
     assert done.returncode == 0, done.stderr
     done = run("caption_llava.py", "--input", captions, "--output", tmp_path / "out.jsonl", "--image-root", drawn / "images",
-                  "--model", tmp_path / "llava", "--max-new-tokens", 12, "--workers", 0, "--device", "cpu")
+                  "--model", tmp_path / "llava", "--max-new-tokens", 12, "--workers", 0, "--device", DEVICE)
     assert done.returncode == 0, done.stderr
     rows = read_jsonl(tmp_path / "out.jsonl")
     assert sum(row["vec"] == row["alt"] for row in rows) >= 3, rows

@@ -23,7 +23,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 import eval_retrieval
 import eval_zeroshot
 import train_clip as T
-from conftest import COLOURS, ROOT, assert_mistake, read_jsonl, run, worker_of
+from conftest import COLOURS, DEVICE, ROOT, assert_mistake, read_jsonl, run, worker_of
 from data import classification_sets, clip_scores, logistic_regression, search
 from tools import run_tool
 
@@ -423,7 +423,7 @@ def test_every_protocol_is_the_same_for_any_number_of_ranks(shapes, trained, tmp
     (tmp_path / "test/red/broken.png").write_bytes(b"no image")
     arguments = ["--checkpoint", trained / "checkpoint.pt", "--dataset", f"imagefolder:{tmp_path / 'test'}", "--train",
                  f"imagefolder:{tmp_path / 'train'}", "--protocol", "zeroshot", "fewshot", "linear", "--ways", 3,
-                 "--batch-size", 7, "--workers", 1]
+                 "--batch-size", 7, "--workers", 1, "--device", "cpu"]
     found = []
     for ranks in (None, 2, 3):
         done = run("eval_zeroshot.py", *arguments, "--json", tmp_path / f"{ranks}.json", ranks=ranks, fresh=ranks == 3)
@@ -440,7 +440,7 @@ def test_retrieval_is_the_same_for_any_number_of_ranks(shapes, trained, tmp_path
             in read_jsonl(shapes / "captions.jsonl")] + [{"image": "gone.png", "alt": "nothing", "label": "red"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--checkpoint", trained / "checkpoint.pt", "--captions", tmp_path / "rows.jsonl", "--image-root",
-                 shapes / "images", "--batch-size", 3, "--workers", 1]
+                 shapes / "images", "--batch-size", 3, "--workers", 1, "--device", "cpu"]
     retrieve = partial(run, "eval_retrieval.py")
     for launch, way, world in ((retrieve, ["--json"], 3), (retrieve, ["--image-to-image", "--json"], 2),
                                (partial(run_tool, "clip_scores"), ["--output"], 3)):
@@ -486,7 +486,7 @@ def test_scores_are_cosines_and_serve_best_and_the_filter(shapes, trained, tmp_p
 
     done = run("train_clip.py", "--captions", tmp_path / "scored.jsonl", "--image-root", shapes / "images", "--text", "alt",
                "--alt-choice", "best", "--model", "nano", "--image-size", 32, "--tokenizer", shapes / "tokenizer.json",
-               "--batch-size", 8, "--steps", 1, "--workers", 0, "--max-bad", 1, "--out", tmp_path / "run", "--device", "cpu")
+               "--batch-size", 8, "--steps", 1, "--workers", 0, "--max-bad", 1, "--out", tmp_path / "run", "--device", DEVICE)
     assert done.returncode == 0, done.stderr
     least = sorted(row["clip_score"]["rewrite_a"] for row in scored[:16])[8]
     for row in scored[:16]:  # one text a row
@@ -543,7 +543,7 @@ def test_bf16_is_near_fp32(shapes, trained, tmp_path):
     found = []
     for precision in ("fp32", "bf16"):
         eval_retrieval.main(["--checkpoint", str(trained / "checkpoint.pt"), "--captions", str(shapes / "captions.jsonl"), "--device",
-                             "cpu", "--image-root", str(shapes / "images"), "--precision", precision, "--workers", "0", "--json",
+                             DEVICE, "--image-root", str(shapes / "images"), "--precision", precision, "--workers", "0", "--json",
                              str(tmp_path / "out.json")])
         found.append(json.loads((tmp_path / "out.json").read_text()))
     assert found[0]["t2i_r5"] == pytest.approx(found[1]["t2i_r5"], abs=0.1)

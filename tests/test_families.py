@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import caption_llava
 import fuse_vicuna
 import rewrite_llama
-from conftest import ROOT, read_jsonl, run
+from conftest import DEVICE, ROOT, read_jsonl, run
 from test_stages import TEXTS, completer, generate, load_caption, load_fuse, make_llava, make_tokenizer, write_jsonl
 
 SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0,
@@ -308,7 +308,7 @@ def launched(model_folder, pictures, tmp_path_factory):
         script, *more = {"rewrite": ["rewrite_llama.py", "--sources", "coco"], "fuse": ["fuse_vicuna.py", "--vec-field", "seen"]}.get(
             name, ["caption_llava.py", "--image-root", pictures, "--workers", 1])
         done = run(script, "--input", rows, "--output", out / name, "--model", model_folder(name if name in IMAGE else "Llama"),
-                   "--device", "cpu", "--dtype", "fp32", "--batch-size", 2, "--max-new-tokens", 12, *more,
+                   "--device", DEVICE, "--dtype", "fp32", "--batch-size", 2, "--max-new-tokens", 12, *more,
                    fresh=True, env={"PYTHONWARNINGS": "default,ignore:This process:DeprecationWarning",  # Python 3.12's about fork
                                     "TRANSFORMERS_VERBOSITY": "warning"})
         return name, (done, read_jsonl(out / name) if done.returncode == 0 else None)

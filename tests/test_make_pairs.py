@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rewrite_llama
-from conftest import assert_mistake, read_jsonl
+from conftest import DEVICE, assert_mistake, read_jsonl
 from data import make_pairs
 from tools import run_tool
 
@@ -63,7 +63,7 @@ def make(tmp_path, *arguments):
 
 
 def test_chatbot(chat_folder, rows, tmp_path, capsys):
-    command = ["chatbot", "--captions", rows, "--model", chat_folder, "--device", "cpu", "--number", 6]
+    command = ["chatbot", "--captions", rows, "--model", chat_folder, "--device", DEVICE, "--number", 6]
     pairs, read = make(tmp_path, *command, "--source", "bard")
     assert len(pairs) == 6 and {pair["source"] for pair in pairs} == {"bard"}
     assert read == [(pair["input"], pair["output"]) for pair in pairs] and len({pair["input"] for pair in pairs}) == 6

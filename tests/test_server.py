@@ -26,7 +26,7 @@ from PIL import Image
 
 import rewrite_llama
 from caption_llava import PROMPT
-from conftest import ROOT, assert_mistake, read_jsonl, run
+from conftest import DEVICE, ROOT, assert_mistake, read_jsonl, run
 from test_stages import STAGES, assert_rows_kept, make_llama, make_llava, outputs, write_jsonl
 
 FIELDS = {"rewrite": ["rewrite_chatgpt", "rewrite_coco"], "caption": ["vec"], "fuse": ["vecap"]}
@@ -442,7 +442,7 @@ def test_a_real_server_gives_what_the_stage_gives_without_it(stage, real, folder
     common += ["--temperature", 0] * (stage == "rewrite") + ["--format", "pairs"] * (stage == "fuse")
     (tmp_path / "here").mkdir()
     with ThreadPoolExecutor(2) as pool:
-        here = pool.submit(launch_well, folder, tmp_path / "here", stage, [], "--dtype", "fp32", "--device", "cpu", *common)
+        here = pool.submit(launch_well, folder, tmp_path / "here", stage, [], "--dtype", "fp32", "--device", DEVICE, *common)
         launch_well(folder, tmp_path, stage, [url], *common)
         here.result()
     rows, expected = (read_jsonl(out / "out.jsonl") for out in (tmp_path, tmp_path / "here"))

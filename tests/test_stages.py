@@ -27,7 +27,7 @@ import caption_llava
 import forks
 import fuse_vicuna
 import rewrite_llama
-from conftest import ROOT, assert_mistake, read_jsonl, run
+from conftest import DEVICE, ROOT, assert_mistake, read_jsonl, run
 from forks import ENVIRONMENT
 
 STAGES = {"rewrite": "rewrite_llama.py", "caption": "caption_llava.py", "fuse": "fuse_vicuna.py"}
@@ -249,7 +249,7 @@ def usual_arguments(folder, out):
            "fuse": ["--model", folder / "llama", "--format", "pairs", "--vec-field", "seen",
                     "--max-new-tokens", 10]}
     return lambda stage, *more: [
-        "--input", folder / "rows.jsonl", "--output", out / "out.jsonl", "--dtype", "fp32", "--device", "cpu",
+        "--input", folder / "rows.jsonl", "--output", out / "out.jsonl", "--dtype", "fp32", "--device", DEVICE,
         "--batch-size", 16, *own[stage], *more]
 
 

@@ -207,7 +207,7 @@ def test_a_text_encoder_equals_transformers(shapes, encoders, tmp_path, family):
 @pytest.mark.parametrize("frozen", [[], ["--freeze-text"]], ids=["tuned", "frozen"])
 def test_a_text_encoder_goes_on_exactly(shapes, encoders, tmp_path, frozen):
     """Resumed in the middle it ends with the same weights; what is frozen has not moved, all else has."""
-    arguments = [*frozen, "--steps", 6, "--keep-every", 3, "--wd", 0.1]
+    arguments = [*frozen, "--steps", 6, "--keep-every", 3, "--wd", 0.1, "--device", "cpu"]
     T.main(with_encoder(shapes, tmp_path / "whole", encoders / "bert", *arguments))
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "checkpoint.pt").write_bytes((tmp_path / "whole" / "checkpoint-3.pt").read_bytes())
@@ -521,6 +521,15 @@ def test_joined_pieces_are_one_batch():
     assert texts.ids.tolist() == [1, 2, 1, 2, 3] and last.ids.tolist() == [1, 2, 3, 4, 5]
 
 
+def test_pinned_pieces_keep_their_counts(monkeypatch):
+    """torch's pin_memory, which runs for a GPU only, copies a dict by `update`: a Counter's numbers it would double."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
+    piece = T.collate([{"images": torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "ids": [[1]], "drawn": 0, "filled": 1, "replaced": True,
+                        "bad": []}])
+    batch = T.join([torch.utils.data._utils.pin_memory.pin_memory(piece)], "cpu", 1, -1)
+    assert batch["counts"] == {"images": 1, "filled": 1, "replaced": 1}
+
+
 def test_packed_texts():
     """From the shortest to the longest, cut behind the first end token; `ends` finds each in the order in which they came."""
     tokens = torch.tensor([[9, 4, 5, 8, 7], [9, 8, 6, 6, 6], [9, 3, 2, 8, 0], [9, 8, 8, 0, 0]])
@@ -626,7 +635,8 @@ METHODS = {"infonce": [], "multitext": ["--loss", "multitext"], "ssl": ["--ssl"]
 
 def run_cases(shapes, encoders, folder, ranks, cases):
     """Trains METHODS[case] with more arguments, in `ranks` processes, into folder/case."""
-    commands = [train_arguments(shapes, folder / name, "--batch-size", 12, "--eps", "1e-2", "--steps", 4, *arguments)
+    commands = [train_arguments(shapes, folder / name, "--batch-size", 12, "--eps", "1e-2", "--steps", 4, *arguments,
+                                *(["--device", "cpu"] if ranks else []))
                 for name, arguments in cases.items()]
     commands = [[str(encoders / word) if word in ("bert", "t5") else word for word in without(command, "--tokenizer")]
                 if "--text-model" in command else command for command in commands]
@@ -696,7 +706,7 @@ def curve(out):
 
 def test_killed_again_and_again_a_run_equals_an_uninterrupted_one(shapes, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arguments = ("--steps", 40, "--save-every", 4)
+    arguments = ("--steps", 40, "--save-every", 4, "--device", "cpu")
     assert train(shapes, whole, *arguments).returncode == 0
     rng, reached = np.random.default_rng(), 0  # another moment every time
     for _ in range(4):
@@ -738,7 +748,7 @@ def undisturbed(shapes, tmp_path_factory):
 @pytest.mark.parametrize("ranks", [None, 2])
 def test_sigterm_saves_and_leaves_and_another_number_of_ranks_goes_on(shapes, undisturbed, tmp_path, ranks):
     out = tmp_path / "run"
-    running = start(shapes, out, *TWO_HUNDRED, ranks=ranks)
+    running = start(shapes, out, *TWO_HUNDRED, *(["--device", "cpu"] if ranks else []), ranks=ranks)
     wait_for_steps(running, out, 3)
     running.terminate()
     assert running.wait() == (1 if ranks else 0)  # torchrun itself reports 1
@@ -901,12 +911,12 @@ real = T.open_log
 T.open_log = lambda path, step: open("/dev/full", "ab", buffering=0) if "metrics" in path and not {str(whole)!r} in path else real(path, step)
 T.main(sys.argv[1:])"""
     for folder in (whole, full):
-        done = subprocess.run([sys.executable, "-c", code, *train_arguments(shapes, folder, "--steps", 4)], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run([sys.executable, "-c", code, *train_arguments(shapes, folder, "--steps", 4, "--device", "cpu")], cwd=ROOT,
+                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == (0 if folder == whole else 2), done.stderr
     assert_stopped(done, "No space left", "is saved")
     assert 1 <= torch.load(full / "checkpoint.pt", weights_only=True)["step"] <= 2
-    assert train(shapes, full, "--steps", 4, "--resume", "auto").returncode == 0
+    assert train(shapes, full, "--steps", 4, "--resume", "auto", "--device", "cpu").returncode == 0
     for name, value in torch.load(whole / "checkpoint.pt", weights_only=True)["model"].items():
         assert torch.equal(torch.load(full / "checkpoint.pt", weights_only=True)["model"][name], value)
 
@@ -966,7 +976,7 @@ def test_ranks_that_differ_stop(shapes, tmp_path):
     assert running.wait() == 0
     code = "import json, os, sys, train_clip as T; T.main(json.loads(sys.argv[1])[int(os.environ['RANK'])])"
     (tmp_path / "two.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + code)
-    same = [train_arguments(shapes, tmp_path / str(rank), "--steps", 400, "--resume", "auto") for rank in (0, 1)]
+    same = [train_arguments(shapes, tmp_path / str(rank), "--steps", 400, "--resume", "auto", "--device", "cpu") for rank in (0, 1)]
     done = run(tmp_path / "two.py", json.dumps(same), ranks=2, fresh=True)
     assert done.returncode != 0 and "the ranks begin at different steps" in done.stderr and "Traceback (most recent call last):\n  File \"" + str(tmp_path) not in done.stderr
 

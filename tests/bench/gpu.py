@@ -180,7 +180,7 @@ def training_step(args, name, n, compiled=False, **changes):
         model.visual.compile()
     tokens = torch.randint(1, 400, (n, 1, 16)).index_fill(2, torch.tensor([15]), config.eot_id)
     piece = {"images": torch.randint(0, 256, (n, 1, 3, config.image_size, config.image_size), dtype=torch.uint8), "tokens": tokens,
-             "drawn": torch.zeros(n, dtype=torch.long), "counts": Counter(), "bad": []}
+             "drawn": torch.zeros(n, dtype=torch.long), "counts": {}, "bad": []}
     if args.device == "cuda":
         piece["images"] = piece["images"].pin_memory()
 
