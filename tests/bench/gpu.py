@@ -7,7 +7,7 @@
 train     train_clip.py on 512 pictures made here: losses of CLIP, LaCLIP-MT and SLIP against the CPU's, in fp32 and bf16, in
           micro-batches, by torchrun; two runs compared, and one that is killed and goes on
 text      text tower forward + backward over random batches of 1,024 captions: one attention call (varlen), one a length (groups),
-          padded to 77; ms a batch and kernels launched
+          padded to 77; ms a batch, the first time and after, and kernels launched
 step      whole training steps of B/16 and B/16-laclip, images already on the host: images/s, share of --peak FLOP/s, peak memory, in
           eager mode and compiled
 sync      what waits for the GPU inside a step (torch.cuda.set_sync_debug_mode): must be nothing
@@ -136,7 +136,7 @@ def check_text(args, folder):
     config = T.Config(embed_dim=64, image_size=32, patch_size=16, vision_width=64, vision_layers=1, vision_heads=1, vocab_size=1000, eot_id=999, **width)
     model = T.CLIP(config).to(args.device)
     generator, batches = torch.Generator().manual_seed(0), []
-    for _ in range(2 if args.tiny else 30):
+    for _ in range(2 if args.tiny else 8):
         lengths = (torch.randn(32 if args.tiny else 1024, 1, generator=generator) * 8 + 20).clamp(4, 76).long()
         tokens = torch.randint(1, 999, (len(lengths), 77), generator=generator)
         batches.append(tokens.masked_fill(torch.arange(77) == lengths, 999))
@@ -158,9 +158,12 @@ def check_text(args, folder):
         T.varlen_attn = attention
         start = time.perf_counter()
         run(inputs)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         first = time.perf_counter() - start
         found[name] = {"ms a batch": 1000 * seconds(lambda: run(inputs), args.device, 3) / len(inputs), "ms the first time": 1000 * first / len(inputs),
                        "launches": launches(lambda: run(inputs[:1]), args.device)}
+        print(f"  {name}: {found[name]}", flush=True)
     T.varlen_attn = varlen
     with torch.no_grad():
         reference = model.float().encode_packed(packed[0])
@@ -373,6 +376,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU: --device cpu --tiny tries the checks")
+    T.start_ranks(args.device)  # with its settings of the GPU
     results = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
     print(results)
     for name in args.checks:
