@@ -530,7 +530,8 @@ class Units:
             die(f"{args.input} has {sorted(fields & set(makes))} already, which this stage would overwrite")
 
     def read(self):
-        """Yield all units in order: the path of a unit's file, its first byte's offset, its lines."""
+        """Yield all units in order: the path of a unit's file, its first byte's offset, its lines.
+        At the end, the settings hold a hash of the input."""
         self.paths, end, begun, size = [], 0, time.time(), os.path.getsize(self.args.input)
         unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, or more: at most 65,536 units
         left = sys.maxsize if self.args.limit is None else self.args.limit
@@ -546,6 +547,8 @@ class Units:
                 rate = self.outcomes.total() / (time.time() - begun)
                 progress.set_postfix_str(f"{rate:.1f} texts/s", refresh=False)
                 progress.update(len(content))
+        names = " ".join(map(os.path.basename, self.paths))
+        self.settings["input"] = hashlib.sha256(names.encode()).hexdigest()
 
     def __iter__(self):
         """The units that this rank has to make, of units r, r + W, ...: path, rows, and todo, which is
@@ -582,13 +585,9 @@ class Units:
             if not os.path.exists(self.output):  # else another launch made OUT and removed the units
                 die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
-    def record(self):
-        """For OUT.settings.json: the settings, and a hash of the input as it was read last."""
-        names = " ".join(map(os.path.basename, self.paths))
-        return {**self.settings, "input": hashlib.sha256(names.encode()).hexdigest()}
-
     def finished(self):
-        """Whether OUT is there. If it has other settings or was made from another input, one line says so."""
+        """Whether OUT is there; if so, its units go. If it has other settings or was made from another input,
+        one line says so and nothing is touched."""
         if not os.path.exists(self.output):
             with contextlib.suppress(OSError):
                 others = set(os.listdir(self.output + ".parts")) - {os.path.basename(self.parts)}
@@ -601,33 +600,28 @@ class Units:
                 made = json.load(f)
         except (OSError, ValueError) as e:
             die(f"{self.output} exists, but nothing says how it was made ({e}): choose another --output")
-        for _ in self.read():
-            pass
-        for key, now in self.record().items():
+        if "input" not in self.settings:
+            for _ in self.read():
+                pass
+        for key, now in self.settings.items():
             if (then := made.get(key)) != now:
                 die(f"{self.output} was made with {key} = {then!r}, now it is {now!r}: choose another "
                     "--output")
-        self.remove_parts()  # if the launch that made OUT was killed before it did
-        return True
-
-    def remove_parts(self):
         shutil.rmtree(self.parts, ignore_errors=True)
         with contextlib.suppress(OSError):  # units of other settings stay
             os.rmdir(self.output + ".parts")
+        return True
 
     def join(self):
         """Join the units to OUT if all are there, and say what this launch did."""
         missing = sum(not os.path.exists(path) for path in self.paths)
-        if os.path.exists(self.output):
-            self.finished()  # another launch made it
-        elif missing:
-            print(f"{missing} of {len(self.paths)} units are missing: the last rank joins all (if none is at "
-                  "work, repeat the command)")
-        else:
-            record = {**self.record(), "servers": self.servers}
+        if not missing and not os.path.exists(self.output):  # else another launch made it
+            record = {**self.settings, "servers": self.servers}
             self.save(self.output + ".settings.json", [json.dumps(record, indent=1).encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
-            self.remove_parts()
+        if not self.finished():
+            print(f"{missing} of {len(self.paths)} units are missing: the last rank joins all (if none is at "
+                  "work, repeat the command)")
         (_, begun), (rows, ended) = self.clock[0], self.clock[-1]
         seconds = max(ended - begun, 1e-9)
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
