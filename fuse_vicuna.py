@@ -430,7 +430,7 @@ class Units:
     def read(self):
         """Yield all units in order: the path of a unit's file, its first byte's offset, its lines.
         At the end, the settings hold a hash of the input."""
-        self.paths, end, begun, size = [], 0, time.time(), os.path.getsize(self.args.input)
+        self.paths, end, size = [], 0, os.path.getsize(self.args.input)
         unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, or more: at most 65,536 units
         left = sys.maxsize if self.args.limit is None else self.args.limit
         with open(self.args.input, "rb") as f, tqdm(
@@ -442,8 +442,6 @@ class Units:
                 self.paths.append(os.path.join(self.parts, f"{len(self.paths):05d}-{key}"))
                 yield self.paths[-1], end, lines
                 left, end = left - len(lines), end + len(content)
-                rate = self.outcomes.total() / (time.time() - begun)
-                progress.set_postfix_str(f"{rate:.1f} texts/s", refresh=False)
                 progress.update(len(content))
         names = " ".join(map(os.path.basename, self.paths))
         self.settings["input"] = hashlib.sha256(names.encode()).hexdigest()
@@ -451,7 +449,7 @@ class Units:
     def __iter__(self):
         """The units that this rank has to make, of units r, r + W, ...: path, rows, and todo, which is
         [(byte offset, row)] of those rows that are JSON objects."""
-        self.clock = [(0, time.time())]  # after every unit: rows made so far, and when
+        self.begun, self.made = time.time(), 0  # rows that this launch made since then
         for number, (path, begin, lines) in enumerate(self.read()):
             if number % self.world != self.rank or os.path.exists(path) or os.path.exists(self.output):
                 continue
@@ -465,7 +463,7 @@ class Units:
         """Write a unit's file, when its rows are complete."""
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in unit.rows)
         self.save(unit.path, (line.encode(errors="backslashreplace") for line in lines))  # lone surrogates
-        self.clock.append((self.clock[-1][0] + len(unit.rows), time.time()))
+        self.made += len(unit.rows)
 
     def save(self, path, chunks):
         """Write a file whole or not at all: under a name of its own, synced, then renamed."""
@@ -512,6 +510,7 @@ class Units:
 
     def join(self):
         """Join the units to OUT if all are there, and say what this launch did."""
+        rows, seconds = self.made, max(time.time() - self.begun, 1e-9)
         missing = sum(not os.path.exists(path) for path in self.paths)
         if not missing and not os.path.exists(self.output):  # else another launch made it
             record = {**self.settings, "servers": self.servers}
@@ -520,18 +519,14 @@ class Units:
         if not self.finished():
             print(f"{missing} of {len(self.paths)} units are missing: the last rank joins all (if none is at "
                   "work, repeat the command)")
-        (_, begun), (rows, ended) = self.clock[0], self.clock[-1]
-        seconds = max(ended - begun, 1e-9)
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
               f"{rows / seconds:.2f} rows a second")
         for outcome, count in self.outcomes.most_common() + self.notes.most_common():
             print(f"{count:9d}  {outcome}")
         if self.args.limit is not None and rows:
-            first, warm = self.clock[1 if len(self.clock) > 2 else 0]  # without the first unit, the warm-up
             for millions in (1, 12, 300):
-                days = millions * 1e6 / (rows - first) * (ended - warm) / self.world / 86400
-                print(f"{millions:4d} M rows would take {days:9,.2f} days at this rate on {self.world} "
-                      "rank(s)")
+                days = millions * 1e6 / rows * seconds / 86400 / self.world
+                print(f"{millions:4d} M rows would take {days:9,.2f} days at this rate on {self.world} rank(s)")
 
 
 class Server:
