@@ -524,17 +524,18 @@ class Units:
         for outcome, count in self.outcomes.most_common() + self.notes.most_common():
             print(f"{count:9d}  {outcome}")
         if self.args.limit is not None and rows:
-            for millions in (1, 12, 300):
-                days = millions * 1e6 / rows * seconds / 86400 / self.world
-                print(f"{millions:4d} M rows would take {days:9,.2f} days at this rate on {self.world} rank(s)")
+            for size in (1, 12, 300):
+                days = size * 1e6 / rows * seconds / 86400 / self.world
+                print(f"{size:4d} M rows would take {days:9,.2f} days at this rate on {self.world} rank(s)")
 
 
 class Server:
     """Texts from OpenAI-compatible servers: one text a request, many requests at once, the servers in turn.
 
-    A request without an answer is sent again for half a minute, to the other servers first; to a busy server,
-    as long as any request gets an answer. A request that a server refuses (400, 413, 422, or 500 three times)
-    while it answers a harmless one is its row's error. All else ends the launch."""
+    A request without an answer goes to the next server. It ends the launch when it has failed once a server
+    and seven times more while no other request was answered, which takes half a minute or longer. A request
+    that a server refuses (400, 413, 422, or 500 three times) while it answers a harmless one is its row's
+    error. All else ends the launch at once."""
 
     def __init__(self, args, units, path, **harmless):
         """harmless: a request that every server must answer before the first row is asked"""
@@ -547,7 +548,7 @@ class Server:
         self.common = {"model": args.model, "max_tokens": args.max_new_tokens}
         self.path, self.harmless, self.turns = path, harmless, itertools.count()
         self.answered = self.refused = 0  # requests in all; requests since the last answer
-        self.down = {}  # url -> until when it gets no requests, because it gave no answer
+        self.down = {}  # url -> until when others go first, because it gave no answer
         self.threads = ThreadPool(args.concurrency * len(self.urls))
         self.map(lambda url: self.ask([url], **harmless), self.urls)
         for url in self.urls:
@@ -581,10 +582,10 @@ class Server:
 
     def ask(self, urls=None, **request):
         """-> (text, whether it ended by itself, None) or ("", False, why the server refuses the request)"""
-        urls, failures, crashes, tried = urls or self.urls, 0, 0, set()
+        urls, failures, crashes = urls or self.urls, 0, 0
         for turn in itertools.count(next(self.turns)):
-            up = [url for url in urls if url not in tried and self.down.get(url, 0) < time.monotonic()]
-            url, answered = (up or urls)[turn % len(up or urls)], self.answered
+            first, now, answered = turn % len(urls), time.monotonic(), self.answered
+            url = min(urls[first:] + urls[:first], key=lambda url: max(self.down.get(url, 0), now))
             status, answer = self.post(url, request)
             if status == 200:
                 self.answered += 1
@@ -600,12 +601,10 @@ class Server:
                 if self.refused >= 100:
                     raise ConnectionError(f"--server {url} refuses every row: {answer}")
                 return "", False, f"refused by the server: {answer}"
-            only_busy = status in (429, 503) and self.answered > answered
-            failures += not (only_busy or status == 0 and url not in tried)  # each server may vanish once
-            tried.add(url)
-            if failures > 6 or 400 <= status < 500 and status not in (408, 429):
+            failures += self.answered == answered
+            if failures > 6 + len(urls) or 400 <= status < 500 and status not in (408, 429):
                 raise ConnectionError(f"--server {url}: {answer}")
-            time.sleep(2 ** failures / 4)
+            time.sleep(min(2 ** failures / 4, 8))
 
 # === end of rows ============================================================================================
 
