@@ -18,6 +18,7 @@ the same in all three captioning scripts: rows, resuming, servers.
 import argparse
 import contextlib
 import copy
+import glob
 import hashlib
 import inspect
 import itertools
@@ -26,6 +27,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -370,10 +372,9 @@ def number(kind, low, high=10 ** 12):
     return number
 
 
-def stage_parser(description, model, batch_size, max_new_tokens):
+def stage_parser(doc, model, batch_size, max_new_tokens):
     """The arguments that all three stages have."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, add = die, parser.add_argument
     add("--input", required=True, help="JSONL, one row an image (data/README.md)")
     add("--output", required=True, help="JSONL, one row for every row of --input, in its order")
@@ -397,11 +398,10 @@ def pick_device(args):
     if args.server:
         args.dtype = args.batch_size = "the server's"
         return None
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    devices = ["cpu", *([accelerator.type] if accelerator else [])]
-    device = devices[-1] if args.device == "auto" else args.device
-    if device not in devices:
-        die(f"--device {device}: torch finds only {' and '.join(devices)}")
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = accelerator.type if args.device == "auto" else args.device
+    if device not in ("cpu", accelerator.type):
+        die(f"--device {device}: torch finds no such device")
     if args.dtype == "auto":
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
                   device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
@@ -428,9 +428,8 @@ def load(auto_class, name, **options):
 
 def end_tokens(model, tokenizer):
     """The ids that end an answer. Conversions of the same model name them in different places."""
-    places = model.config.get_text_config(), model.generation_config, tokenizer
-    places = [place.eos_token_id for place in places]  # each a number, a list or None
-    return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids])} - {None})
+    named = [x.eos_token_id for x in (model.config.get_text_config(), model.generation_config, tokenizer)]
+    return sorted({i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None})
 
 
 def special_markers(tokenizer):
@@ -481,13 +480,12 @@ def parse_row(line):
     """The line's JSON object and True. Of any other line: a row with its text and the reason, and False."""
     try:
         row = json.loads(line.decode("utf-8-sig"))  # which skips a byte order mark
-        if isinstance(row, dict):
-            return row, True
-        reason = "not a JSON object"
+        if not isinstance(row, dict):
+            raise ValueError("no object")
+        return row, True
     except (ValueError, RecursionError) as e:
-        reason = f"not JSON: {e}"
-    text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-    return {"error": {"line": reason}, "line": text}, False
+        text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+        return {"error": {"line": f"not JSON of a row: {e}"}, "line": text}, False
 
 
 def batched(items, size):
@@ -568,18 +566,16 @@ class Units:
         self.made += len(unit.rows)
 
     def save(self, path, chunks):
-        """Write a file whole or not at all: under a name of its own, synced, then renamed."""
-        temporary = os.path.join(self.parts, f"{os.path.basename(path)}.{os.urandom(8).hex()}")
+        """Write a file whole or not at all: in a folder of its own, synced, then renamed."""
         try:
             os.makedirs(self.parts, exist_ok=True)
-            with open(temporary, "wb") as f:
-                f.writelines(chunks)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
+            with tempfile.TemporaryDirectory(dir=self.parts) as folder:
+                with open(os.path.join(folder, "file"), "wb") as f:
+                    f.writelines(chunks)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(f.name, path)
         except OSError as e:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
             if not os.path.exists(self.output):  # else another launch made OUT and removed the units
                 die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
@@ -587,11 +583,10 @@ class Units:
         """Whether OUT is there; if so, its units go. If it has other settings or was made from another input,
         one line says so and nothing is touched."""
         if not os.path.exists(self.output):
-            with contextlib.suppress(OSError):
-                others = set(os.listdir(self.output + ".parts")) - {os.path.basename(self.parts)}
-                if others and self.rank == 0:
-                    print(f"note: {self.output}.parts also has units of {len(others)} other settings, which "
-                          "are not used", file=sys.stderr)
+            others = {*glob.glob(glob.escape(self.output) + ".parts/*")} - {self.parts}
+            if others and self.rank == 0:
+                print(f"note: {self.output}.parts also has units of {len(others)} other settings, which "
+                      "are not used", file=sys.stderr)
             return False
         try:
             with open(self.output + ".settings.json") as f:
