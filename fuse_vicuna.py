@@ -209,10 +209,8 @@ def main(argv=None):
     with open(os.path.join(PROMPTS, "refusals.txt"), encoding="utf-8-sig") as f:
         openings = tuple(filter(None, f.read().splitlines()))  # in lower case
     device = pick_device(args)
-    names = "alt_field", "vec_field", "prompt", "max_alt_tokens", "format"
     texts = json.dumps([SYSTEM, ALONE, pairs_prompt(pairs, "", ""), openings])
-    settings = {name: getattr(args, name) for name in names}
-    settings["prompts_sha256"] = hashlib.sha256(texts.encode()).hexdigest()
+    settings = {"prompts_sha256": hashlib.sha256(texts.encode()).hexdigest()}
     units = Units(args, settings, reads=[args.alt_field, args.vec_field], makes=["vecap"])
     if units.finished():
         return print(f"{args.output} is finished")
@@ -399,8 +397,8 @@ class Units:
 
     def __init__(self, args, settings, reads, makes):
         """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
-        names = ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")
-        self.settings = {name: getattr(args, name) for name in names}
+        apart = ("input", "output", "device", "server", "concurrency", "workers", "pairs")  # change no text
+        self.settings = {name: value for name, value in vars(args).items() if name not in apart}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
         key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:32]
         self.args, self.output = args, args.output
@@ -496,8 +494,7 @@ class Units:
                 pass
         for key, now in self.settings.items():
             if (then := made.get(key)) != now:
-                die(f"{self.output} was made with {key} = {then!r}, now it is {now!r}: choose another "
-                    "--output")
+                die(f"{self.output} was made with {key} = {then!r}, now it is {now!r}: take another --output")
         shutil.rmtree(self.parts, ignore_errors=True)
         with contextlib.suppress(OSError):  # units of other settings stay
             os.rmdir(self.output + ".parts")
@@ -512,8 +509,7 @@ class Units:
             self.save(self.output + ".settings.json", [json.dumps(record, indent=1).encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
         if not self.finished():
-            print(f"{missing} of {len(self.paths)} units are missing: the last rank joins all (if none is at "
-                  "work, repeat the command)")
+            print(f"{missing} of {len(self.paths)} units are missing: repeat the command if no rank is at work")
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
               f"{rows / seconds:.2f} rows a second")
         for outcome, count in self.outcomes.most_common() + self.notes.most_common():
