@@ -403,11 +403,11 @@ def parse_row(line):
     try:
         row = json.loads(line.decode("utf-8-sig"))  # which skips a byte order mark
         if not isinstance(row, dict):
-            raise ValueError("no object")
+            raise ValueError("another value")
         return row, True
     except (ValueError, RecursionError) as e:
         text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-        return {"error": {"line": f"not JSON of a row: {e}"}, "line": text}, False
+        return {"error": {"line": f"not JSON of one object: {e}"}, "line": text}, False
 
 
 def batched(items, size):
@@ -423,7 +423,7 @@ class Units:
 
     def __init__(self, args, settings, reads, makes):
         """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
-        apart = ("input", "output", "device", "server", "concurrency", "workers", "pairs")  # change no text
+        apart = ("input", "output", "device", "server", "concurrency", "workers", "pairs")  # no settings
         self.settings = {name: value for name, value in vars(args).items() if name not in apart}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
         key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:32]
@@ -535,7 +535,7 @@ class Units:
             self.save(self.output + ".settings.json", [json.dumps(record, indent=1).encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
         if not self.finished():
-            print(f"{missing} of {len(self.paths)} units are missing: repeat the command if no rank is at work")
+            print(f"{missing} of {len(self.paths)} units are missing: repeat the command if no rank works")
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
               f"{rows / seconds:.2f} rows a second")
         for outcome, count in self.outcomes.most_common() + self.notes.most_common():
@@ -549,10 +549,10 @@ class Units:
 class Server:
     """Texts from OpenAI-compatible servers: one text a request, many requests at once, the servers in turn.
 
-    A request without an answer goes to the next server. It ends the launch when it has failed once a server
-    and seven times more while no other request was answered, which takes half a minute or longer. A request
-    that a server refuses (400, 413, 422, or 500 three times) while it answers a harmless one is its row's
-    error. All else ends the launch at once."""
+    A request without an answer goes to the next server. Failures count while no other request is answered:
+    one for every server and seven more, in half a minute, end the launch. A request that a server refuses
+    (400, 413, 422, or 500 three times) while it answers a harmless one is its row's error. All else ends the
+    launch at once."""
 
     def __init__(self, args, units, path, **harmless):
         """harmless: a request that every server must answer before the first row is asked"""
@@ -621,7 +621,7 @@ class Server:
             failures += self.answered == answered
             if failures > 6 + len(urls) or 400 <= status < 500 and status not in (408, 429):
                 raise ConnectionError(f"--server {url}: {answer}")
-            time.sleep(min(2 ** failures / 4, 8))
+            time.sleep(2 ** max(failures - len(urls), 0) / 4)
 
 # === end of rows ============================================================================================
 
