@@ -641,7 +641,7 @@ class Server:
         self.headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         self.common = {"model": args.model, "max_tokens": args.max_new_tokens}
         self.path, self.harmless, self.turns = path, harmless, itertools.count()
-        self.answered = self.refused = 0  # requests in all; requests since the last answer
+        self.answered = self.refused = 0  # requests in all; rows since the last answer
         self.down = {}  # url -> until when others go first, because it gave no answer
         self.threads = ThreadPool(args.concurrency * len(self.urls))
         self.map(lambda url: self.ask([url], **harmless), self.urls)
