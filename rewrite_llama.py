@@ -526,37 +526,30 @@ class Units:
         if fields & set(makes):
             die(f"{args.input} has {sorted(fields & set(makes))} already, which this stage would overwrite")
 
-    def read(self):
-        """Yield all units in order: the path of a unit's file, its first byte's offset, its lines.
-        At the end, the settings hold a hash of the input."""
-        self.paths, end, size = [], 0, os.path.getsize(self.args.input)
+    def __iter__(self):
+        """Read the input, and yield what this rank has to make of units r, r + W, ...: path, rows, and todo,
+        which is [(byte offset, row)] of those rows that are JSON objects. If OUT is there, that is none."""
+        self.begun, self.made = time.time(), 0  # rows that this launch made since then
+        self.paths, begin, size = [], 0, os.path.getsize(self.args.input)
         unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, or more: at most 65,536 units
         left = sys.maxsize if self.args.limit is None else self.args.limit
         with open(self.args.input, "rb") as f, tqdm(
                 total=size if self.args.limit is None else None, unit="B", unit_scale=True, delay=1,
                 disable=self.rank > 0) as progress:
             while lines := f.readlines(unit_size - 1)[:left]:  # reads until they are unit_size together
-                content = b"".join(lines)
-                key = hashlib.sha256(b"%d " % end + content).hexdigest()[:32]
-                self.paths.append(os.path.join(self.parts, f"{len(self.paths):05d}-{key}"))
-                yield self.paths[-1], end, lines
-                left, end = left - len(lines), end + len(content)
+                content, number = b"".join(lines), len(self.paths)
+                key = hashlib.sha256(b"%d " % begin + content).hexdigest()[:32]
+                self.paths.append(path := os.path.join(self.parts, f"{number:05d}-{key}"))
+                if number % self.world == self.rank and not any(map(os.path.exists, [path, self.output])):
+                    rows = [parse_row(line) for line in lines]
+                    self.notes.update("not a JSON object, kept as text" for _, good in rows if not good)
+                    offsets = itertools.accumulate(map(len, lines), initial=begin)
+                    todo = [(offset, row) for offset, (row, good) in zip(offsets, rows) if good]
+                    yield SimpleNamespace(path=path, rows=[row for row, _ in rows], todo=todo)
+                left, begin = left - len(lines), begin + len(content)
                 progress.update(len(content))
-        names = " ".join(map(os.path.basename, self.paths))
+        names = " ".join(map(os.path.basename, self.paths))  # as good as all lines
         self.settings["input"] = hashlib.sha256(names.encode()).hexdigest()
-
-    def __iter__(self):
-        """The units that this rank has to make, of units r, r + W, ...: path, rows, and todo, which is
-        [(byte offset, row)] of those rows that are JSON objects."""
-        self.begun, self.made = time.time(), 0  # rows that this launch made since then
-        for number, (path, begin, lines) in enumerate(self.read()):
-            if number % self.world != self.rank or os.path.exists(path) or os.path.exists(self.output):
-                continue
-            rows = [parse_row(line) for line in lines]
-            self.notes.update("not a JSON object, kept as text" for _, good in rows if not good)
-            offsets = itertools.accumulate(map(len, lines), initial=begin)
-            yield SimpleNamespace(path=path, rows=[row for row, _ in rows],
-                                  todo=[(offset, row) for offset, (row, good) in zip(offsets, rows) if good])
 
     def write(self, unit):
         """Write a unit's file, when its rows are complete."""
@@ -593,7 +586,7 @@ class Units:
         except (OSError, ValueError) as e:
             die(f"{self.output} exists, but nothing says how it was made ({e}): choose another --output")
         if "input" not in self.settings:
-            for _ in self.read():
+            for _ in self:  # reads and hashes it: there is no unit to make
                 pass
         for key, now in self.settings.items():
             if (then := made.get(key)) != now:
