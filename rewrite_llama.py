@@ -506,8 +506,7 @@ class Units:
         key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:32]
         self.args, self.output = args, args.output
         self.parts = os.path.join(args.output + ".parts", key)
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.outcomes, self.notes = Counter(), Counter()  # how texts ended; what else happened
         self.servers = []  # what the servers say of their versions
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
@@ -674,13 +673,12 @@ class Server:
             first, now, answered = turn % len(urls), time.monotonic(), self.answered
             url = min(urls[first:] + urls[:first], key=lambda url: max(self.down.get(url, 0), now))
             status, answer = self.post(url, request)
+            self.down[url] = time.monotonic() + (60 if status == 0 else 0)
             if status == 200:
                 self.answered += 1
                 if request != self.harmless:
                     self.refused = 0
                 return answer
-            if status == 0:
-                self.down[url] = time.monotonic() + 60
             crashes += status == 500
             if (status in (400, 413, 422) or crashes == 3) and request != self.harmless:
                 self.ask([url], **self.harmless)  # ends the launch if even this is refused
