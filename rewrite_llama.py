@@ -18,6 +18,7 @@ the same in all three captioning scripts: rows, resuming, servers.
 import argparse
 import contextlib
 import copy
+import glob
 import hashlib
 import inspect
 import itertools
@@ -26,6 +27,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -310,8 +312,7 @@ def main(argv=None):
         if len(examples[source]) < args.shots:
             die(f"--pairs {args.pairs}: {source!r} has {len(examples[source])} examples, fewer than --shots")
     device = pick_device(args)
-    settings = {name: getattr(args, name) for name in ("field", "sources", "shots", "temperature", "top_p")}
-    settings["pairs_sha256"] = hashlib.sha256(json.dumps([TASK, GROUP, examples]).encode()).hexdigest()
+    settings = {"pairs_sha256": hashlib.sha256(json.dumps([TASK, GROUP, examples]).encode()).hexdigest()}
     units = Units(args, settings, reads=[args.field], makes=[f"rewrite_{source}" for source in args.sources])
     if units.finished():
         return print(f"{args.output} is finished")
@@ -370,10 +371,9 @@ def number(kind, low, high=10 ** 12):
     return number
 
 
-def stage_parser(description, model, batch_size, max_new_tokens):
+def stage_parser(doc, model, batch_size, max_new_tokens):
     """The arguments that all three stages have."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, add = die, parser.add_argument
     add("--input", required=True, help="JSONL, one row an image (data/README.md)")
     add("--output", required=True, help="JSONL, one row for every row of --input, in its order")
@@ -397,11 +397,10 @@ def pick_device(args):
     if args.server:
         args.dtype = args.batch_size = "the server's"
         return None
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    devices = ["cpu", *([accelerator.type] if accelerator else [])]
-    device = devices[-1] if args.device == "auto" else args.device
-    if device not in devices:
-        die(f"--device {device}: torch finds only {' and '.join(devices)}")
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = accelerator.type if args.device == "auto" else args.device
+    if device not in ("cpu", accelerator.type):
+        die(f"--device {device}: torch finds no such device")
     if args.dtype == "auto":
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
                   device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
@@ -428,9 +427,8 @@ def load(auto_class, name, **options):
 
 def end_tokens(model, tokenizer):
     """The ids that end an answer. Conversions of the same model name them in different places."""
-    places = model.config.get_text_config(), model.generation_config, tokenizer
-    places = [place.eos_token_id for place in places]  # each a number, a list or None
-    return sorted({i for ids in places for i in (ids if isinstance(ids, list) else [ids])} - {None})
+    named = [x.eos_token_id for x in (model.config.get_text_config(), model.generation_config, tokenizer)]
+    return sorted({i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None})
 
 
 def special_markers(tokenizer):
@@ -481,13 +479,12 @@ def parse_row(line):
     """The line's JSON object and True. Of any other line: a row with its text and the reason, and False."""
     try:
         row = json.loads(line.decode("utf-8-sig"))  # which skips a byte order mark
-        if isinstance(row, dict):
-            return row, True
-        reason = "not a JSON object"
+        if not isinstance(row, dict):
+            raise ValueError("another value")
+        return row, True
     except (ValueError, RecursionError) as e:
-        reason = f"not JSON: {e}"
-    text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-    return {"error": {"line": reason}, "line": text}, False
+        text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+        return {"error": {"line": f"not JSON of one object: {e}"}, "line": text}, False
 
 
 def batched(items, size):
@@ -503,14 +500,13 @@ class Units:
 
     def __init__(self, args, settings, reads, makes):
         """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
-        names = ("model", "max_new_tokens", "batch_size", "dtype", "seed", "limit")
-        self.settings = {name: getattr(args, name) for name in names}
+        apart = ("input", "output", "device", "server", "concurrency", "workers", "pairs")  # no settings
+        self.settings = {name: value for name, value in vars(args).items() if name not in apart}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
         key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:32]
         self.args, self.output = args, args.output
         self.parts = os.path.join(args.output + ".parts", key)
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.outcomes, self.notes = Counter(), Counter()  # how texts ended; what else happened
         self.servers = []  # what the servers say of their versions
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "RANK" not in os.environ:
@@ -529,125 +525,103 @@ class Units:
         if fields & set(makes):
             die(f"{args.input} has {sorted(fields & set(makes))} already, which this stage would overwrite")
 
-    def read(self):
-        """Yield all units in order: the path of a unit's file, its first byte's offset, its lines."""
-        self.paths, end, begun, size = [], 0, time.time(), os.path.getsize(self.args.input)
+    def __iter__(self):
+        """Read the input, and yield what this rank has to make of units r, r + W, ...: path, rows, and todo,
+        which is [(byte offset, row)] of those rows that are JSON objects. If OUT is there, that is none."""
+        self.begun, self.made = time.time(), 0  # rows that this launch made since then
+        self.paths, begin, size = [], 0, os.path.getsize(self.args.input)
         unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, or more: at most 65,536 units
         left = sys.maxsize if self.args.limit is None else self.args.limit
         with open(self.args.input, "rb") as f, tqdm(
                 total=size if self.args.limit is None else None, unit="B", unit_scale=True, delay=1,
                 disable=self.rank > 0) as progress:
             while lines := f.readlines(unit_size - 1)[:left]:  # reads until they are unit_size together
-                content = b"".join(lines)
-                key = hashlib.sha256(b"%d " % end + content).hexdigest()[:32]
-                self.paths.append(os.path.join(self.parts, f"{len(self.paths):05d}-{key}"))
-                yield self.paths[-1], end, lines
-                left, end = left - len(lines), end + len(content)
-                rate = self.outcomes.total() / (time.time() - begun)
-                progress.set_postfix_str(f"{rate:.1f} texts/s", refresh=False)
+                content, number = b"".join(lines), len(self.paths)
+                key = hashlib.sha256(b"%d " % begin + content).hexdigest()[:32]
+                self.paths.append(path := os.path.join(self.parts, f"{number:05d}-{key}"))
+                if number % self.world == self.rank and not any(map(os.path.exists, [path, self.output])):
+                    rows = [parse_row(line) for line in lines]
+                    self.notes.update("not a JSON object, kept as text" for _, good in rows if not good)
+                    offsets = itertools.accumulate(map(len, lines), initial=begin)
+                    todo = [(offset, row) for offset, (row, good) in zip(offsets, rows) if good]
+                    yield SimpleNamespace(path=path, rows=[row for row, _ in rows], todo=todo)
+                left, begin = left - len(lines), begin + len(content)
                 progress.update(len(content))
-
-    def __iter__(self):
-        """The units that this rank has to make, of units r, r + W, ...: path, rows, and todo, which is
-        [(byte offset, row)] of those rows that are JSON objects."""
-        self.clock = [(0, time.time())]  # after every unit: rows made so far, and when
-        for number, (path, begin, lines) in enumerate(self.read()):
-            if number % self.world != self.rank or os.path.exists(path) or os.path.exists(self.output):
-                continue
-            rows = [parse_row(line) for line in lines]
-            self.notes.update("not a JSON object, kept as text" for _, good in rows if not good)
-            offsets = itertools.accumulate(map(len, lines), initial=begin)
-            yield SimpleNamespace(path=path, rows=[row for row, _ in rows],
-                                  todo=[(offset, row) for offset, (row, good) in zip(offsets, rows) if good])
+        names = " ".join(map(os.path.basename, self.paths))  # as good as all lines
+        self.settings["input"] = hashlib.sha256(names.encode()).hexdigest()
 
     def write(self, unit):
         """Write a unit's file, when its rows are complete."""
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in unit.rows)
         self.save(unit.path, (line.encode(errors="backslashreplace") for line in lines))  # lone surrogates
-        self.clock.append((self.clock[-1][0] + len(unit.rows), time.time()))
+        self.made += len(unit.rows)
 
     def save(self, path, chunks):
-        """Write a file whole or not at all: under a name of its own, synced, then renamed."""
-        temporary = os.path.join(self.parts, f"{os.path.basename(path)}.{os.urandom(8).hex()}")
+        """Write a file whole or not at all: in a folder of its own, synced, then renamed."""
         try:
             os.makedirs(self.parts, exist_ok=True)
-            with open(temporary, "wb") as f:
-                f.writelines(chunks)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
+            with tempfile.TemporaryDirectory(dir=self.parts) as folder:
+                with open(os.path.join(folder, "file"), "wb") as f:
+                    f.writelines(chunks)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(f.name, path)
         except OSError as e:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
             if not os.path.exists(self.output):  # else another launch made OUT and removed the units
                 die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
-    def record(self):
-        """For OUT.settings.json: the settings, and a hash of the input as it was read last."""
-        names = " ".join(map(os.path.basename, self.paths))
-        return {**self.settings, "input": hashlib.sha256(names.encode()).hexdigest()}
-
     def finished(self):
-        """Whether OUT is there. If it has other settings or was made from another input, one line says so."""
+        """Whether OUT is there; if so, its units go. If it has other settings or was made from another input,
+        one line says so and nothing is touched."""
         if not os.path.exists(self.output):
-            with contextlib.suppress(OSError):
-                others = set(os.listdir(self.output + ".parts")) - {os.path.basename(self.parts)}
-                if others and self.rank == 0:
-                    print(f"note: {self.output}.parts also has units of {len(others)} other settings, which "
-                          "are not used", file=sys.stderr)
+            others = {*glob.glob(glob.escape(self.output) + ".parts/*")} - {self.parts}
+            if others and self.rank == 0:
+                print(f"note: {self.output}.parts also has units of {len(others)} other settings, which "
+                      "are not used", file=sys.stderr)
             return False
         try:
             with open(self.output + ".settings.json") as f:
                 made = json.load(f)
         except (OSError, ValueError) as e:
             die(f"{self.output} exists, but nothing says how it was made ({e}): choose another --output")
-        for _ in self.read():
-            pass
-        for key, now in self.record().items():
+        if "input" not in self.settings:
+            for _ in self:  # reads and hashes it: there is no unit to make
+                pass
+        for key, now in self.settings.items():
             if (then := made.get(key)) != now:
-                die(f"{self.output} was made with {key} = {then!r}, now it is {now!r}: choose another "
-                    "--output")
-        self.remove_parts()  # if the launch that made OUT was killed before it did
-        return True
-
-    def remove_parts(self):
+                die(f"{self.output} was made with {key} = {then!r}, now it is {now!r}: take another --output")
         shutil.rmtree(self.parts, ignore_errors=True)
         with contextlib.suppress(OSError):  # units of other settings stay
             os.rmdir(self.output + ".parts")
+        return True
 
     def join(self):
         """Join the units to OUT if all are there, and say what this launch did."""
+        rows, seconds = self.made, max(time.time() - self.begun, 1e-9)
         missing = sum(not os.path.exists(path) for path in self.paths)
-        if os.path.exists(self.output):
-            self.finished()  # another launch made it
-        elif missing:
-            print(f"{missing} of {len(self.paths)} units are missing: the last rank joins all (if none is at "
-                  "work, repeat the command)")
-        else:
-            record = {**self.record(), "servers": self.servers}
+        if not missing and not os.path.exists(self.output):  # else another launch made it
+            record = {**self.settings, "servers": self.servers}
             self.save(self.output + ".settings.json", [json.dumps(record, indent=1).encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
-            self.remove_parts()
-        (_, begun), (rows, ended) = self.clock[0], self.clock[-1]
-        seconds = max(ended - begun, 1e-9)
+        if not self.finished():
+            print(f"{missing} of {len(self.paths)} units are missing: repeat the command if no rank works")
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
               f"{rows / seconds:.2f} rows a second")
         for outcome, count in self.outcomes.most_common() + self.notes.most_common():
             print(f"{count:9d}  {outcome}")
         if self.args.limit is not None and rows:
-            first, warm = self.clock[1 if len(self.clock) > 2 else 0]  # without the first unit, the warm-up
-            for millions in (1, 12, 300):
-                days = millions * 1e6 / (rows - first) * (ended - warm) / self.world / 86400
-                print(f"{millions:4d} M rows would take {days:9,.2f} days at this rate on {self.world} "
-                      "rank(s)")
+            for size in (1, 12, 300):
+                days = size * 1e6 / rows * seconds / 86400 / self.world
+                print(f"{size:4d} M rows would take {days:9,.2f} days at this rate on {self.world} rank(s)")
 
 
 class Server:
     """Texts from OpenAI-compatible servers: one text a request, many requests at once, the servers in turn.
 
-    A request without an answer is sent again for half a minute, to the other servers first; to a busy server,
-    as long as any request gets an answer. A request that a server refuses (400, 413, 422, or 500 three times)
-    while it answers a harmless one is its row's error. All else ends the launch."""
+    A request without an answer goes to the next server. Failures count while no other request is answered:
+    one for every server and seven more, in half a minute, end the launch. A request that a server refuses
+    (400, 413, 422, or 500 three times) while it answers a harmless one is its row's error. All else ends the
+    launch at once."""
 
     def __init__(self, args, units, path, **harmless):
         """harmless: a request that every server must answer before the first row is asked"""
@@ -659,8 +633,8 @@ class Server:
         self.headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         self.common = {"model": args.model, "max_tokens": args.max_new_tokens}
         self.path, self.harmless, self.turns = path, harmless, itertools.count()
-        self.answered = self.refused = 0  # requests in all; requests since the last answer
-        self.down = {}  # url -> until when it gets no requests, because it gave no answer
+        self.answered = self.refused = 0  # requests in all; rows since the last answer
+        self.down = {}  # url -> until when others go first, because it gave no answer
         self.threads = ThreadPool(args.concurrency * len(self.urls))
         self.map(lambda url: self.ask([url], **harmless), self.urls)
         for url in self.urls:
@@ -694,18 +668,17 @@ class Server:
 
     def ask(self, urls=None, **request):
         """-> (text, whether it ended by itself, None) or ("", False, why the server refuses the request)"""
-        urls, failures, crashes, tried = urls or self.urls, 0, 0, set()
+        urls, failures, crashes = urls or self.urls, 0, 0
         for turn in itertools.count(next(self.turns)):
-            up = [url for url in urls if url not in tried and self.down.get(url, 0) < time.monotonic()]
-            url, answered = (up or urls)[turn % len(up or urls)], self.answered
+            first, now, answered = turn % len(urls), time.monotonic(), self.answered
+            url = min(urls[first:] + urls[:first], key=lambda url: max(self.down.get(url, 0), now))
             status, answer = self.post(url, request)
+            self.down[url] = time.monotonic() + (60 if status == 0 else 0)
             if status == 200:
                 self.answered += 1
                 if request != self.harmless:
                     self.refused = 0
                 return answer
-            if status == 0:
-                self.down[url] = time.monotonic() + 60
             crashes += status == 500
             if (status in (400, 413, 422) or crashes == 3) and request != self.harmless:
                 self.ask([url], **self.harmless)  # ends the launch if even this is refused
@@ -713,12 +686,10 @@ class Server:
                 if self.refused >= 100:
                     raise ConnectionError(f"--server {url} refuses every row: {answer}")
                 return "", False, f"refused by the server: {answer}"
-            only_busy = status in (429, 503) and self.answered > answered
-            failures += not (only_busy or status == 0 and url not in tried)  # each server may vanish once
-            tried.add(url)
-            if failures > 6 or 400 <= status < 500 and status not in (408, 429):
+            failures += self.answered == answered
+            if failures > 6 + len(urls) or 400 <= status < 500 and status not in (408, 429):
                 raise ConnectionError(f"--server {url}: {answer}")
-            time.sleep(2 ** failures / 4)
+            time.sleep(2 ** max(failures - len(urls), 0) / 4)
 
 # === end of rows ============================================================================================
 

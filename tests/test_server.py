@@ -375,22 +375,56 @@ def test_seven_neighbours_that_vanish_do_not_end_the_launch(happy, folder, tmp_p
     assert launch_well(folder, tmp_path, "rewrite", stubs) == happy["rewrite"][1]
 
 
-def test_servers_that_never_answer_end_the_launch(monkeypatch):
-    """Each hangs until the time-out, when the others are no longer said to be down: a request does not go round for ever."""
+def bare_server(monkeypatch, reply):
+    """A Server without an __init__ whose post is reply(url, number of the request), in a clock that only waiting moves, and
+    the list of the URLs asked"""
     server, now, asked = object.__new__(rewrite_llama.Server), [0], []
     vars(server).update(urls=["http://a", "http://b", "http://c"], down={}, turns=itertools.count(), answered=0, refused=0, harmless={})
-    monkeypatch.setattr(rewrite_llama.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(rewrite_llama.time, "sleep", lambda seconds: None)
+    wait = lambda seconds: now.__setitem__(0, now[0] + seconds)
+    monkeypatch.setattr(rewrite_llama, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=wait))
 
     def post(url, request):
         asked.append(url)
-        assert len(asked) < 50
-        now[0] += 300
-        return 0, "timed out"
+        assert len(asked) < 2000
+        return reply(url, len(asked), wait)
     server.post = post
+    return server, asked, now
+
+
+def test_servers_that_never_answer_end_the_launch(monkeypatch):
+    """Each hangs until the time-out, when the others are no longer said to be down: a request does not go round for ever."""
+    server, asked, _ = bare_server(monkeypatch, lambda url, number, wait: wait(300) or (0, "timed out"))
     with pytest.raises(ConnectionError, match="timed out"):
         server.ask(prompt="a")
-    assert set(asked) == set(server.urls)
+    assert set(asked) == set(server.urls) and len(asked) < 50
+
+
+@pytest.mark.parametrize("status", [0, 429, 503])
+def test_nobody_answers_for_half_a_minute(status, monkeypatch):
+    server, asked, now = bare_server(monkeypatch, lambda url, number, wait: (status, "no answer"))
+    with pytest.raises(ConnectionError, match="no answer"):
+        server.ask(prompt="a")
+    assert set(asked) == set(server.urls) and 25 < now[0] < 40
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_server_is_asked_as_long_as_others_are_answered(status, monkeypatch):
+    def reply(url, number, wait):
+        server.answered += 1  # another request is
+        return (status, "busy") if now[0] < 300 else (200, "text")
+    server, _, now = bare_server(monkeypatch, reply)
+    assert server.ask(prompt="a") == "text" and now[0] >= 300
+
+
+def test_a_server_without_an_answer_is_the_last_to_be_asked_for_a_minute(monkeypatch):
+    server, asked, now = bare_server(monkeypatch, lambda url, number, wait: (0, "gone") if url == "http://a" else (200, "text"))
+    for _ in range(30):
+        assert server.ask(prompt="a") == "text"
+    assert asked.count("http://a") == 1 and min(asked.count("http://b"), asked.count("http://c")) > 8
+    now[0] += 61
+    for _ in range(3):
+        server.ask(prompt="a")
+    assert asked.count("http://a") == 2
 
 
 def test_a_refusal_is_asked_again_with_the_vec_alone(folder, tmp_path):
