@@ -479,12 +479,13 @@ def parse_row(line):
     """The line's JSON object and True. Of any other line: a row with its text and the reason, and False."""
     try:
         row = json.loads(line.decode("utf-8-sig"))  # which skips a byte order mark
-        if not isinstance(row, dict):
-            raise ValueError("another value")
-        return row, True
+        if isinstance(row, dict):
+            return row, True
+        reason = "not a JSON object"
     except (ValueError, RecursionError) as e:
-        text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-        return {"error": {"line": f"not JSON of one object: {e}"}, "line": text}, False
+        reason = f"not JSON: {e}"
+    text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+    return {"error": {"line": reason}, "line": text}, False
 
 
 def batched(items, size):
@@ -500,7 +501,7 @@ class Units:
 
     def __init__(self, args, settings, reads, makes):
         """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
-        apart = ("input", "output", "device", "server", "concurrency", "workers", "pairs")  # no settings
+        apart = ("input", "output", "device", "server", "concurrency", "workers", "pairs")  # change no text
         self.settings = {name: value for name, value in vars(args).items() if name not in apart}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
         key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:32]
@@ -524,11 +525,15 @@ class Units:
             die(f"{args.input}: no row has {' or '.join(reads)}, the first {len(rows)} have {sorted(fields)}")
         if fields & set(makes):
             die(f"{args.input} has {sorted(fields & set(makes))} already, which this stage would overwrite")
+        others = {*glob.glob(glob.escape(args.output) + ".parts/*")} - {self.parts}
+        if others and self.rank == 0:
+            print(f"note: {args.output}.parts also has units of {len(others)} other settings, which are not "
+                  "used", file=sys.stderr)
 
     def __iter__(self):
         """Read the input, and yield what this rank has to make of units r, r + W, ...: path, rows, and todo,
         which is [(byte offset, row)] of those rows that are JSON objects. If OUT is there, that is none."""
-        self.begun, self.made = time.time(), 0  # rows that this launch made since then
+        self.clock = [(0, time.time())]  # the rows that this launch made, and when: after 0, 1 and all units
         self.paths, begin, size = [], 0, os.path.getsize(self.args.input)
         unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, or more: at most 65,536 units
         left = sys.maxsize if self.args.limit is None else self.args.limit
@@ -546,6 +551,8 @@ class Units:
                     todo = [(offset, row) for offset, (row, good) in zip(offsets, rows) if good]
                     yield SimpleNamespace(path=path, rows=[row for row, _ in rows], todo=todo)
                 left, begin = left - len(lines), begin + len(content)
+                rate = self.outcomes.total() / (time.time() - self.clock[0][1])
+                progress.set_postfix_str(f"{rate:.1f} texts/s", refresh=False)
                 progress.update(len(content))
         names = " ".join(map(os.path.basename, self.paths))  # as good as all lines
         self.settings["input"] = hashlib.sha256(names.encode()).hexdigest()
@@ -554,7 +561,7 @@ class Units:
         """Write a unit's file, when its rows are complete."""
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in unit.rows)
         self.save(unit.path, (line.encode(errors="backslashreplace") for line in lines))  # lone surrogates
-        self.made += len(unit.rows)
+        self.clock[2:] = [(self.clock[-1][0] + len(unit.rows), time.time())]
 
     def save(self, path, chunks):
         """Write a file whole or not at all: in a folder of its own, synced, then renamed."""
@@ -574,10 +581,6 @@ class Units:
         """Whether OUT is there; if so, its units go. If it has other settings or was made from another input,
         one line says so and nothing is touched."""
         if not os.path.exists(self.output):
-            others = {*glob.glob(glob.escape(self.output) + ".parts/*")} - {self.parts}
-            if others and self.rank == 0:
-                print(f"note: {self.output}.parts also has units of {len(others)} other settings, which "
-                      "are not used", file=sys.stderr)
             return False
         try:
             with open(self.output + ".settings.json") as f:
@@ -597,21 +600,24 @@ class Units:
 
     def join(self):
         """Join the units to OUT if all are there, and say what this launch did."""
-        rows, seconds = self.made, max(time.time() - self.begun, 1e-9)
+        (_, begun), (rows, ended) = self.clock[0], self.clock[-1]
+        seconds = max(ended - begun, 1e-9)
         missing = sum(not os.path.exists(path) for path in self.paths)
         if not missing and not os.path.exists(self.output):  # else another launch made it
             record = {**self.settings, "servers": self.servers}
             self.save(self.output + ".settings.json", [json.dumps(record, indent=1).encode()])
             self.save(self.output, (line for path in self.paths for line in open(path, "rb")))
         if not self.finished():
-            print(f"{missing} of {len(self.paths)} units are missing: repeat the command if no rank works")
+            print(f"{missing} of {len(self.paths)} units are missing: the last rank joins all (if none is at "
+                  "work, repeat the command)")
         print(f"{rows} rows, {self.outcomes.total()} texts in {seconds:.0f} s without loading the model: "
               f"{rows / seconds:.2f} rows a second")
         for outcome, count in self.outcomes.most_common() + self.notes.most_common():
             print(f"{count:9d}  {outcome}")
         if self.args.limit is not None and rows:
+            first, since = self.clock[-2]  # of several units, without the first, the warm-up
             for size in (1, 12, 300):
-                days = size * 1e6 / rows * seconds / 86400 / self.world
+                days = size * 1e6 / (rows - first) * (ended - since) / 86400 / self.world
                 print(f"{size:4d} M rows would take {days:9,.2f} days at this rate on {self.world} rank(s)")
 
 
