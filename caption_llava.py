@@ -26,7 +26,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 import time
 from collections import Counter
@@ -38,13 +37,25 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
+
+from train_clip import open_image, to_rgb  # a model is trained on the images as they are captioned
 
 PROMPT = "Describe the image concisely, less than 20 words"  # paper, section 3.2
 
 
-# --- the model --------------------------------------------------------------------------------------------
+# --- captions ---------------------------------------------------------------------------------------------
+
+def caption(model, tokenizer, inputs, notes):
+    """Greedy captions of the B images that `inputs` holds, one line each."""
+    inputs = {name: x.to(model.device) for name, x in inputs.items()}
+    inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    new = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, up to max_new_tokens]
+    answers = [[token for token in ids if token not in model.generation_config.eos_token_id] for ids in new]
+    notes.update("cut off at --max-new-tokens" for ids, answer in zip(new, answers) if answer == ids)
+    return [first_line(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
 
 def load_model(args, device):
     """-> the model, its processor, and the prompt in the model's chat template"""
@@ -67,105 +78,40 @@ def load_model(args, device):
     return model, processor, prompt
 
 
-def caption(model, tokenizer, inputs, notes):
-    """Greedy captions of the B images that `inputs` holds, one line each."""
-    inputs = {name: x.to(model.device) for name, x in inputs.items()}
-    inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-    new = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, up to max_new_tokens]
-    answers = [[token for token in ids if token not in model.generation_config.eos_token_id] for ids in new]
-    notes.update("cut off at --max-new-tokens" for ids, answer in zip(new, answers) if answer == ids)
-    return [first_line(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-
-
-def caption_message(image, prompt):
-    """The image and the prompt as a chat message. The image is encoded as JPEG, which every server reads."""
+def caption_request(image, args):
+    """A server's request for one image, which is encoded as JPEG: every server reads that."""
     image.save(data := io.BytesIO(), "JPEG", quality=95)
     url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
-    return {"role": "user", "content": content}
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": args.prompt}]
+    return {"messages": [{"role": "user", "content": content}], "temperature": 0, "seed": args.seed}
 
 
 def caption_by_server(server, args, row):
     """-> (caption, None) or (None, the reason)"""
-    try:
-        message = caption_message(to_rgb(open_image(args.image_root, row.get("image"))), args.prompt)
-    except Exception as e:
-        return None, image_fault(e)
-    text, _, refusal = server.ask(messages=[message], temperature=0, seed=args.seed)
+    make = lambda: caption_request(to_rgb(open_image(args.image_root, row.get("image"))), args)
+    request, fault = attempt(make)
+    if fault:
+        return None, fault
+    text, _, refusal = server.ask(**request)
     return first_line(text), refusal
 
 
 # --- images, in worker processes --------------------------------------------------------------------------
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")  # EPS runs programs
 MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES,
            errno.EINVAL, errno.EILSEQ}  # the last two: a name or an offset that this disk cannot have
 
 
-def open_image(root, name):
-    """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row cannot
-    name what lies outside; a link that lies inside is the user's own, and is followed."""
-    if not isinstance(name, str) or not name:
-        raise ValueError("no image")
-    member = re.fullmatch(r"(.+)@(\d+)\+(\d+)", name)
-    path = member[1] if member else name
-    if os.path.isabs(path) or ".." in path.split("/"):
-        raise ValueError("outside --image-root")
-    path = os.path.join(root, path)
-    status = os.stat(path)
-    size = int(member[3]) if member else status.st_size
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("no file")
-    if size > 1 << 28:
-        raise ValueError(f"{size} bytes are no image")
-    with open(path, "rb") as f:
-        f.seek(int(member[2]) if member else 0)
-        data = io.BytesIO(f.read(size))
+def attempt(make, *inputs):
+    """-> (make(*inputs), None), or (None, the reason that an image's row gets). An error of the disk, with a
+    number outside MISSING, is no image's fault: it ends the launch, and a later one goes on."""
     try:
-        image = Image.open(data, formats=FORMATS)
-    except UnidentifiedImageError:  # its own message has a memory address in it, another one in every run
-        raise ValueError(f"no image in one of {', '.join(FORMATS)}") from None
-    if max(image.size) > 100 * min(image.size):  # its shorter side scaled up would fill the memory
-        raise ValueError(f"{image.width} x {image.height} pixels are no image")
-    return image
-
-
-def orientation(image):
-    """How the image is turned, by its EXIF tag; broken metadata says nothing."""
-    try:
-        return image.getexif().get(0x0112)
-    except Exception:  # Pillow raises nearly everything there
-        return None
-
-
-def to_rgb(image):
-    """Any PIL image -> RGB, upright; transparency becomes white, grey of 9 to 16 bits is scaled."""
-    image.load()  # which turns a TIFF
-    tags = getattr(image, "tag_v2", {})  # a TIFF's; elsewhere Pillow gives grey of 8 or 16 bits
-    turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
-            7: "TRANSVERSE", 8: "ROTATE_90"}.get(orientation(image))
-    if turn:
-        image = image.transpose(Image.Transpose[turn])
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):  # convert("RGB") would clip these at 255
-        bits = max(tags.get(258, (16,)))
-        if image.mode == "F" or bits > 16 or tags.get(339, (1,)) != (1,):
-            raise ValueError("grey of floats, signed or of more than 16 bits: the file does not say which "
-                             "value is white")
-        image = image.convert("I").point(lambda value: value * (255 / (2 ** bits - 1)) + 0.5).convert("L")
-        image = ImageOps.invert(image) if tags.get(262) == 0 else image  # white is zero
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
-
-
-def image_fault(e):
-    """The reason that a row gets for its image. An error of the disk, with a number outside MISSING, is no
-    image's fault: it ends the launch, and a later one goes on."""
-    code = getattr(e, "errno", None)
-    if code and code not in MISSING:
-        raise e
-    return f"{type(e).__name__}: {os.strerror(code) if code else e}"
+        return make(*inputs), None
+    except Exception as e:  # Pillow's decoders and the processors raise nearly everything
+        code = getattr(e, "errno", None)
+        if code and code not in MISSING:
+            raise
+        return None, f"{type(e).__name__}: {os.strerror(code) if code else e}"
 
 
 class Images(torch.utils.data.Dataset):
@@ -183,20 +129,14 @@ class Images(torch.utils.data.Dataset):
 
     def __getitems__(self, names):
         """-> (inputs of the images that can be read, {number of a name: why it cannot be})"""
-        images, faults = {}, {}
-        for i, name in enumerate(names):
-            try:
-                images[i] = to_rgb(open_image(self.root, name))
-            except Exception as e:
-                faults[i] = image_fault(e)
+        read = [attempt(lambda: to_rgb(open_image(self.root, name))) for name in names]
+        images = {i: image for i, (image, fault) in enumerate(read) if not fault}
+        faults = {i: fault for i, (_, fault) in enumerate(read) if fault}
         try:
             return self.prepare([*images.values()]), faults
         except Exception:  # one of the images fails: find out which
-            for i, image in images.items():
-                try:
-                    self.prepare([image])
-                except Exception as e:
-                    faults[i] = f"{type(e).__name__}: {e}"
+            tried = {i: attempt(self.prepare, [image])[1] for i, image in images.items()}
+            faults |= {i: fault for i, fault in tried.items() if fault}
             return self.prepare([image for i, image in images.items() if i not in faults]), faults
 
 
@@ -249,9 +189,8 @@ def main(argv=None):
         units.outcomes[reason.split(":")[0] if reason else "captioned"] += 1
 
     if args.server:
-        message = caption_message(Image.new("RGB", (64, 64)), args.prompt)
-        server = Server(args, units, "/v1/chat/completions", messages=[message], temperature=0,
-                        seed=args.seed)
+        harmless = caption_request(Image.new("RGB", (64, 64)), args)
+        server = Server(args, units, "/v1/chat/completions", **harmless)
         for unit in units:
             rows = [row for _, row in unit.todo]
             for row, result in zip(rows, server.map(partial(caption_by_server, server, args), rows)):

@@ -31,7 +31,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-# The formats that train_clip.py and caption_llava.py open; a test compares them
+# The formats that train_clip.py opens; a test compares them
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 ENDINGS = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
 IMAGE_COLUMNS = ["filepath", "image", "image_path", "url"]  # a path before a URL, where a CSV has both

@@ -1,6 +1,5 @@
 """The captioning stages and their helpers: equal to references, the same bytes for any ranks and after any
 interruption, and no row lost whatever stands in it. All models are real transformers models, small ones."""
-import ast
 import json
 import os
 import random
@@ -27,7 +26,9 @@ import caption_llava
 import forks
 import fuse_vicuna
 import rewrite_llama
+import train_clip
 from conftest import ROOT, assert_mistake, read_jsonl, run
+from data import import_captions
 from forks import ENVIRONMENT
 
 STAGES = {"rewrite": "rewrite_llama.py", "caption": "caption_llava.py", "fuse": "fuse_vicuna.py"}
@@ -313,14 +314,8 @@ def test_the_scripts_share_their_rows_code():
 
 
 def test_caption_reads_images_as_training_does():
-    def functions(path):
-        """Their code, without docstrings and however it is wrapped"""
-        found = {f.name: f for f in ast.parse((ROOT / path).read_text()).body if isinstance(f, ast.FunctionDef)}
-        return [ast.dump(f) for name in ("open_image", "orientation", "to_rgb") for f in found[name].body[1:]]
-    assert functions("caption_llava.py") == functions("train_clip.py")
-    formats = {re.search(r"^FORMATS = (\(.*?\))", (ROOT / path).read_text(), re.M | re.S)[1]
-               for path in ("caption_llava.py", "train_clip.py", "data/import_captions.py")}
-    assert len(formats) == 1
+    assert caption_llava.open_image is train_clip.open_image and caption_llava.to_rgb is train_clip.to_rgb
+    assert import_captions.FORMATS == train_clip.FORMATS
 
 
 TEXTS = ["red", "a red bike by the wall", "old boat near the river under a grey sky 2021", "xyz",
