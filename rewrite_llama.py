@@ -54,22 +54,6 @@ def clean(text, markers=None):
     return one_line(text.replace("=>", " "), markers)
 
 
-def load_pairs(path, sources):
-    """{source: [example, ...]}. An example is a pair, or a list of texts of one image: two are drawn."""
-    examples = {source: [] for source in sources}
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            for entry in map(json.loads, f):
-                example = entry.get("captions") or (entry["input"], entry["output"])
-                if len(example) < 2 or not all(text.split() for text in example):
-                    raise ValueError(f"no two texts in {entry}")
-                if entry["source"] in examples:
-                    examples[entry["source"]].append(example)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        die(f"--pairs {path}: {e!r}; expected lines of source, input, output (or captions)")
-    return examples
-
-
 def draw_prompt(examples, shots, rng, markers):
     """The prompt up to the caption: the task and `shots` pairs (paper, section 3.1). -> (str, the pairs)"""
     pairs = []
@@ -113,6 +97,22 @@ def rewrite(complete, prompt, pairs, texts, seeds, notes):
     return results
 
 
+def load_pairs(path, sources):
+    """{source: [example, ...]}. An example is a pair, or a list of texts of one image: two are drawn."""
+    examples = {source: [] for source in sources}
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            for entry in map(json.loads, f):
+                example = entry.get("captions") or (entry["input"], entry["output"])
+                if len(example) < 2 or not all(text.split() for text in example):
+                    raise ValueError(f"no two texts in {entry}")
+                if entry["source"] in examples:
+                    examples[entry["source"]].append(example)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        die(f"--pairs {path}: {e!r}; expected lines of source, input, output (or captions)")
+    return examples
+
+
 # --- generation -------------------------------------------------------------------------------------------
 
 def sample(logits, uniform, temperature, top_p, k=256):
@@ -152,8 +152,7 @@ class Completer:
         self.cache_name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
         self.ends = end_tokens(model, tokenizer)
         pieces = tokenizer.batch_decode([[i] for i in range(model.get_input_embeddings().num_embeddings)])
-        self.stops = self.tensor(["\n" in piece for piece in pieces])  # [V]: the tokens that end a line
-        self.stops[self.ends] = True
+        self.stops = {*self.ends, *(i for i, piece in enumerate(pieces) if "\n" in piece)}  # they end a line
         layers = self.new_cache().layers
         if any(not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states") for layer in layers):
             die(f"--model {args.model}: some layers have no attention, which only --server supports")
@@ -237,7 +236,7 @@ class Completer:
                 kept = [[token for token in tokens if token not in self.ends] for tokens in new]
                 answers = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
                 for i, tokens, answer in zip(batch, new, answers):
-                    results[i] = answer, self.stops[tokens[-1]].item(), None
+                    results[i] = answer, tokens[-1] in self.stops, None
         return results
 
     @torch.inference_mode()
@@ -245,22 +244,23 @@ class Completer:
         """Continue the ids of B texts, with uniform [B, max_new_tokens], until their lines end -> B lists"""
         T, P, cache = max(map(len, texts)), self.prefix.get_seq_length(), self.new_cache()
         ids = self.tensor([[0] * (T - len(text)) + text for text in texts])  # [B, T], padded on the left
-        mask = [[1] * P + [0] * (T - len(text)) + [1] * len(text) for text in texts]
+        mask = self.tensor([[1] * P + [0] * (T - len(text)) + [1] * len(text) for text in texts])
         if not self.shares:
             cache = copy.deepcopy(self.prefix)
             cache.batch_repeat_interleave(len(texts))
-        new, alive = [[] for _ in texts], torch.arange(len(texts), device=ids.device)
-        mask, uniform = self.tensor(mask), uniform.to(ids.device)  # [B, P + T]
+        new, alive, uniform = [[] for _ in texts], list(range(len(texts))), uniform.to(ids.device)
         for step in range(self.args.max_new_tokens):
             logits = self.forward(ids, mask, cache)
-            ids = sample(logits, uniform[alive, step], self.args.temperature, self.args.top_p)  # [B]
-            for b, token in zip(alive.tolist(), ids.tolist()):
+            ids = sample(logits, uniform[:, step], self.args.temperature, self.args.top_p)  # [rows alive]
+            tokens = ids.tolist()
+            for b, token in zip(alive, tokens):
                 new[b].append(token)
-            keep = (~self.stops[ids]).nonzero()[:, 0]
-            if len(keep) == 0:
+            keep = [i for i, token in enumerate(tokens) if token not in self.stops]
+            if not keep:
                 break
             if len(keep) < len(alive):  # the rows whose lines ended leave, with their keys and values
-                alive, ids, mask = alive[keep], ids[keep], mask[keep]
+                alive, keep = [alive[i] for i in keep], self.tensor(keep)
+                ids, mask, uniform = ids[keep], mask[keep], uniform[keep]
                 cache.batch_select_indices(keep)
             ids, mask = ids[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         return new
