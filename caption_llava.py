@@ -189,8 +189,8 @@ def main(argv=None):
         units.outcomes[reason.split(":")[0] if reason else "captioned"] += 1
 
     if args.server:
-        harmless = caption_request(Image.new("RGB", (64, 64)), args)
-        server = Server(args, units, "/v1/chat/completions", **harmless)
+        trial = caption_request(Image.new("RGB", (64, 64)), args)
+        server = Server(args, units, "/v1/chat/completions", **trial)
         for unit in units:
             rows = [row for _, row in unit.todo]
             for row, result in zip(rows, server.map(partial(caption_by_server, server, args), rows)):

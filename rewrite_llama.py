@@ -188,7 +188,7 @@ class Completer:
     @torch.inference_mode()
     def forward(self, ids, mask, cache):
         """Logits [B, V] of the token after ids [B, T], whose keys and values are added to the cache. The mask
-        says which of a row's tokens are no padding: the prompt's, those in the cache and ids."""
+        [B, P + S + T] is 0 at padding: it covers the prompt, a row's S tokens before ids, and ids."""
         length = cache.get_seq_length() + ids.shape[1]
         position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # as if there were no padding
         logits = self.model(input_ids=ids, attention_mask=mask[:, -length:], position_ids=position,
