@@ -46,7 +46,17 @@ from tqdm import tqdm
 PROMPT = "Describe the image concisely, less than 20 words"  # paper, section 3.2
 
 
-# --- the model --------------------------------------------------------------------------------------------
+# --- captions ---------------------------------------------------------------------------------------------
+
+def caption(model, tokenizer, inputs, notes):
+    """Greedy captions of the B images that `inputs` holds, one line each."""
+    inputs = {name: x.to(model.device) for name, x in inputs.items()}
+    inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+    new = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, up to max_new_tokens]
+    answers = [[token for token in ids if token not in model.generation_config.eos_token_id] for ids in new]
+    notes.update("cut off at --max-new-tokens" for ids, answer in zip(new, answers) if answer == ids)
+    return [first_line(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
 
 def load_model(args, device):
     """-> the model, its processor, and the prompt in the model's chat template"""
@@ -69,31 +79,21 @@ def load_model(args, device):
     return model, processor, prompt
 
 
-def caption(model, tokenizer, inputs, notes):
-    """Greedy captions of the B images that `inputs` holds, one line each."""
-    inputs = {name: x.to(model.device) for name, x in inputs.items()}
-    inputs = {name: x.to(model.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
-    new = model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, up to max_new_tokens]
-    answers = [[token for token in ids if token not in model.generation_config.eos_token_id] for ids in new]
-    notes.update("cut off at --max-new-tokens" for ids, answer in zip(new, answers) if answer == ids)
-    return [first_line(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-
-
-def caption_message(image, prompt):
-    """The image and the prompt as a chat message. The image is encoded as JPEG, which every server reads."""
+def caption_request(image, args):
+    """A server's request for one image, which is encoded as JPEG: every server reads that."""
     image.save(data := io.BytesIO(), "JPEG", quality=95)
     url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
-    return {"role": "user", "content": content}
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": args.prompt}]
+    return {"messages": [{"role": "user", "content": content}], "temperature": 0, "seed": args.seed}
 
 
 def caption_by_server(server, args, row):
     """-> (caption, None) or (None, the reason)"""
-    try:
-        message = caption_message(to_rgb(open_image(args.image_root, row.get("image"))), args.prompt)
-    except Exception as e:
-        return None, image_fault(e)
-    text, _, refusal = server.ask(messages=[message], temperature=0, seed=args.seed)
+    request, fault = attempt(
+        lambda: caption_request(to_rgb(open_image(args.image_root, row.get("image"))), args))
+    if fault:
+        return None, fault
+    text, _, refusal = server.ask(**request)
     return first_line(text), refusal
 
 
@@ -161,13 +161,16 @@ def to_rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
-def image_fault(e):
-    """The reason that a row gets for its image. An error of the disk, with a number outside MISSING, is no
-    image's fault: it ends the launch, and a later one goes on."""
-    code = getattr(e, "errno", None)
-    if code and code not in MISSING:
-        raise e
-    return f"{type(e).__name__}: {os.strerror(code) if code else e}"
+def attempt(make, *inputs):
+    """-> (make(*inputs), None), or (None, the reason that an image's row gets). An error of the disk, with a
+    number outside MISSING, is no image's fault: it ends the launch, and a later one goes on."""
+    try:
+        return make(*inputs), None
+    except Exception as e:  # Pillow's decoders and the processors raise nearly everything
+        code = getattr(e, "errno", None)
+        if code and code not in MISSING:
+            raise
+        return None, f"{type(e).__name__}: {os.strerror(code) if code else e}"
 
 
 class Images(torch.utils.data.Dataset):
@@ -185,20 +188,14 @@ class Images(torch.utils.data.Dataset):
 
     def __getitems__(self, names):
         """-> (inputs of the images that can be read, {number of a name: why it cannot be})"""
-        images, faults = {}, {}
-        for i, name in enumerate(names):
-            try:
-                images[i] = to_rgb(open_image(self.root, name))
-            except Exception as e:
-                faults[i] = image_fault(e)
+        read = [attempt(lambda: to_rgb(open_image(self.root, name))) for name in names]
+        images = {i: image for i, (image, fault) in enumerate(read) if not fault}
+        faults = {i: fault for i, (_, fault) in enumerate(read) if fault}
         try:
             return self.prepare([*images.values()]), faults
         except Exception:  # one of the images fails: find out which
-            for i, image in images.items():
-                try:
-                    self.prepare([image])
-                except Exception as e:
-                    faults[i] = f"{type(e).__name__}: {e}"
+            tried = {i: attempt(self.prepare, [image])[1] for i, image in images.items()}
+            faults |= {i: fault for i, fault in tried.items() if fault}
             return self.prepare([image for i, image in images.items() if i not in faults]), faults
 
 
@@ -251,9 +248,8 @@ def main(argv=None):
         units.outcomes[reason.split(":")[0] if reason else "captioned"] += 1
 
     if args.server:
-        message = caption_message(Image.new("RGB", (64, 64)), args.prompt)
-        server = Server(args, units, "/v1/chat/completions", messages=[message], temperature=0,
-                        seed=args.seed)
+        trial = caption_request(Image.new("RGB", (64, 64)), args)
+        server = Server(args, units, "/v1/chat/completions", **trial)
         for unit in units:
             rows = [row for _, row in unit.todo]
             for row, result in zip(rows, server.map(partial(caption_by_server, server, args), rows)):

@@ -50,14 +50,7 @@ MAX_VEC_TOKENS = 256  # a longer VeC is not a caption, and is never cut: its res
 PROMPTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "prompts")
 
 
-# --- the prompts ------------------------------------------------------------------------------------------
-
-def clean(text, markers=None):
-    """The text as one line without separators of --format pairs and roles of the conversation."""
-    cleaned = re.sub(r"=>|(?<=\s)\+(?=\s)", " ", one_line(text, markers))
-    cleaned = one_line(re.sub(r"\b(USER|ASSISTANT|SYSTEM)[\s:]*:", r"\1", cleaned), markers)
-    return cleaned if cleaned == text else clean(cleaned, markers)  # what was cut may join to a role
-
+# --- the prompts, and what follows a refusal --------------------------------------------------------------
 
 def chat_prompt(alt, vec, instruction=INSTRUCTION):
     """Vicuna 1.1's conversation around the instruction. Either text may be "": then it has one."""
@@ -68,9 +61,13 @@ def chat_prompt(alt, vec, instruction=INSTRUCTION):
 
 def pairs_prompt(pairs, alt, vec):
     """The deviation for base models and small ones, which follow no instruction but continue a list."""
-    return "Merge two texts about one image into one short caption.\n\n" + "".join(
-        f"{pair['vec']} + {pair['alt']} => {pair['output']}\n" for pair in pairs) + " + ".join(
-        filter(None, (vec, alt))) + " =>"
+    lines = "".join(f"{pair['vec']} + {pair['alt']} => {pair['output']}\n" for pair in pairs)
+    texts = " + ".join(text for text in (vec, alt) if text)
+    return f"Merge two texts about one image into one short caption.\n\n{lines}{texts} =>"
+
+
+def is_refusal(text, openings):
+    return text.lower().replace("\u2019", "'").startswith(openings)
 
 
 def unquote(text):
@@ -78,31 +75,37 @@ def unquote(text):
     return re.sub(r'^["\u201c]([^"\u201c\u201d]*)["\u201d]$', r"\1", text).strip()
 
 
-def is_refusal(text, openings):
-    return text.lower().replace("\u2019", "'").startswith(openings)
-
-
 def fuse(ask, inputs, openings, notes):
     """Captions of [(AltText, VeC) or a reason not to ask]. -> [(caption or None, reason or None)]
 
     ask([(AltText, VeC), ...]) -> [(answer, reason or None)]; either text may be "". If the model refuses, the
     VeC alone is rewritten (section 3.3)."""
-    results = [(None, pair if isinstance(pair, str) else None) for pair in inputs]
-    notes.update(pair for pair in inputs if isinstance(pair, str))
+    results = [(None, pair) for pair in inputs]  # a reason stays, an answer replaces a pair
     todo = {i: pair for i, pair in enumerate(inputs) if not isinstance(pair, str)}
+    notes.update(pair for pair in inputs if isinstance(pair, str))
     while todo:
-        answers, again = ask([*todo.values()]), {}
-        for (i, (alt, vec)), (text, reason) in zip(todo.items(), answers):
+        again = {}
+        for (i, (alt, vec)), (text, reason) in zip(todo.items(), ask([*todo.values()])):
             text = unquote(first_line(text))
-            if is_refusal(text, openings) and alt and vec:
+            refused = is_refusal(text, openings)
+            if refused and alt and vec:
                 again[i] = "", vec
-                continue
-            reason = reason or ("refused" if is_refusal(text, openings) else None if text else "empty")
-            results[i] = None if reason else text, reason
-            notes[reason or ("fused" if alt and vec else "AltText alone" if alt else "VeC alone")] += 1
-        notes.update(["refused, asked again with the VeC alone"] * len(again))
+                notes["refused, asked again with the VeC alone"] += 1
+            else:
+                reason = reason or ("refused" if refused else None if text else "empty")
+                results[i] = None if reason else text, reason
+                notes[reason or ("fused" if alt and vec else "AltText alone" if alt else "VeC alone")] += 1
         todo = again
     return results
+
+
+# --- the texts of a row -----------------------------------------------------------------------------------
+
+def clean(text, markers=None):
+    """The text as one line without separators of --format pairs and roles of the conversation."""
+    cleaned = re.sub(r"=>|(?<=\s)\+(?=\s)", " ", one_line(text, markers))
+    cleaned = one_line(re.sub(r"\b(USER|ASSISTANT|SYSTEM)[\s:]*:", r"\1", cleaned), markers)
+    return cleaned if cleaned == text else clean(cleaned, markers)  # what was cut may join to a role
 
 
 def source_list(row, args):
@@ -153,20 +156,20 @@ def answer(model, tokenizer, prompts, batch_size, notes):
     that all share is computed once. Recurrent layers would read padding: their batches have one length."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    config, known = model.config.get_text_config(), inspect.signature(model.forward).parameters
+    new_cache = partial(DynamicCache, config=model.config.get_text_config())
+    layers, known = new_cache().layers, inspect.signature(model.forward).parameters
     cache_name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
-    layers = DynamicCache(config=config).layers
     can_pad = all(isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states") for layer in layers)
     can_share = "position_ids" in known and all(type(layer) is DynamicLayer for layer in layers)  # no window
-    tensor = partial(torch.tensor, device=model.device)
+    tensor, how = partial(torch.tensor, device=model.device), model.generation_config
     answers, ids = [None] * len(prompts), [tokenizer(prompt).input_ids for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
     groups = [[*group] for _, group in itertools.groupby(order, lambda i: 0 if can_pad else len(ids[i]))]
     for batch in itertools.chain(*(batched(group, batch_size) for group in groups)):
         rows, past = [ids[i] for i in batch], {}
-        P = min(len(os.path.commonprefix(rows)), len(rows[0]) - 1) if can_share and len(rows) > 1 else 0
+        P = min(len(os.path.commonprefix(rows)), len(rows[0]) - 1) if can_share else 0
         if P:
-            past[cache_name] = cache = DynamicCache(config=config)
+            past[cache_name] = cache = new_cache()
             model(input_ids=tensor([rows[0][:P]]), use_cache=True, logits_to_keep=1, **past)
             if cache.get_seq_length() != P:  # an unknown argument is ignored silently
                 die(f"--model: this version of transformers does not fill {cache_name}")
@@ -174,14 +177,13 @@ def answer(model, tokenizer, prompts, batch_size, notes):
         T = len(rows[-1])
         inputs = tensor([row[:P] + [0] * (T - len(row)) + row[P:] for row in rows])  # [B, T], padded after P
         mask = tensor([[1] * P + [0] * (T - len(row)) + [1] * (len(row) - P) for row in rows])
-        new = model.generate(input_ids=inputs, attention_mask=mask, tokenizer=tokenizer, **past)[:, T:]
-        new = new.tolist()
-        kept = [[token for token in row if token not in model.generation_config.eos_token_id] for row in new]
+        new = model.generate(inputs, attention_mask=mask, tokenizer=tokenizer, **past)[:, T:].tolist()
+        kept = [[token for token in row if token not in how.eos_token_id] for row in new]
         texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
         for i, row, rest, text in zip(batch, new, kept, texts):
-            stopped = len(rest) < len(row) or model.generation_config.stop_strings and "\n" in text
-            notes.update([] if stopped else ["cut off at --max-new-tokens"])
             answers[i] = text, None
+            if rest == row and not (how.stop_strings and "\n" in text):
+                notes["cut off at --max-new-tokens"] += 1
     return answers
 
 
@@ -234,9 +236,8 @@ def main(argv=None):
     for unit in units:
         rng = np.random.default_rng([args.seed, *(offset for offset, _ in unit.todo[:1])])
         shots = [pairs[i] for i in rng.choice(len(pairs), SHOTS, replace=False)]
-        write_prompt = (lambda alt, vec: chat_prompt(alt, vec, args.prompt) if args.format == "chat" else
-                        pairs_prompt(shots, alt, vec))
-        ask = lambda texts: complete([write_prompt(*pair) for pair in texts])
+        ask = lambda texts: complete([chat_prompt(*pair, args.prompt) if args.format == "chat" else
+                                      pairs_prompt(shots, *pair) for pair in texts])
         inputs = [[*read_texts(row, args, tokenizer, markers, units.notes)] for _, row in unit.todo]
         results = iter(fuse(ask, [*itertools.chain(*inputs)], openings, units.outcomes))
         for (_, row), texts in zip(unit.todo, inputs):

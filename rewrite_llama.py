@@ -56,22 +56,6 @@ def clean(text, markers=None):
     return one_line(text.replace("=>", " "), markers)
 
 
-def load_pairs(path, sources):
-    """{source: [example, ...]}. An example is a pair, or a list of texts of one image: two are drawn."""
-    examples = {source: [] for source in sources}
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            for entry in map(json.loads, f):
-                example = entry.get("captions") or (entry["input"], entry["output"])
-                if len(example) < 2 or not all(text.split() for text in example):
-                    raise ValueError(f"no two texts in {entry}")
-                if entry["source"] in examples:
-                    examples[entry["source"]].append(example)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        die(f"--pairs {path}: {e!r}; expected lines of source, input, output (or captions)")
-    return examples
-
-
 def draw_prompt(examples, shots, rng, markers):
     """The prompt up to the caption: the task and `shots` pairs (paper, section 3.1). -> (str, the pairs)"""
     pairs = []
@@ -105,16 +89,30 @@ def rewrite(complete, prompt, pairs, texts, seeds, notes):
     for attempt in range(2):
         if not todo:
             break
-        answers, again = complete(prompt, [texts[i] for i in todo], [[*seeds[i], attempt] for i in todo]), []
+        answers = complete(prompt, [texts[i] for i in todo], [[*seeds[i], attempt] for i in todo])
         for i, (answer, ended, fault) in zip(todo, answers):
             answer = first_line(answer)
             reason = fault or reject(answer, ended, pairs)
             results[i] = (None if reason else answer, reason)
-            if reason and not fault:
-                again.append(i)
-        notes.update(["drawn again"] * len(again) if attempt == 0 else [])
-        todo = again
+        todo = [i for i, (_, _, fault) in zip(todo, answers) if results[i][1] and not fault]
+        notes.update("drawn again" for _ in todo if attempt == 0)
     return results
+
+
+def load_pairs(path, sources):
+    """{source: [example, ...]}. An example is a pair, or a list of texts of one image: two are drawn."""
+    examples = {source: [] for source in sources}
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            for entry in map(json.loads, f):
+                example = entry.get("captions") or (entry["input"], entry["output"])
+                if len(example) < 2 or not all(text.split() for text in example):
+                    raise ValueError(f"no two texts in {entry}")
+                if entry["source"] in examples:
+                    examples[entry["source"]].append(example)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        die(f"--pairs {path}: {e!r}; expected lines of source, input, output (or captions)")
+    return examples
 
 
 # --- generation -------------------------------------------------------------------------------------------
@@ -140,9 +138,9 @@ def sample(logits, uniform, temperature, top_p, k=256):
 class Completer:
     """Completes many lines behind one prompt.
 
-    The prompt's keys and values are computed once, and each step reads them once for all rows. Copying them
-    to every row would cost more than the matrix products of a step (64 rows, a prompt of 100 tokens). A row
-    leaves the batch when its line ends. test_stages.py compares with `generate`, one row at a time."""
+    The prompt's keys and values are computed once, and each step reads them once for all rows. Copies for 64
+    rows would be 4 GB (LLaMA-7B, 120 tokens), to be read at each step beside 13 GB of weights. A row leaves
+    the batch when its line ends. test_stages.py compares with `generate`, one row at a time."""
 
     def __init__(self, model, tokenizer, args):
         from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -156,15 +154,15 @@ class Completer:
         self.cache_name = "cache" if "cache" in known else "past_key_values"  # before transformers 5.24
         self.ends = end_tokens(model, tokenizer)
         pieces = tokenizer.batch_decode([[i] for i in range(model.get_input_embeddings().num_embeddings)])
-        self.stops = self.tensor(["\n" in piece for piece in pieces])  # [V]: the tokens that end a line
-        self.stops[self.ends] = True
-        for layer in self.new_cache().layers:
-            if not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states"):
-                die(f"--model {args.model}: some layers have no attention, which only --server supports")
+        self.stops = {*self.ends, *(i for i, piece in enumerate(pieces) if "\n" in piece)}  # they end a line
+        layers = self.new_cache().layers
+        if any(not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states") for layer in layers):
+            die(f"--model {args.model}: some layers have no attention, which only --server supports")
         self.attention = f"shared_prefix_{id(self)}"
         AttentionInterface.register(self.attention, self.attend)
         AttentionMaskInterface.register(self.attention, eager_mask)
-        if not self.try_sharing():
+        self.shares = all(type(layer) is DynamicLayer for layer in layers) and self.try_sharing()  # no window
+        if not self.shares:
             print("this model's attention cannot share the prompt among rows: each row gets a copy, which is "
                   "slower", file=sys.stderr)
 
@@ -172,64 +170,55 @@ class Completer:
         """Attention over the prompt, which all rows share, and a row's own tokens. transformers calls it.
 
         query [B, H, T, D]; key and value [B, G, S, D] of the row's own tokens (G = H, or fewer with grouped
-        queries); mask [B, 1, T, S]. The prompt's keys and values: [1, G, P, D]. One softmax covers both."""
+        queries); mask [B, 1, T, S]. The prompt's keys and values: [G, P, D]. One softmax covers both."""
         if softcap is not None or s_aux is not None:
             raise ValueError("softcap or attention sinks")  # for try_sharing
-        B, H, T, D = query.shape
-        G, P = key.shape[1], 0
-        q = query.reshape(B, G, H // G * T, D)
-        scores = (q @ key.transpose(2, 3)).view(B, H, T, -1) * scaling + attention_mask
+        keys, values = key[0, :, :0], value[0, :, :0]  # the prompt itself is read behind an empty one
         if self.prefix is not None:
-            prefix = self.prefix.layers[module.layer_idx]
-            P = prefix.keys.shape[2]
+            layer = self.prefix.layers[module.layer_idx]
+            keys, values = layer.keys[0], layer.values[0]
             self.attended.add(module.layer_idx)
-            rows = q.transpose(0, 1).reshape(1, G, -1, D)  # the queries of all rows, one matrix a group
-            shared = (rows @ prefix.keys.transpose(2, 3)).view(G, B, H // G, T, P)
-            scores = torch.cat([shared.transpose(0, 1).reshape(B, H, T, P) * scaling, scores], -1)
-        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)  # [B, H, T, P + S]
-        out = (weights[..., P:].reshape(B, G, H // G * T, -1) @ value).view(B, H, T, D)
-        if P:
-            rows = weights[..., :P].reshape(B, G, -1, P).transpose(0, 1).reshape(1, G, -1, P)
-            shared = (rows @ prefix.values).view(G, B, H // G, T, D)
-            out = out + shared.transpose(0, 1).reshape(B, H, T, D)
-        return out.transpose(1, 2), None  # [B, T, H, D]
+        query = query.unflatten(1, (key.shape[1], -1))  # [B, G, H / G, T, D]
+        shared = torch.einsum("bghtd,gpd->bghtp", query, keys)
+        own = torch.einsum("bghtd,bgsd->bghts", query, key)
+        scores = torch.cat([shared * scaling, own * scaling + attention_mask[:, None]], -1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)  # [B, G, H / G, T, P + S]
+        shared, own = weights.split([keys.shape[1], key.shape[2]], -1)
+        out = torch.einsum("bghtp,gpd->bghtd", shared, values) + torch.einsum("bghts,bgsd->bghtd", own, value)
+        return out.flatten(1, 2).transpose(1, 2), None  # [B, T, H, D]
 
-    def forward(self, ids, mask, position, cache):
-        """Logits [B, V] of the token after ids [B, T], whose keys and values are added to the cache"""
-        length = cache.get_seq_length()
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True,
-                            logits_to_keep=1, **{self.cache_name: cache}).logits[:, -1]
-        if cache.get_seq_length() != length + ids.shape[1]:  # an unknown argument is ignored silently
+    @torch.inference_mode()
+    def forward(self, ids, mask, cache):
+        """Logits [B, V] of the token after ids [B, T], whose keys and values are added to the cache. The mask
+        [B, P + S + T] is 0 at padding: it covers the prompt, a row's S tokens before ids, and ids."""
+        length = cache.get_seq_length() + ids.shape[1]
+        position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # as if there were no padding
+        logits = self.model(input_ids=ids, attention_mask=mask[:, -length:], position_ids=position,
+                            use_cache=True, logits_to_keep=1, **{self.cache_name: cache}).logits[:, -1]
+        if cache.get_seq_length() != length:  # an unknown argument is ignored silently
             die(f"--model {self.args.model}: this version of transformers does not fill {self.cache_name}")
         return logits
 
-    @torch.inference_mode()
     def set_prefix(self, ids):
         """Compute the keys and values of the prompt's ids [1, P]. `decode` continues them."""
         self.prefix, cache = None, self.new_cache()
-        self.forward(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None], cache)
+        self.forward(ids, torch.ones_like(ids), cache)
         self.prefix = cache
 
-    @torch.inference_mode()
     def try_sharing(self):
-        """Whether `attend` gives what the model's own attention gives, tried on twelve tokens. Attention
-        with a sliding window, a softcap or sinks cannot share the prompt."""
-        ids, position = self.tensor([[*range(5, 17)]]), self.tensor([[*range(12)]])
-        own, before = ids[:, 8:], self.model.config._attn_implementation
-        self.attended = set()  # a model may ignore set_attn_implementation
-        expected = self.forward(ids, torch.ones_like(ids), position, cache := self.new_cache())
-        try:
+        """Whether `attend` gives what the model's own attention gives, tried on twelve tokens. Attention with
+        a softcap or sinks cannot share the prompt, and a model may ignore set_attn_implementation."""
+        ids, before = self.tensor([[*range(5, 17)]]), self.model.config._attn_implementation
+        expected, self.attended = self.forward(ids, torch.ones_like(ids), self.new_cache()), set()
+        with contextlib.suppress(RuntimeError, ValueError, TypeError, AttributeError):
             self.model.set_attn_implementation(self.attention)
             self.set_prefix(ids[:, :8])
-            logits = self.forward(own, torch.ones_like(own), position[:, 8:], self.new_cache())
+            logits = self.forward(ids[:, 8:], torch.ones_like(ids), self.new_cache())
             close = (logits - expected).norm() < 0.25 * expected.norm()  # rounding to bf16 makes up to 0.1
-            self.shares = (bool(close) and not any(cache.is_sliding)
-                           and len(self.attended) == len(cache.layers))
-        except (RuntimeError, ValueError, TypeError, AttributeError):
-            self.shares = False
-        if not self.shares:
-            self.model.set_attn_implementation(before)
-        return self.shares
+            if close and len(self.attended) == len(self.prefix.layers):
+                return True
+        self.model.set_attn_implementation(before)
+        return False
 
     def complete(self, prompt, texts, seeds):
         """-> for each text (answer, whether its line ended, None), or ("", False, why it cannot be asked)"""
@@ -249,36 +238,33 @@ class Completer:
                 kept = [[token for token in tokens if token not in self.ends] for tokens in new]
                 answers = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
                 for i, tokens, answer in zip(batch, new, answers):
-                    results[i] = answer, self.stops[tokens[-1]].item(), None
+                    results[i] = answer, tokens[-1] in self.stops, None
         return results
 
     @torch.inference_mode()
     def decode(self, texts, uniform):
         """Continue the ids of B texts, with uniform [B, max_new_tokens], until their lines end -> B lists"""
-        T, P = max(map(len, texts)), self.prefix.get_seq_length()
+        T, P, cache = max(map(len, texts)), self.prefix.get_seq_length(), self.new_cache()
         ids = self.tensor([[0] * (T - len(text)) + text for text in texts])  # [B, T], padded on the left
-        mask = self.tensor([[0] * (T - len(text)) + [1] * len(text) for text in texts])
-        position = P + (mask.cumsum(-1) - 1).clamp(min=0)  # [B, T], as if there were no padding
-        cache, uniform = self.new_cache(), uniform.to(ids.device)
+        mask = self.tensor([[1] * P + [0] * (T - len(text)) + [1] * len(text) for text in texts])
         if not self.shares:
             cache = copy.deepcopy(self.prefix)
             cache.batch_repeat_interleave(len(texts))
-            mask = torch.cat([mask.new_ones(len(texts), P), mask], 1)
-        new, alive = [[] for _ in texts], torch.arange(len(texts), device=ids.device)
+        new, alive, uniform = [[] for _ in texts], list(range(len(texts))), uniform.to(ids.device)
         for step in range(self.args.max_new_tokens):
-            logits = self.forward(ids, mask, position, cache)
-            parts = zip(logits.split(32), uniform[alive, step].split(32))  # 32 rows fit a CPU's cache
-            ids = torch.cat([sample(*part, self.args.temperature, self.args.top_p) for part in parts])  # [B]
-            for b, token in zip(alive.tolist(), ids.tolist()):
+            logits = self.forward(ids, mask, cache)
+            ids = sample(logits, uniform[:, step], self.args.temperature, self.args.top_p)  # [rows alive]
+            tokens = ids.tolist()
+            for b, token in zip(alive, tokens):
                 new[b].append(token)
-            keep = (~self.stops[ids]).nonzero()[:, 0]
-            if len(keep) == 0:
+            keep = [i for i, token in enumerate(tokens) if token not in self.stops]
+            if not keep:
                 break
             if len(keep) < len(alive):  # the rows whose lines ended leave, with their keys and values
-                alive, ids, mask, position = alive[keep], ids[keep], mask[keep], position[keep]
+                alive, keep = [alive[i] for i in keep], self.tensor(keep)
+                ids, mask, uniform = ids[keep], mask[keep], uniform[keep]
                 cache.batch_select_indices(keep)
-            ids, position = ids[:, None], position[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            ids, mask = ids[:, None], torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         return new
 
 
