@@ -307,6 +307,7 @@ def pick_device(args):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every new length, and each token has one
+        torch.backends.cudnn.allow_tf32 = False  # of convolutions: fp32 is fp32
     return device
 
 
