@@ -147,7 +147,8 @@ def add(row, run, llm):
     settings = read_json(run, "settings.json")
     metrics = {name: {k: round(scores[k], 5) for k in ("top1", "top5", "top10")}
                for name, scores in read_metrics(os.path.join(run, "eval.json")).items()}
-    result = {"row": row, "seed": settings["seed"], "llm": llm,
+    written = {"rewrite_wording", "rewrite_scene", "vecap"} & set(settings["text"])  # by the language model
+    result = {"row": row, "seed": settings["seed"], "llm": llm if written else "none",
               "settings": {name: settings[name] for name in RECIPE}, "metrics": metrics,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,
                            "transformers": transformers.__version__, "numpy": numpy.__version__}}
