@@ -8,8 +8,8 @@ train     train_clip.py on 512 pictures made here: losses of CLIP, LaCLIP-MT and
           micro-batches, by torchrun; two runs compared, and one that is killed and goes on
 text      text tower forward + backward over random batches of 1,024 captions: one attention call (varlen), one a length (groups),
           padded to 77; ms a batch, the first time and after, and kernels launched
-step      whole training steps of B/16 and B/16-laclip, images already on the host: images/s, share of --peak FLOP/s, peak memory, in
-          eager mode and compiled
+step      whole training steps of B/16 and B/16-laclip, images already on the host: images/s, share of --peak FLOP/s, peak memory; in
+          eager mode, compiled, and compiled with --grad-checkpointing
 sync      what waits for the GPU inside a step (torch.cuda.set_sync_debug_mode): must be nothing
 rewrite   rewrite_llama.py's decoding with a LLaMA-7B of random weights, and two loops around generate: rows/s, bf16
 loader    images/s of one loader worker, 640 x 480 JPEGs to crops of 224
@@ -86,7 +86,7 @@ def write_set(folder, n, size=(640, 480)):
 def check_train(args, folder):
     """Losses of short runs, all at once: each way to train on the device against the CPU in fp32, and the device against itself"""
     write_set(folder, 64 if args.tiny else 512)
-    steps, torchrun = 6 if args.tiny else 60, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    steps, torchrun = 6 if args.tiny else 30, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
 
     def start(name, *flags, device=args.device, launch=()):
         return subprocess.Popen([
@@ -107,8 +107,8 @@ def check_train(args, folder):
         runs[f"{method} cpu"] = start(f"{method} cpu", *flags, "--precision", "fp32", device="cpu")
         runs[f"{method} bf16"] = start(f"{method} bf16", *flags)
         for name, more in extras.items():
-            runs[f"{method} {name}"] = start(f"{method} {name}", *flags, *more, "--precision", "fp32")
-    runs["clip torchrun"] = start("clip torchrun", "--precision", "fp32", launch=torchrun)
+            runs[f"{method} {name}"] = start(f"{method} {name}", *flags, *more, "--precision", "fp32", "--compile", "off")
+    runs["clip torchrun"] = start("clip torchrun", "--precision", "fp32", "--compile", "off", launch=torchrun)
     runs["clip again"] = start("clip again")
     killed = start("killed")
     while killed.poll() is None and len(losses("killed")) <= steps // 3:
@@ -174,12 +174,14 @@ def check_text(args, folder):
     return found
 
 
-def training_step(args, name, n, compiled=False, **changes):
-    """-> a function that does a step, its chunks made beforehand"""
-    config = T.Config(**T.PRESETS[name] | changes)
+def training_step(args, name, n, mode="eager"):
+    """-> a function that does a step, images already on the host; the model"""
+    config = T.Config(**T.PRESETS[name])
     model = T.CLIP(config).to(args.device)
+    for tower in (model.visual.transformer, model.transformer):
+        tower.grad_checkpointing = "checkpointing" in mode
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    if compiled:
+    if "compiled" in mode:
         model.visual.compile()
     tokens = torch.randint(1, 400, (n, 1, 16)).index_fill(2, torch.tensor([15]), config.eot_id)
     piece = {"images": torch.randint(0, 256, (n, 1, 3, config.image_size, config.image_size), dtype=torch.uint8), "tokens": tokens,
@@ -201,28 +203,28 @@ def training_step(args, name, n, compiled=False, **changes):
 
 def check_step(args, folder):
     found = {}
-    for name in (["nano"] if args.tiny else ["ViT-B/16", "ViT-B/16-laclip"]):
-        for n in ([8] if args.tiny else [256, 512, 768, 1024]):
-            for compiled in (False,) if args.tiny else (False, True):
-                key = f"{name}, {n} images, {'compiled' if compiled else 'eager'}"
-                try:
-                    if args.device == "cuda":
-                        torch.cuda.reset_peak_memory_stats()
-                    step, model = training_step(args, name, n, compiled)
-                    time_of = seconds(step, args.device)
-                    c = model.config
-                    tokens = (c.image_size // c.patch_size) ** 2 + 1
-                    weights = sum(p.numel() for p in model.visual.parameters())
-                    attention = 4 * c.vision_layers * tokens * c.vision_width  # FLOPs a token: scores and their product with the values
-                    flops = 3 * tokens * (2 * weights + attention)  # the image tower's, which are nearly all
-                    found[key] = {"images/s": n / time_of, "share of peak": flops * n / time_of / args.peak,
-                                  "peak GB": torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else None}
-                except torch.OutOfMemoryError:
-                    found[key] = "out of memory"
-                step = model = None
-                if args.device == "cuda":
-                    torch.cuda.empty_cache()
-                print(f"  {key}: {found[key]}", flush=True)
+    sizes = {"nano": [8]} if args.tiny else {"ViT-B/16": [256, 1024], "ViT-B/16-laclip": [1024]}
+    for name, n, mode in ((name, n, mode) for name in sizes for n in sizes[name]
+                          for mode in ("eager", "compiled", "compiled, checkpointing")[:1 if args.tiny else None]):
+        key = f"{name}, {n} images, {mode}"
+        try:
+            if args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            step, model = training_step(args, name, n, mode)
+            time_of = seconds(step, args.device)
+            c = model.config
+            tokens = (c.image_size // c.patch_size) ** 2 + 1
+            weights = sum(p.numel() for p in model.visual.parameters())
+            attention = 4 * c.vision_layers * tokens * c.vision_width  # FLOPs a token: scores and their product with the values
+            flops = 3 * tokens * (2 * weights + attention)  # the image tower's, which are nearly all
+            found[key] = {"images/s": n / time_of, "share of peak": flops * n / time_of / args.peak,
+                          "peak GB": torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else None}
+        except torch.OutOfMemoryError:
+            found[key] = "out of memory"
+        step = model = None
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        print(f"  {key}: {found[key]}", flush=True)
     return found
 
 
@@ -278,7 +280,7 @@ def check_rewrite(args, folder):
             do_sample=True, temperature=0.9, top_p=0.95, top_k=0, max_new_tokens=new, eos_token_id=ends, pad_token_id=0))
         return (out[:, ids.shape[1]:] != 0).sum().item()
 
-    for n in ([4] if args.tiny else [64, 256, 512]):
+    for n in ([4] if args.tiny else [64, 256]):
         completer = R.Completer(model, tokenizer, SimpleNamespace(max_new_tokens=new, temperature=0.9, top_p=0.95, model="random", batch_size=n))
         implementation = model.config._attn_implementation
         texts = [torch.randint(5, 32000, (12,)).tolist() for _ in range(n)]
@@ -376,7 +378,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU: --device cpu --tiny tries the checks")
-    T.start_ranks(args.device)  # with its settings of the GPU
+    T.start_ranks(T.pick_device(args.device))  # with its settings of the GPU
     results = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
     print(results)
     for name in args.checks:
