@@ -283,7 +283,7 @@ def complete_by_server(server, args, prompt, texts, seeds):
 # --- the stage --------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = stage_parser(__doc__, "huggyllama/llama-7b", batch_size=64, max_new_tokens=77)  # 77: release
+    parser = stage_parser(__doc__, "huggyllama/llama-7b", batch_size=256, max_new_tokens=77)  # 77: release
     add = parser.add_argument
     add("--field", default="alt", help="field to rewrite, a text or a list (default: %(default)s)")
     add("--sources", nargs="+", default=SOURCES, help="sets of pairs; each makes rewrite_SOURCE")

@@ -102,11 +102,13 @@ METHODS = {"LaCLIP": ["rewrite", "train"], "VeCLIP": ["caption", "fuse", "train"
 
 # --- rates --------------------------------------------------------------------------------------------------
 
-PEAKS = {"A100": 312, "H100": 989, "V100": 125}  # TFLOP/s, dense bf16 (V100: fp16), NVIDIA's data sheets
+# TFLOP/s, dense bf16 (V100: fp16), NVIDIA's data sheets
+PEAKS = {"A100": 312, "H100": 989, "H200": 989, "V100": 125}
 
 
 def published(gpu):
-    """Rates that others measured on one GPU, as FLOP/s. -> {stage: (FLOP/s, note)}"""
+    """Rates measured on one GPU, as FLOP/s: by others, and for the H200 with tests/bench/gpu.py.
+    -> {stage: (FLOP/s, note)}"""
     b16 = train_flops(Config(), 77, 32768)  # open_clip computes all 77 tokens
     chat = LLMS["llama-3.1-8b"].flops(128, 128) / 128  # an output token and its share of the 128 that went in
     llava = image_flops(LLAVA_TOWER) + LLMS["llama-13b"].flops(LLAVA_PROMPT, 26)  # 26: assumed
@@ -115,7 +117,11 @@ def published(gpu):
     rates = {"A100": {"rewrite": (6_500 * chat, f"6,500 {text}"), "fuse": (6_500 * chat, f"6,500 {text}"),
                       "train": (390 * b16, "390 images/s, ViT-B/16, open_clip's LAION-400M runs")},
              "H100": {"rewrite": fp8, "fuse": fp8,
-                      "caption": (18.6 * llava, "18.6 images/s, LLaVA-1.5-13B, SGLang")}}
+                      "caption": (18.6 * llava, "18.6 images/s, LLaVA-1.5-13B, SGLang")},
+             "H200": {"rewrite": (98.8 * LLMS["llama-7b"].flops(12, 16, 120),
+                                  "98.8 rewrites/s of 16 tokens, LLaMA-7B, rewrite_llama.py, batches of 256"),
+                      "train": (3146 * train_flops(Config(), 16, 1024),
+                                "3,146 images/s, ViT-B/16, train_clip.py's step, batches of 1,024")}}
     return rates.get(gpu, {})
 
 

@@ -145,7 +145,8 @@ def test_peak_and_utilisation(tmp_path):
 def test_published_rates_are_reachable():
     for gpu in plan.PEAKS:
         for rate, note in plan.published(gpu).values():
-            assert 0.05 < rate / (plan.PEAKS[gpu] * 1e12) < 1.0, note  # else a count is wrong by a factor
+            # else a count is wrong by a factor. The least is rewrite_llama.py's 3.6 %, which launching kernels bounds
+            assert 0.03 < rate / (plan.PEAKS[gpu] * 1e12) < 1.0, note
 
 
 def test_the_loader_can_be_the_bottleneck(tmp_path):
