@@ -15,7 +15,6 @@ rows, resuming, servers.
 """
 import argparse
 import contextlib
-import glob
 import hashlib
 import inspect
 import itertools
@@ -75,14 +74,14 @@ def unquote(text):
     return re.sub(r'^["\u201c]([^"\u201c\u201d]*)["\u201d]$', r"\1", text).strip()
 
 
-def fuse(ask, inputs, openings, notes):
+def fuse(ask, inputs, openings, outcomes, notes):
     """Captions of [(AltText, VeC) or a reason not to ask]. -> [(caption or None, reason or None)]
 
     ask([(AltText, VeC), ...]) -> [(answer, reason or None)]; either text may be "". If the model refuses, the
     VeC alone is rewritten (section 3.3)."""
-    results = [(None, pair) for pair in inputs]  # a reason stays, an answer replaces a pair
+    results = [(None, pair) for pair in inputs]  # (None, reason), or for now (None, pair)
     todo = {i: pair for i, pair in enumerate(inputs) if not isinstance(pair, str)}
-    notes.update(pair for pair in inputs if isinstance(pair, str))
+    outcomes.update(pair for pair in inputs if isinstance(pair, str))
     while todo:
         again = {}
         for (i, (alt, vec)), (text, reason) in zip(todo.items(), ask([*todo.values()])):
@@ -94,7 +93,7 @@ def fuse(ask, inputs, openings, notes):
             else:
                 reason = reason or ("refused" if refused else None if text else "empty")
                 results[i] = None if reason else text, reason
-                notes[reason or ("fused" if alt and vec else "AltText alone" if alt else "VeC alone")] += 1
+                outcomes[reason or ("fused" if alt and vec else "AltText alone" if alt else "VeC alone")] += 1
         todo = again
     return results
 
@@ -134,6 +133,17 @@ def cut(tokenizer, text, limit):
         return text.encode()[:4 * limit].decode(errors="ignore").strip()
     ids = tokenizer(text, add_special_tokens=False).input_ids
     return text if len(ids) <= limit else tokenizer.decode(ids[:limit]).rstrip("\ufffd").strip()
+
+
+def load_pairs(path):
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            pairs = [{key: row[key] for key in ("alt", "vec", "output")} for row in map(json.loads, f)]
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        die(f"--pairs {path}: expected JSONL of alt, vec and output ({type(e).__name__}: {e})")
+    if len(pairs) < SHOTS:
+        die(f"--pairs {path}: {len(pairs)} pairs, expected {SHOTS} or more")
+    return pairs
 
 
 # --- the model --------------------------------------------------------------------------------------------
@@ -201,13 +211,7 @@ def main(argv=None):
     add("--pairs", default=os.path.join(PROMPTS, "fuse_pairs.jsonl"), metavar="FILE",
         help="JSONL of alt, vec and output, for --format pairs (default: data/prompts/fuse_pairs.jsonl)")
     args = parser.parse_args(argv)
-    try:
-        with open(args.pairs, encoding="utf-8-sig") as f:
-            pairs = [{key: row[key] for key in ("alt", "vec", "output")} for row in map(json.loads, f)]
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        die(f"--pairs {args.pairs}: expected JSONL of alt, vec and output ({type(e).__name__}: {e})")
-    if len(pairs) < SHOTS:
-        die(f"--pairs {args.pairs}: {len(pairs)} pairs, expected {SHOTS} or more")
+    pairs = load_pairs(args.pairs) if args.format == "pairs" else []
     with open(os.path.join(PROMPTS, "refusals.txt"), encoding="utf-8-sig") as f:
         openings = tuple(filter(None, f.read().splitlines()))  # in lower case
     device = pick_device(args)
@@ -235,11 +239,11 @@ def main(argv=None):
 
     for unit in units:
         rng = np.random.default_rng([args.seed, *(offset for offset, _ in unit.todo[:1])])
-        shots = [pairs[i] for i in rng.choice(len(pairs), SHOTS, replace=False)]
+        shots = [pairs[i] for i in rng.choice(len(pairs), SHOTS, replace=False)] if pairs else []
         ask = lambda texts: complete([chat_prompt(*pair, args.prompt) if args.format == "chat" else
                                       pairs_prompt(shots, *pair) for pair in texts])
         inputs = [[*read_texts(row, args, tokenizer, markers, units.notes)] for _, row in unit.todo]
-        results = iter(fuse(ask, [*itertools.chain(*inputs)], openings, units.outcomes))
+        results = iter(fuse(ask, [*itertools.chain(*inputs)], openings, units.outcomes, units.notes))
         for (_, row), texts in zip(unit.todo, inputs):
             put_texts(row, "vecap", source_list(row, args), [next(results) for _ in texts])
         units.write(unit)
@@ -400,7 +404,8 @@ class Units:
 
     def __init__(self, args, settings, reads, makes):
         """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
-        apart = ("input", "output", "device", "server", "concurrency", "workers", "pairs")  # change no text
+        # these change no text, or a hash of them is a setting; with --server, dtype says so
+        apart = ("input", "output", "device", "server", "concurrency", "workers", "pairs")
         self.settings = {name: value for name, value in vars(args).items() if name not in apart}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
         key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:32]
@@ -424,15 +429,18 @@ class Units:
             die(f"{args.input}: no row has {' or '.join(reads)}, the first {len(rows)} have {sorted(fields)}")
         if fields & set(makes):
             die(f"{args.input} has {sorted(fields & set(makes))} already, which this stage would overwrite")
-        others = {*glob.glob(glob.escape(args.output) + ".parts/*")} - {self.parts}
-        if others and self.rank == 0:
-            print(f"note: {args.output}.parts also has units of {len(others)} other settings, which are not "
-                  "used", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            others = {*os.listdir(args.output + ".parts")} - {key}
+            if others and self.rank == 0 and not os.path.exists(args.output):
+                print(f"note: {args.output}.parts also has units of {len(others)} other settings, which are "
+                      "not used", file=sys.stderr)
 
     def __iter__(self):
         """Read the input, and yield what this rank has to make of units r, r + W, ...: path, rows, and todo,
-        which is [(byte offset, row)] of those rows that are JSON objects. If OUT is there, that is none."""
-        self.clock = [(0, time.time())]  # the rows that this launch made, and when: after 0, 1 and all units
+        which is [(byte offset, row)] of those rows that are JSON objects. If OUT is there, nothing is
+        yielded: the input is only hashed."""
+        # [(rows that this launch made, time)]: at the start, after its first unit, after its latest
+        self.clock = [(0, time.time())]
         self.paths, begin, size = [], 0, os.path.getsize(self.args.input)
         unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, or more: at most 65,536 units
         left = sys.maxsize if self.args.limit is None else self.args.limit
@@ -443,7 +451,8 @@ class Units:
                 content, number = b"".join(lines), len(self.paths)
                 key = hashlib.sha256(b"%d " % begin + content).hexdigest()[:32]
                 self.paths.append(path := os.path.join(self.parts, f"{number:05d}-{key}"))
-                if number % self.world == self.rank and not any(map(os.path.exists, [path, self.output])):
+                made = os.path.exists(path) or os.path.exists(self.output)
+                if number % self.world == self.rank and not made:
                     rows = [parse_row(line) for line in lines]
                     self.notes.update("not a JSON object, kept as text" for _, good in rows if not good)
                     offsets = itertools.accumulate(map(len, lines), initial=begin)
@@ -453,7 +462,7 @@ class Units:
                 rate = self.outcomes.total() / (time.time() - self.clock[0][1])
                 progress.set_postfix_str(f"{rate:.1f} texts/s", refresh=False)
                 progress.update(len(content))
-        names = " ".join(map(os.path.basename, self.paths))  # as good as all lines
+        names = " ".join(map(os.path.basename, self.paths))  # which hold hashes of all lines
         self.settings["input"] = hashlib.sha256(names.encode()).hexdigest()
 
     def write(self, unit):
@@ -477,8 +486,8 @@ class Units:
                 die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
     def finished(self):
-        """Whether OUT is there; if so, its units go. If it has other settings or was made from another input,
-        one line says so and nothing is touched."""
+        """Whether OUT is there. If these settings and this input made it, its units are removed. If not, one
+        line says so, nothing is touched, and the launch ends."""
         if not os.path.exists(self.output):
             return False
         try:
@@ -491,7 +500,8 @@ class Units:
                 pass
         for key, now in self.settings.items():
             if (then := made.get(key)) != now:
-                die(f"{self.output} was made with {key} = {then!r}, now it is {now!r}: take another --output")
+                how = "from another input" if key == "input" else f"with {key} = {then!r}, now it is {now!r}"
+                die(f"{self.output} was made {how}: choose another --output")
         shutil.rmtree(self.parts, ignore_errors=True)
         with contextlib.suppress(OSError):  # units of other settings stay
             os.rmdir(self.output + ".parts")
@@ -514,7 +524,7 @@ class Units:
         for outcome, count in self.outcomes.most_common() + self.notes.most_common():
             print(f"{count:9d}  {outcome}")
         if self.args.limit is not None and rows:
-            first, since = self.clock[-2]  # of several units, without the first, the warm-up
+            first, since = self.clock[-2]  # after the first unit, which has the warm-up, if there are more
             for size in (1, 12, 300):
                 days = size * 1e6 / (rows - first) * (ended - since) / 86400 / self.world
                 print(f"{size:4d} M rows would take {days:9,.2f} days at this rate on {self.world} rank(s)")
@@ -523,10 +533,10 @@ class Units:
 class Server:
     """Texts from OpenAI-compatible servers: one text a request, many requests at once, the servers in turn.
 
-    A request without an answer goes to the next server. Failures count while no other request is answered:
-    one for every server and seven more, in half a minute, end the launch. A request that a server refuses
-    (400, 413, 422, or 500 three times) while it answers a harmless one is its row's error. All else ends the
-    launch at once."""
+    A request that fails goes to the next server. The failure counts, unless the server is only busy (429,
+    503) while others are answered. One for every server and seven more end the launch: after half a minute,
+    or 40 minutes if they hang. A request that a server refuses (400, 413, 422, or the third 500) while it
+    answers a harmless one is its row's error. Other statuses of 400 to 499 end the launch at once."""
 
     def __init__(self, args, units, path, **harmless):
         """harmless: a request that every server must answer before the first row is asked"""
@@ -539,7 +549,7 @@ class Server:
         self.common = {"model": args.model, "max_tokens": args.max_new_tokens}
         self.path, self.harmless, self.turns = path, harmless, itertools.count()
         self.answered = self.refused = 0  # requests in all; rows since the last answer
-        self.down = {}  # url -> until when others go first, because it gave no answer
+        self.down = {}  # url -> until when others go first, because it gave no answer; 0 if it gave one
         self.threads = ThreadPool(args.concurrency * len(self.urls))
         self.map(lambda url: self.ask([url], **harmless), self.urls)
         for url in self.urls:
@@ -573,12 +583,14 @@ class Server:
 
     def ask(self, urls=None, **request):
         """-> (text, whether it ended by itself, None) or ("", False, why the server refuses the request)"""
-        urls, failures, crashes = urls or self.urls, 0, 0
+        urls, failures, crashes, answered = urls or self.urls, 0, 0, self.answered
         for turn in itertools.count(next(self.turns)):
-            first, now, answered = turn % len(urls), time.monotonic(), self.answered
+            first, now = turn % len(urls), time.monotonic()  # the next in turn; those that are down come last
             url = min(urls[first:] + urls[:first], key=lambda url: max(self.down.get(url, 0), now))
+            if self.down.get(url):
+                self.down[url] = now + 300  # this thread tries it again, the others do not wait for it too
             status, answer = self.post(url, request)
-            self.down[url] = time.monotonic() + (60 if status == 0 else 0)
+            self.down[url] = time.monotonic() + 60 if status == 0 else 0
             if status == 200:
                 self.answered += 1
                 if request != self.harmless:
@@ -591,7 +603,8 @@ class Server:
                 if self.refused >= 100:
                     raise ConnectionError(f"--server {url} refuses every row: {answer}")
                 return "", False, f"refused by the server: {answer}"
-            failures += self.answered == answered
+            failures += not (status in (429, 503) and self.answered > answered)
+            answered = self.answered
             if failures > 6 + len(urls) or 400 <= status < 500 and status not in (408, 429):
                 raise ConnectionError(f"--server {url}: {answer}")
             time.sleep(2 ** max(failures - len(urls), 0) / 4)

@@ -18,7 +18,6 @@ the same in all three captioning scripts: rows, resuming, servers.
 import argparse
 import contextlib
 import copy
-import glob
 import hashlib
 import inspect
 import itertools
@@ -95,7 +94,8 @@ def rewrite(complete, prompt, pairs, texts, seeds, notes):
             reason = fault or reject(answer, ended, pairs)
             results[i] = (None if reason else answer, reason)
         todo = [i for i, (_, _, fault) in zip(todo, answers) if results[i][1] and not fault]
-        notes.update("drawn again" for _ in todo if attempt == 0)
+        if todo and attempt == 0:
+            notes["drawn again"] += len(todo)
     return results
 
 
@@ -148,6 +148,7 @@ class Completer:
         from transformers.masking_utils import eager_mask
 
         self.model, self.tokenizer, self.args, self.prefix = model, tokenizer, args, None
+        self.attended = set()  # the layers that `attend` was called for, behind a prompt
         self.tensor = partial(torch.tensor, device=model.device)
         self.new_cache = partial(DynamicCache, config=model.config.get_text_config())
         known = inspect.signature(model.forward).parameters
@@ -173,7 +174,7 @@ class Completer:
         queries); mask [B, 1, T, S]. The prompt's keys and values: [G, P, D]. One softmax covers both."""
         if softcap is not None or s_aux is not None:
             raise ValueError("softcap or attention sinks")  # for try_sharing
-        keys, values = key[0, :, :0], value[0, :, :0]  # the prompt itself is read behind an empty one
+        keys, values = key[0, :, :0], value[0, :, :0]  # none, while the prompt itself is computed
         if self.prefix is not None:
             layer = self.prefix.layers[module.layer_idx]
             keys, values = layer.keys[0], layer.values[0]
@@ -183,15 +184,16 @@ class Completer:
         own = torch.einsum("bghtd,bgsd->bghts", query, key)
         scores = torch.cat([shared * scaling, own * scaling + attention_mask[:, None]], -1)
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)  # [B, G, H / G, T, P + S]
-        shared, own = weights.split([keys.shape[1], key.shape[2]], -1)
-        out = torch.einsum("bghtp,gpd->bghtd", shared, values) + torch.einsum("bghts,bgsd->bghtd", own, value)
+        on_prompt, on_own = weights.split([keys.shape[1], key.shape[2]], -1)
+        out = torch.einsum("bghtp,gpd->bghtd", on_prompt, values)
+        out = out + torch.einsum("bghts,bgsd->bghtd", on_own, value)
         return out.flatten(1, 2).transpose(1, 2), None  # [B, T, H, D]
 
     @torch.inference_mode()
     def forward(self, ids, mask, cache):
         """Logits [B, V] of the token after ids [B, T], whose keys and values are added to the cache. The mask
-        [B, P + S + T] is 0 at padding: it covers the prompt, a row's S tokens before ids, and ids."""
-        length = cache.get_seq_length() + ids.shape[1]
+        [B, P + S] is 0 at padding: it covers the prompt's P tokens and the row's own S, ids included."""
+        length = cache.get_seq_length() + ids.shape[1]  # S, or P + S where the cache holds the prompt too
         position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # as if there were no padding
         logits = self.model(input_ids=ids, attention_mask=mask[:, -length:], position_ids=position,
                             use_cache=True, logits_to_keep=1, **{self.cache_name: cache}).logits[:, -1]
@@ -209,7 +211,7 @@ class Completer:
         """Whether `attend` gives what the model's own attention gives, tried on twelve tokens. Attention with
         a softcap or sinks cannot share the prompt, and a model may ignore set_attn_implementation."""
         ids, before = self.tensor([[*range(5, 17)]]), self.model.config._attn_implementation
-        expected, self.attended = self.forward(ids, torch.ones_like(ids), self.new_cache()), set()
+        expected = self.forward(ids, torch.ones_like(ids), self.new_cache())
         with contextlib.suppress(RuntimeError, ValueError, TypeError, AttributeError):
             self.model.set_attn_implementation(self.attention)
             self.set_prefix(ids[:, :8])
@@ -321,7 +323,7 @@ def main(argv=None):
         for source in args.sources:
             key, results = [args.seed, zlib.crc32(source.encode())], []
             for group in batched(texts, GROUP):
-                rng = np.random.default_rng([*key, *group[0][0]])
+                rng = np.random.default_rng([*key, *group[0][0]])  # the place of the group's first text
                 prompt, pairs = draw_prompt(examples[source], args.shots, rng, markers)
                 seeds = [[*key, *place] for place, _ in group]
                 results += rewrite(complete, prompt, pairs, [text for _, text in group], seeds, units.notes)
@@ -488,7 +490,8 @@ class Units:
 
     def __init__(self, args, settings, reads, makes):
         """The first 1,000 rows must have one of the fields `reads` and none of the fields `makes`."""
-        apart = ("input", "output", "device", "server", "concurrency", "workers", "pairs")  # change no text
+        # these change no text, or a hash of them is a setting; with --server, dtype says so
+        apart = ("input", "output", "device", "server", "concurrency", "workers", "pairs")
         self.settings = {name: value for name, value in vars(args).items() if name not in apart}
         self.settings |= {"stage": os.path.basename(__file__), **settings}
         key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:32]
@@ -512,15 +515,18 @@ class Units:
             die(f"{args.input}: no row has {' or '.join(reads)}, the first {len(rows)} have {sorted(fields)}")
         if fields & set(makes):
             die(f"{args.input} has {sorted(fields & set(makes))} already, which this stage would overwrite")
-        others = {*glob.glob(glob.escape(args.output) + ".parts/*")} - {self.parts}
-        if others and self.rank == 0:
-            print(f"note: {args.output}.parts also has units of {len(others)} other settings, which are not "
-                  "used", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            others = {*os.listdir(args.output + ".parts")} - {key}
+            if others and self.rank == 0 and not os.path.exists(args.output):
+                print(f"note: {args.output}.parts also has units of {len(others)} other settings, which are "
+                      "not used", file=sys.stderr)
 
     def __iter__(self):
         """Read the input, and yield what this rank has to make of units r, r + W, ...: path, rows, and todo,
-        which is [(byte offset, row)] of those rows that are JSON objects. If OUT is there, that is none."""
-        self.clock = [(0, time.time())]  # the rows that this launch made, and when: after 0, 1 and all units
+        which is [(byte offset, row)] of those rows that are JSON objects. If OUT is there, nothing is
+        yielded: the input is only hashed."""
+        # [(rows that this launch made, time)]: at the start, after its first unit, after its latest
+        self.clock = [(0, time.time())]
         self.paths, begin, size = [], 0, os.path.getsize(self.args.input)
         unit_size = 1 << max(16, (size >> 16).bit_length())  # 64 KiB, or more: at most 65,536 units
         left = sys.maxsize if self.args.limit is None else self.args.limit
@@ -531,7 +537,8 @@ class Units:
                 content, number = b"".join(lines), len(self.paths)
                 key = hashlib.sha256(b"%d " % begin + content).hexdigest()[:32]
                 self.paths.append(path := os.path.join(self.parts, f"{number:05d}-{key}"))
-                if number % self.world == self.rank and not any(map(os.path.exists, [path, self.output])):
+                made = os.path.exists(path) or os.path.exists(self.output)
+                if number % self.world == self.rank and not made:
                     rows = [parse_row(line) for line in lines]
                     self.notes.update("not a JSON object, kept as text" for _, good in rows if not good)
                     offsets = itertools.accumulate(map(len, lines), initial=begin)
@@ -541,7 +548,7 @@ class Units:
                 rate = self.outcomes.total() / (time.time() - self.clock[0][1])
                 progress.set_postfix_str(f"{rate:.1f} texts/s", refresh=False)
                 progress.update(len(content))
-        names = " ".join(map(os.path.basename, self.paths))  # as good as all lines
+        names = " ".join(map(os.path.basename, self.paths))  # which hold hashes of all lines
         self.settings["input"] = hashlib.sha256(names.encode()).hexdigest()
 
     def write(self, unit):
@@ -565,8 +572,8 @@ class Units:
                 die(f"{path}: {e.strerror}. Nothing is lost: the same command goes on from here")
 
     def finished(self):
-        """Whether OUT is there; if so, its units go. If it has other settings or was made from another input,
-        one line says so and nothing is touched."""
+        """Whether OUT is there. If these settings and this input made it, its units are removed. If not, one
+        line says so, nothing is touched, and the launch ends."""
         if not os.path.exists(self.output):
             return False
         try:
@@ -579,7 +586,8 @@ class Units:
                 pass
         for key, now in self.settings.items():
             if (then := made.get(key)) != now:
-                die(f"{self.output} was made with {key} = {then!r}, now it is {now!r}: take another --output")
+                how = "from another input" if key == "input" else f"with {key} = {then!r}, now it is {now!r}"
+                die(f"{self.output} was made {how}: choose another --output")
         shutil.rmtree(self.parts, ignore_errors=True)
         with contextlib.suppress(OSError):  # units of other settings stay
             os.rmdir(self.output + ".parts")
@@ -602,7 +610,7 @@ class Units:
         for outcome, count in self.outcomes.most_common() + self.notes.most_common():
             print(f"{count:9d}  {outcome}")
         if self.args.limit is not None and rows:
-            first, since = self.clock[-2]  # of several units, without the first, the warm-up
+            first, since = self.clock[-2]  # after the first unit, which has the warm-up, if there are more
             for size in (1, 12, 300):
                 days = size * 1e6 / (rows - first) * (ended - since) / 86400 / self.world
                 print(f"{size:4d} M rows would take {days:9,.2f} days at this rate on {self.world} rank(s)")
@@ -611,10 +619,10 @@ class Units:
 class Server:
     """Texts from OpenAI-compatible servers: one text a request, many requests at once, the servers in turn.
 
-    A request without an answer goes to the next server. Failures count while no other request is answered:
-    one for every server and seven more, in half a minute, end the launch. A request that a server refuses
-    (400, 413, 422, or 500 three times) while it answers a harmless one is its row's error. All else ends the
-    launch at once."""
+    A request that fails goes to the next server. The failure counts, unless the server is only busy (429,
+    503) while others are answered. One for every server and seven more end the launch: after half a minute,
+    or 40 minutes if they hang. A request that a server refuses (400, 413, 422, or the third 500) while it
+    answers a harmless one is its row's error. Other statuses of 400 to 499 end the launch at once."""
 
     def __init__(self, args, units, path, **harmless):
         """harmless: a request that every server must answer before the first row is asked"""
@@ -627,7 +635,7 @@ class Server:
         self.common = {"model": args.model, "max_tokens": args.max_new_tokens}
         self.path, self.harmless, self.turns = path, harmless, itertools.count()
         self.answered = self.refused = 0  # requests in all; rows since the last answer
-        self.down = {}  # url -> until when others go first, because it gave no answer
+        self.down = {}  # url -> until when others go first, because it gave no answer; 0 if it gave one
         self.threads = ThreadPool(args.concurrency * len(self.urls))
         self.map(lambda url: self.ask([url], **harmless), self.urls)
         for url in self.urls:
@@ -661,12 +669,14 @@ class Server:
 
     def ask(self, urls=None, **request):
         """-> (text, whether it ended by itself, None) or ("", False, why the server refuses the request)"""
-        urls, failures, crashes = urls or self.urls, 0, 0
+        urls, failures, crashes, answered = urls or self.urls, 0, 0, self.answered
         for turn in itertools.count(next(self.turns)):
-            first, now, answered = turn % len(urls), time.monotonic(), self.answered
+            first, now = turn % len(urls), time.monotonic()  # the next in turn; those that are down come last
             url = min(urls[first:] + urls[:first], key=lambda url: max(self.down.get(url, 0), now))
+            if self.down.get(url):
+                self.down[url] = now + 300  # this thread tries it again, the others do not wait for it too
             status, answer = self.post(url, request)
-            self.down[url] = time.monotonic() + (60 if status == 0 else 0)
+            self.down[url] = time.monotonic() + 60 if status == 0 else 0
             if status == 200:
                 self.answered += 1
                 if request != self.harmless:
@@ -679,7 +689,8 @@ class Server:
                 if self.refused >= 100:
                     raise ConnectionError(f"--server {url} refuses every row: {answer}")
                 return "", False, f"refused by the server: {answer}"
-            failures += self.answered == answered
+            failures += not (status in (429, 503) and self.answered > answered)
+            answered = self.answered
             if failures > 6 + len(urls) or 400 <= status < 500 and status not in (408, 429):
                 raise ConnectionError(f"--server {url}: {answer}")
             time.sleep(2 ** max(failures - len(urls), 0) / 4)

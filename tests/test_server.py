@@ -409,11 +409,36 @@ def test_nobody_answers_for_half_a_minute(status, monkeypatch):
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_busy_server_is_asked_as_long_as_others_are_answered(status, monkeypatch):
+    """They are while this request waits, not in the moment in which the server says that it is busy."""
     def reply(url, number, wait):
-        server.answered += 1  # another request is
+        server.answered = int(now[0])  # one a second
         return (status, "busy") if now[0] < 300 else (200, "text")
     server, _, now = bare_server(monkeypatch, reply)
     assert server.ask(prompt="a") == "text" and now[0] >= 300
+
+
+@pytest.mark.parametrize("status", [0, 500, 502])
+def test_a_request_that_no_server_survives_ends_the_launch(status, monkeypatch):
+    """Though others are answered all the time. Every server has it; the harmless request fares as badly."""
+    def reply(url, number, wait):
+        server.answered += 1
+        return status, "gone"
+    server, asked, now = bare_server(monkeypatch, reply)
+    with pytest.raises(ConnectionError, match="gone"):
+        server.ask(prompt="a")
+    assert set(asked) == set(server.urls) and now[0] < 80
+
+
+def test_one_thread_at_a_time_tries_a_server_that_was_down(monkeypatch):
+    def reply(url, number, wait):
+        if url == "http://a":
+            until.append(server.down.get(url, 0) - now[0])
+        return (0, "timed out") if url == "http://a" else (200, "text")
+    (server, asked, now), until = bare_server(monkeypatch, reply), []
+    for _ in range(3):
+        assert server.ask(prompt="a") == "text"
+        now[0] += 20.5
+    assert server.ask(prompt="a") == "text" and until == [0, 300]  # meanwhile the others see it as down
 
 
 def test_a_server_without_an_answer_is_the_last_to_be_asked_for_a_minute(monkeypatch):
