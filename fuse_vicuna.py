@@ -79,7 +79,7 @@ def fuse(ask, inputs, openings, outcomes, notes):
 
     ask([(AltText, VeC), ...]) -> [(answer, reason or None)]; either text may be "". If the model refuses, the
     VeC alone is rewritten (section 3.3)."""
-    results = [(None, pair) for pair in inputs]  # (None, reason), or for now (None, pair)
+    results = [(None, pair if isinstance(pair, str) else None) for pair in inputs]
     todo = {i: pair for i, pair in enumerate(inputs) if not isinstance(pair, str)}
     outcomes.update(pair for pair in inputs if isinstance(pair, str))
     while todo:
@@ -177,7 +177,7 @@ def answer(model, tokenizer, prompts, batch_size, notes):
     groups = [[*group] for _, group in itertools.groupby(order, lambda i: 0 if can_pad else len(ids[i]))]
     for batch in itertools.chain(*(batched(group, batch_size) for group in groups)):
         rows, past = [ids[i] for i in batch], {}
-        P = min(len(os.path.commonprefix(rows)), len(rows[0]) - 1) if can_share else 0
+        P = min(len(os.path.commonprefix(rows)), len(rows[0]) - 1) if can_share and len(rows) > 1 else 0
         if P:
             past[cache_name] = cache = new_cache()
             model(input_ids=tensor([rows[0][:P]]), use_cache=True, logits_to_keep=1, **past)

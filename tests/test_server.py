@@ -376,8 +376,8 @@ def test_seven_neighbours_that_vanish_do_not_end_the_launch(happy, folder, tmp_p
 
 
 def bare_server(monkeypatch, reply):
-    """A Server without an __init__ whose post is reply(url, number of the request), in a clock that only waiting moves, and
-    the list of the URLs asked"""
+    """-> a Server without its __init__, whose post is reply(url, number of the request, wait); the URLs asked; the clock, which
+    only waiting moves"""
     server, now, asked = object.__new__(rewrite_llama.Server), [0], []
     vars(server).update(urls=["http://a", "http://b", "http://c"], down={}, turns=itertools.count(), answered=0, refused=0, harmless={})
     wait = lambda seconds: now.__setitem__(0, now[0] + seconds)
