@@ -26,12 +26,12 @@ from importlib.util import find_spec
 from itertools import islice
 
 import torch
-from tqdm import tqdm
 
+from data.common import (NO_BLANKS, check_output, die, in_one_line, lock, new_parser, number, one_line,
+                         open_rows, parse_row, pick_device, progress, reason, to_line, words_of)
 from data.filter_captions import STOP_WORDS
-from rewrite_llama import DTYPES, as_list, batched, one_line, pick_device, put_texts, special_markers
-from train_clip import (NO_BLANKS, BadRow, check_output, die, in_one_line, lock, new_parser, number,
-                        open_rows, parse_row, reason, words_of)
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 BLOCK = 256  # rows that are written, and resumed, as a whole
 DRAWS = 10  # of an operation that changes nothing, before another one is tried; ours
@@ -123,8 +123,9 @@ class Translator:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
             self.model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=DTYPES[args.dtype],
                                                                device_map=device).eval()
-            pattern = special_markers(self.tokenizer).pattern
-            self.markers = re.compile(pattern + r"|>>\w+<<")  # ">>fra<<": the target of multilingual models
+            special = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
+            patterns = [r">>\w+<<", *map(re.escape, special)]  # ">>fra<<": a multilingual model's target
+            self.markers = re.compile("|".join(patterns))
         except Exception as e:  # transformers raises nearly everything for a folder without a model
             lacking = "sentencepiece" in str(e).lower() and find_spec("sentencepiece") is None
             why = "its tokenizer needs: pip install sentencepiece" if lacking else reason(e)
@@ -138,7 +139,7 @@ class Translator:
     def translate(self, texts):
         """[(text or None, reason or None)] -> the same, translated; an entry without a text stays as it is"""
         results, end = list(texts), self.model.generation_config.eos_token_id
-        ids = {i: self.tokenizer(one_line(text, self.markers)).input_ids
+        ids = {i: self.tokenizer(one_line(self.markers.sub(" ", text))).input_ids
                for i, (text, _) in enumerate(texts) if text}
         for i in [i for i in ids if len(ids[i]) > MAX_INPUT_TOKENS]:
             del ids[i]
@@ -153,6 +154,10 @@ class Translator:
         return results
 
 
+def batched(items, size):
+    return [items[at:at + size] for at in range(0, len(items), size)]
+
+
 def back_translate(texts, there, back):
     """[(text or None, reason or None)] in the captions' language -> the same, there and back again"""
     results = back.translate(there.translate(texts))
@@ -164,7 +169,9 @@ def make_back_translation(args):
     """As make_eda"""
     if args.n > 1 and not args.temperature:
         die(f"--temperature 0 gives the same text every time: expected --n 1, not {args.n}")
-    device = pick_device(args)
+    device = pick_device(args.device)
+    if args.dtype == "auto":
+        args.dtype = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
     there, back = (Translator(f"--{name}", getattr(args, name), args, device) for name in ("there", "back"))
 
     def make(block):
@@ -181,6 +188,7 @@ def make_back_translation(args):
 
 # --- the command --------------------------------------------------------------------------------------------
 
+@in_one_line
 def main(argv=None):
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(metavar="eda|back-translation", required=True, dest="command")
@@ -188,7 +196,7 @@ def main(argv=None):
                                   ("back-translation", "backtranslation", make_back_translation)):
         add = (sub := commands.add_parser(command)).add_argument
         sub.error = die
-        sub.set_defaults(make=make, server=None)
+        sub.set_defaults(make=make)
         add("input", metavar="IN.jsonl")
         add("output", metavar="OUT.jsonl")
         add("--field", default="alt", help="the caption field to augment (default: %(default)s)")
@@ -199,7 +207,7 @@ def main(argv=None):
         if make is make_eda:
             add("--wordnet", required=True, metavar="DIR", help="WordNet's dictionary files (data.noun, "
                 "index.noun, ...), as Debian's package wordnet-base has them in /usr/share/wordnet")
-            add("--alpha", type=number(float, 0, below=1), default=0.1,
+            add("--alpha", type=number(float, 0, 0.99), default=0.1,
                 help="share of the words (default: %(default)s)")
             continue
         add("--there", required=True, metavar="MODEL",
@@ -218,8 +226,7 @@ def main(argv=None):
     fields = [f"rewrite_{args.source}_{i + 1}" for i in range(args.n)]
     with open_rows(args.input) as f:
         check_fields(args, [row for _, row in read_block(islice(f, 1000), 0)[1]], fields)
-    with in_one_line():
-        write_rows(args, args.make(args), fields)
+    write_rows(args, args.make(args), fields)
 
 
 # --- WordNet ------------------------------------------------------------------------------------------------
@@ -287,16 +294,34 @@ class WordNet:
 
 # --- rows ---------------------------------------------------------------------------------------------------
 
+def as_list(value):
+    """The texts of a field: a list's entries, or the one text; an empty list counts as one missing text."""
+    return value if value and isinstance(value, list) else [value or None]
+
+
+def put_texts(row, field, like, results):
+    """Write the texts of results, [(text or None, reason or None)], into row[field], the reasons into
+    row["error"][field]. Both are lists if `like`, which the texts were made from, is a list."""
+    if row.get(field) is not None:  # check_fields reads only the first 1,000 rows
+        like, results = None, [(row[field], "was there before, kept")]
+    texts, reasons = map(list, zip(*results))
+    row[field], why = (texts, reasons) if like and isinstance(like, list) else (texts[0], reasons[0])
+    error = row.get("error")
+    if any(reasons):
+        error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # user's own
+        row["error"] = {**error, field: why}
+    elif isinstance(error, dict) and error.pop(field, None) and not error:  # an earlier run's, no longer true
+        del row["error"]
+
+
 def read_block(lines, offset):
     """-> rows, and [(byte offset, row)] of those that are JSON objects"""
     rows, good = [], []
     for line in lines:
-        try:
-            rows.append(parse_row(line))
-            good.append((offset, rows[-1]))
-        except BadRow as e:
-            text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-            rows.append({"error": {"line": str(e)}, "line": text})
+        row, why = parse_row(line)
+        rows.append(row)
+        if why is None:
+            good.append((offset, row))
         offset += len(line)
     return rows, good
 
@@ -308,7 +333,7 @@ def write_rows(args, make, fields):
     and goes on with the next one. OUT.settings.json says how both are made."""
     status, part, about = os.stat(args.input), args.output + ".part", args.output + ".settings.json"
     settings = {name: value for name, value in vars(args).items()
-                if name not in ("make", "server", "input", "output", "device")}
+                if name not in ("make", "input", "output", "device")}
     settings |= {"input_size": status.st_size, "input_mtime_ns": status.st_mtime_ns}
     outcomes, rows_written = Counter(), 0
     held = lock(args.output + ".lock", args.output)
@@ -322,7 +347,7 @@ def write_rows(args, make, fields):
             out.seek(0)
             out.truncate(sum(map(len, islice(out, done))))
             offset = sum(map(len, islice(f, done)))
-            progress = tqdm(unit="row", initial=done, disable=None, delay=1)
+            bar = progress(initial=done)
             while lines := list(islice(f, BLOCK)):
                 rows, good = read_block(lines, offset)
                 results = make([(at, as_list(row.get(args.field))) for at, row in good])
@@ -330,14 +355,13 @@ def write_rows(args, make, fields):
                     outcomes.update(why or "made" for entry in entries for _, why in entry)
                     for field, version in zip(fields, zip(*entries)):
                         put_texts(row, field, row.get(args.field), list(version))
-                out.writelines((json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
-                               for row in rows)
+                out.writelines(map(to_line, rows))
                 out.flush()
                 os.fsync(out.fileno())
                 rows_written, offset = rows_written + len(rows), offset + sum(map(len, lines))
                 outcomes["not a JSON object, kept as text"] += len(rows) - len(good)
-                progress.update(len(rows))
-            progress.close()
+                bar.update(len(rows))
+            bar.close()
         os.replace(part, args.output)
     except OSError as e:
         die(f"{e.filename or part}: {e.strerror}. Nothing is lost: the same command goes on from here")

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from eval_retrieval import parse_args, rows_parser
 from eval_zeroshot import load_encoder
-from train_clip import BadRow, all_reduce, die, in_one_line, lock, open_image, open_rows, parse_row, rank
+from data.common import die, in_one_line, lock, open_rows, parse_row
+from train_clip import all_reduce, open_image, rank
 
 CHUNK = 8192  # rows that are written together
 
@@ -45,13 +46,6 @@ def add_scores(rows, images, encode_texts):
         for field in caption_fields(row):
             score = [next(scores) for _ in row[field]] if isinstance(row[field], list) else next(scores)
             row["clip_score"][field] = score
-
-
-def row_or_none(line):
-    try:
-        return parse_row(line)
-    except BadRow:
-        return None
 
 
 def begin(args, partial_output):
@@ -91,14 +85,14 @@ def write_scores(args, encoder):
     with open_rows(args.captions) as f, progress:
         lines = islice(f, done, None)
         while chunk := list(islice(lines, CHUNK)):
-            parsed = [row_or_none(line) for line in chunk]
-            rows = [row for row in parsed if row is not None]
+            parsed = [parse_row(line) for line in chunk]
+            rows = [row for row, why in parsed if why is None]
             images = encoder.encode_images([row.get("image") for row in rows], read, all_may_fail=True)
             add_scores(rows, images, encoder.encode_texts)
             if rank() == 0:
                 with open(partial_output, "ab") as out:
-                    for line, row in zip(chunk, parsed):
-                        out.write((line.rstrip(b"\n") if row is None else json.dumps(row).encode()) + b"\n")
+                    for line, (row, why) in zip(chunk, parsed):
+                        out.write((line.rstrip(b"\n") if why else json.dumps(row).encode()) + b"\n")
                     out.flush()
                     os.fsync(out.fileno())
             progress.update(len(chunk))
@@ -108,7 +102,7 @@ def write_scores(args, encoder):
         os.remove(held.name)
 
 
-@in_one_line()
+@in_one_line
 def main(argv=None):
     parser = rows_parser(__doc__)
     parser.add_argument("--output", required=True, metavar="OUT.jsonl", help="must not exist yet")

@@ -42,8 +42,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from train_clip import (CLIP, PRESETS, Config, Tokenizer, die, load_checkpoint, new_parser, reason,
-                        save_checkpoint)
+from data.common import die, new_parser, reason
+from train_clip import CLIP, PRESETS, Config, Tokenizer, load_checkpoint, save_checkpoint
 
 
 # === names: ours (OpenAI's) -> theirs =======================================================================

@@ -11,9 +11,8 @@ Each reader below yields rows; the comment above it links the documentation of i
 silently: a row that lacks something says so in `error`, or is left out with --drop-errors, and the summary
 counts it. Everything but COCO's JSON is streamed, so memory does not grow with the rows (img2dataset: the
 texts of one shard are held). The texts stay as they are; data/filter_captions.py cleans them. This tool needs
-no other file of the project and no torch.
+no torch.
 """
-import argparse
 import codecs
 import contextlib
 import csv
@@ -29,7 +28,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
+
+from data.common import check_output, die, in_one_line, new_file, new_parser, progress, to_line
 
 # The formats that train_clip.py and caption_llava.py open; a test compares them
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -40,12 +40,6 @@ MAX_TEXT = 1 << 24  # characters in a field: an unclosed quote must not take the
 is_url = re.compile(r"https?://", re.IGNORECASE).match
 invalid_utf8 = Counter()  # filled by the codec error handler below, printed in the summary
 passed_over = Counter()  # other files and tar members, printed in the summary
-
-
-def die(message):
-    """A user's mistake: one line on stderr, above a progress bar, and exit status 2."""
-    tqdm.write("import_captions.py: error: " + " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(2)
 
 
 def count_and_replace(error):
@@ -430,42 +424,28 @@ def write_jsonl(rows, output, overwrite, drop_errors, inputs):
     """Write under a temporary name, sync, rename. -> the summary: {what: how many rows}"""
     if not output.endswith(".jsonl"):  # this also saves the last shard of a list if OUT was forgotten
         die(f"{output}: the output comes last and its name ends in .jsonl")
-    inputs = [path for path in inputs if os.path.exists(path)]
-    if os.path.exists(output) and any(os.path.samefile(path, output) for path in inputs):
-        die(f"{output} is read: expected another file to write to")
+    check_output(output, *inputs)
     if os.path.exists(output) and not overwrite:
         die(f"{output} exists; give another name or --overwrite")
-    if not os.path.isdir(os.path.dirname(output) or "."):
-        die(f"{output}: its folder does not exist")
-    temporary, count, failed, reasons = f"{output}.{os.getpid()}.tmp", 0, 0, Counter()
-    try:
-        with open(temporary, "wb") as f:
-            for row in map(finish, tqdm(rows, unit=" rows", unit_scale=True, disable=None)):
-                reasons.update(f"  {field}: {reason}" for field, reason in row.get("error", {}).items())
-                failed += "error" in row
-                if drop_errors and "error" in row:
-                    continue
-                # A lone surrogate (half a character) has no UTF-8; the handler writes JSON's escape for it
-                f.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+    count, failed, reasons = 0, 0, Counter()
+    with new_file(output) as f:
+        for row in map(finish, progress(rows)):
+            reasons.update(f"  {field}: {reason}" for field, reason in row.get("error", {}).items())
+            failed += "error" in row
+            if not (drop_errors and "error" in row):
+                f.write(to_line(row))
                 count += 1
-            if not count:
-                fault = f"all {failed} rows have an error" if failed else "no rows in the input"
-                die(f"{fault}; nothing written")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, output)
-    except BaseException:  # Ctrl-C and SIGTERM, too
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+        if not count:
+            fault = f"all {failed} rows have an error" if failed else "no rows in the input"
+            die(f"{fault}; nothing written")
     failures = "rows left out" if drop_errors else "rows with error"
     return {"rows": count, failures: failed, **dict(reasons.most_common())}
 
 
+@in_one_line
 def main(argv=None):
     codecs.register_error("count_and_replace", count_and_replace)
-    parser = argparse.ArgumentParser(prog="import_captions.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(read, help, metavar, **kwargs):
@@ -503,13 +483,9 @@ def main(argv=None):
         each.error = die
 
     args = parser.parse_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        inputs = args.input if isinstance(args.input, list) else [args.input]
-        inputs += [item.partition("=")[2] for item in getattr(args, "rewrites", [])]
-        summary = write_jsonl(args.read(args), args.output, args.overwrite, args.drop_errors, inputs)
-    except OSError as e:
-        die(f"{e.filename}: {e.strerror}" if e.filename else e)
+    inputs = args.input if isinstance(args.input, list) else [args.input]
+    inputs += [item.partition("=")[2] for item in getattr(args, "rewrites", [])]
+    summary = write_jsonl(args.read(args), args.output, args.overwrite, args.drop_errors, inputs)
     over = {f"passed over: {ending}": count for ending, count in passed_over.items() if count}
     for name, count in {**summary, **over, "invalid UTF-8 replaced": invalid_utf8["replaced"]}.items():
         print(f"{name:<40} {count:>12,}")

@@ -11,16 +11,14 @@ captions that several people wrote for one image; rewrite_llama.py draws two of 
 join the files with `cat` for rewrite_llama.py --pairs.
 """
 import json
-import os
 import random
+import re
 from collections import Counter, defaultdict
 
 import torch
-from tqdm import tqdm
 
-from fuse_vicuna import unquote
-from rewrite_llama import DTYPES, clean, load, pick_device, special_markers
-from train_clip import BadRow, die, new_parser, number, open_rows, parse_row, words_of
+from data.common import (check_output, die, in_one_line, new_file, new_parser, number, one_line, open_rows, parse_row,
+                         pick_device, read_rows, reason, texts_of, to_line, words_of)
 
 SENTENCE = "Rewrite this caption of an image vividly, and keep it less than thirty words:"  # paper
 MAX_WORDS = 30  # of a caption and of its rewrite, as the sentence says
@@ -28,21 +26,22 @@ MAX_NEW_TOKENS = 77  # as in rewrite_llama.py; thirty words are about forty toke
 UNUSABLE = (ValueError, RecursionError, LookupError, TypeError, AttributeError)  # no JSON, or unexpected JSON
 
 
+def clean(text):
+    """The text as one line without the arrow that stands between input and output"""
+    return one_line(text.replace("=>", " "))
+
+
 def draw_captions(args, number):
     """Up to `number` different captions of 2 to 30 words. A reservoir in one pass gives all rows the same
     chance."""
     drawn, seen, rng = [], 0, random.Random(args.seed)
-    with open_rows(args.captions) as f:
-        for line in tqdm(f, unit=" rows", unit_scale=True, disable=None, delay=2):
-            try:
-                value = parse_row(line)[args.field]
-                text = clean(rng.choice(value) if isinstance(value, list) else value)
-            except (BadRow, *UNUSABLE):
-                continue
-            if 2 <= len(words_of(text)) <= MAX_WORDS and text not in drawn:
-                seen += 1
-                place = len(drawn) if len(drawn) < number else rng.randrange(seen)
-                drawn[place:place + 1] = [text] if place < number else []
+    for _, row in read_rows(args.captions):
+        texts = texts_of(row.get(args.field))
+        text = clean(rng.choice(texts)) if texts else ""
+        if 2 <= len(words_of(text)) <= MAX_WORDS and text not in drawn:
+            seen += 1
+            place = len(drawn) if len(drawn) < number else rng.randrange(seen)
+            drawn[place:place + 1] = [text] if place < number else []
     if not drawn:
         die(f"{args.captions}: no row has a caption of 2 to {MAX_WORDS} words in {args.field!r}")
     rng.shuffle(drawn)
@@ -58,26 +57,47 @@ def fault(source, input, output, ended=True):
     return "too long" if len(words_of(output)) > MAX_WORDS or not ended else None
 
 
+def answer_line(text):
+    """The line of a model's output that is its answer, or "".
+
+    A thought is not the answer, nor is an introduction that ends in a colon; the first line with a letter or
+    a digit is, without the quotation marks around it."""
+    if "<think>" in text and "</think>" not in text:
+        return ""  # a thought without end
+    for line in map(clean, text.split("</think>")[-1].split("\n")):
+        if any(map(str.isalnum, line)) and not line.endswith(":"):
+            return re.sub(r'^["\u201c]([^"\u201c\u201d]*)["\u201d]$', r"\1", line).strip()
+    return ""
+
+
 def chatbot(args):
     """The model's answers to the paper's sentence, each on one line and without quotation marks around it"""
     captions = draw_captions(args, 8 * args.number)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device, tokenizer = pick_device(args), load(AutoTokenizer, args.model)
-    model = load(AutoModelForCausalLM, args.model, dtype=DTYPES[args.dtype], device_map=device).eval()
+    device = pick_device(args.device)
+    dtype = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=device).eval()
+    except Exception as e:  # transformers raises nearly everything for a folder without a model
+        die(f"--model {args.model} cannot be loaded: {reason(e)}")
     if not tokenizer.chat_template:
         die(f"--model {args.model} has no chat template: expected an instruct model")
     torch.manual_seed(args.seed)
-    pairs, faults, markers = [], Counter(), special_markers(tokenizer)  # markers come from the template alone
-    for caption in (caption for caption in captions if not markers.search(caption)):
+    pairs, faults = [], Counter()
+    markers = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}  # the template's alone
+    for caption in captions:
+        if any(marker in caption for marker in markers):
+            continue
         messages = [{"role": "user", "content": f"{SENTENCE} {caption}"}]
         ids = tokenizer.apply_chat_template(messages, return_dict=True, add_generation_prompt=True,
-                                            return_tensors="pt").to(model.device)
+                                            enable_thinking=False, return_tensors="pt").to(model.device)
         for _ in range(2 if args.temperature else 1):  # greedy decoding gives the same answer again
             out = model.generate(**ids, do_sample=args.temperature > 0, temperature=args.temperature or None,
                                  max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
             answer = tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)
-            pair = {"source": args.source, "input": caption, "output": unquote(clean(answer))}
+            pair = {"source": args.source, "input": caption, "output": answer_line(answer)}
             if not (why := fault(**pair, ended=out.shape[1] < ids["input_ids"].shape[1] + MAX_NEW_TOKENS)):
                 pairs.append(pair)
                 break
@@ -118,8 +138,9 @@ def human(args):
     with open_rows(args.filled) as f:
         for number, line in enumerate(f, 1):
             try:
-                pairs.append({key: clean(parse_row(line)[key]) for key in ("source", "input", "output")})
-            except (BadRow, *UNUSABLE) as e:
+                row, _ = parse_row(line)
+                pairs.append({key: clean(row[key]) for key in ("source", "input", "output")})
+            except UNUSABLE as e:
                 die(f"{args.filled}, line {number}: expected an object of source, input, output: {e!r}")
             if why := fault(**pairs[-1]):
                 die(f"{args.filled}, line {number}: the output is {why}")
@@ -128,6 +149,7 @@ def human(args):
     return pairs
 
 
+@in_one_line
 def main(argv=None):
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -154,16 +176,11 @@ def main(argv=None):
         command.add_argument("--temperature", type=number(float, 0), default=0.9,
                              help="0: greedy (default: 0.9)")
         command.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-        command.set_defaults(server=None, dtype="auto")
     args = parser.parse_args(argv)
-    if os.path.lexists(args.output) or not os.path.isdir(os.path.dirname(args.output) or "."):
-        die(f"--output {args.output}: expected a new file in an existing folder")
-    try:
-        pairs = args.make(args)
-        with open(args.output, "x", encoding="utf-8") as f:
-            f.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-    except OSError as e:
-        die(f"{e.filename or args.output}: {e.strerror}")
+    check_output(args.output, new=True)
+    pairs = args.make(args)
+    with new_file(args.output) as f:
+        f.writelines(map(to_line, pairs))
     for pair in pairs:
         print(" / ".join(pair["captions"]) if "captions" in pair else f"{pair['input']} => {pair['output']}")
     empty = "" in pairs[0].values()

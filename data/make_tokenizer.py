@@ -11,24 +11,17 @@ import os
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from train_clip import BadRow, check_output, die, new_parser, number, open_rows, parse_row
+from data.common import check_output, die, new_parser, number, read_rows, texts_of
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def read_texts(path, fields):
-    """Yield every text of the fields. A line that is no JSON object has none."""
-    with open_rows(path) as f:
-        for line in f:
-            try:
-                row = parse_row(line)
-            except BadRow:
-                continue
-            for field in fields:
-                value = row.get(field)
-                for text in value if isinstance(value, list) else [value]:
-                    if isinstance(text, str):
-                        yield text.encode("utf-8", "replace").decode()
+    """Yield every text of the fields."""
+    for _, row in read_rows(path):
+        for field in fields:
+            for text in texts_of(row.get(field)):
+                yield text.encode("utf-8", "replace").decode()
 
 
 def main(argv=None):

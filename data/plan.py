@@ -14,8 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from rewrite_llama import GROUP, SOURCES
-from train_clip import CLIP, INDEX_HEADER, PRESETS, Config, check_output, die, new_parser, number, positive
+from data.common import check_output, die, new_parser, number
+from train_clip import CLIP, PRESETS, Config
+
+SOURCES = ["chatgpt", "bard", "coco", "human"]  # as in rewrite_llama.py
+GROUP = 512  # captions that share a prompt there, about
 
 
 # --- FLOPs: a matrix of n weights costs a token 2n, one multiplication and one addition a weight ------------
@@ -152,11 +155,6 @@ def jsonl_bytes(lengths):
     return sum(len(key) + n + len('"": "", ') for key, n in lengths.items()) - len(", ") + len("{}\n")
 
 
-def index_bytes(rows):
-    """train_clip.py's X.jsonl.idx: a header, and a row's offset as uint64"""
-    return 8 * (INDEX_HEADER + rows)
-
-
 def parameters(config):
     with torch.device("meta"):  # shapes without memory
         return sum(p.numel() for p in CLIP(config).parameters())
@@ -198,7 +196,7 @@ def plan(rows, args):
     text = args.caption_tokens * 4.2  # bytes a token of English (assumed)
     keys = ["alt", *(f"rewrite_{source}" for source in SOURCES), "vec", "vecap"]
     result["bytes"] = {"jsonl": rows * jsonl_bytes({"image": 20} | dict.fromkeys(keys, text)),
-                       "index": index_bytes(rows), "images": rows * args.image_kb * 1e3,
+                       "images": rows * args.image_kb * 1e3,
                        "checkpoint": checkpoint_bytes(parameters(args.config))}
     return result
 
@@ -229,7 +227,7 @@ def main(argv=None):
     add = parser.add_argument_group("the work").add_argument
     add("--rows", nargs="+", type=number(float, 1), default=[3e6, 12e6, 100e6, 300e6],
         help="default: 3e6 12e6 100e6 300e6")
-    add("--epochs", type=positive, help="default: LaCLIP's, 40 up to 6 M rows, 35 up to 50 M, 32 above")
+    add("--epochs", type=number(float, 1e-9), help="default: LaCLIP's, 40 up to 6 M rows, 35 up to 50 M, 32 above")
     add("--model", choices=PRESETS, default="ViT-B/16", help="default: %(default)s")
     add("--image-size", type=number(int, 1), help="pixels a side (default: the model's)")
     add("--batch-size", type=number(int, 1), default=8192, help="default: %(default)s")
@@ -243,21 +241,21 @@ def main(argv=None):
     add("--fuser", choices=LLMS, default="llama-13b", help="default: %(default)s: Vicuna-13B, paper")
     add("--caption-tokens", type=number(float, 1), default=25,
         help="of a caption, read or written (default: %(default)s, assumed)")
-    add("--image-kb", type=positive, default=30,
+    add("--image-kb", type=number(float, 1e-9), default=30,
         help="kB an image (default: %(default)s: JPEG of 256 pixels, assumed)")
     add = parser.add_argument_group("the machine").add_argument
     add("--gpu", choices=PEAKS, default="A100",
         help="its peak, and rates published for it (default: %(default)s)")
-    add("--peak", type=positive, metavar="TFLOPS", help="of another GPU, from its data sheet")
-    add("--mfu", type=number(float, 0, below=1.0001, above=0), default=0.4,
+    add("--peak", type=number(float, 1e-9), metavar="TFLOPS", help="of another GPU, from its data sheet")
+    add("--mfu", type=number(float, 0.001, 1), default=0.4,
         help="share of the peak that is reached where no rate is known (default: %(default)s, assumed)")
     add("--rate", nargs="+", default=[], metavar="STAGE=X",
         help="rows a second on one GPU, as the stages print them (train: samples_per_s of metrics.jsonl); "
         "Xt: output tokens a second, as servers state them")
-    add("--cores", type=positive, default=8, help="CPU cores a GPU (default: %(default)s)")
-    add("--decode", type=positive, default=1000,
+    add("--cores", type=number(float, 1e-9), default=8, help="CPU cores a GPU (default: %(default)s)")
+    add("--decode", type=number(float, 1e-9), default=1000,
         help="images a second that a core decodes and crops (default: %(default)s, JPEG of 640 x 480)")
-    add("--read", type=positive, default=250, metavar="MB/S",
+    add("--read", type=number(float, 1e-9), default=250, metavar="MB/S",
         help="that the storage delivers a GPU (default: %(default)s, assumed)")
     parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
     args = parser.parse_args(argv)

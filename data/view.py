@@ -23,9 +23,8 @@ from collections import Counter
 from itertools import zip_longest
 
 from PIL import Image
-from tqdm import tqdm
-
-from train_clip import BadRow, die, new_parser, number, open_image, open_rows, parse_row, to_rgb
+from data.common import die, new_parser, number, open_rows, parse_row, progress
+from train_clip import open_image, to_rgb
 
 THUMBNAIL = 96  # px, the longer side
 LONG = 1000  # characters; of a longer text the page shows the beginning and the length
@@ -254,15 +253,6 @@ def hit_figure(root, hit, kind="") -> Html:
 
 # === rows: what the stages made of a data set ===============================================================
 
-def row_of(line) -> dict:
-    """The line's object. For a line that is no JSON object: what the stages write for it (data/README.md)."""
-    try:
-        return parse_row(line)
-    except BadRow as reason:
-        text = line.rstrip(b"\n").decode("utf-8", "backslashreplace")
-        return {"error": {"line": str(reason)}, "line": text}
-
-
 def as_list(value) -> list:
     return value if isinstance(value, list) and value else [value]
 
@@ -305,9 +295,8 @@ def read_rows(path, limit, sample, seed):
     shown, line_number, counters = [], 0, (Counter(), Counter(), Counter())
     size, random_below = limit if sample is None else sample, random.Random(seed).randrange
     with open_rows(path) as file:
-        lines = tqdm(file, unit=" rows", unit_scale=True, disable=None, delay=2)
-        for line_number, line in enumerate(lines, 1):
-            row = row_of(line)
+        for line_number, line in enumerate(progress(file), 1):
+            row, _ = parse_row(line)
             count_row(row, *counters)
             if len(shown) < size:
                 shown.append((line_number, row))
