@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from PIL import Image
 
-from data.import_captions import image_files, passed_over
+from data.import_files import image_files, passed_over
 from train_clip import FORMATS, BadRow, die, new_parser, open_image, open_rows, parse_row, texts_of
 
 # The sets that torchvision reads, by clip-benchmark's names: torchvision's class, and its arguments for the
