@@ -184,9 +184,9 @@ def other_format(head):
         lines.pop()  # cut
     if text.startswith(b"[") and (b"{" in first or parse_row(first)[1] != "not a JSON object"):
         return "it is a JSON array"  # a list without objects can be one bad line among rows
-    lines = [line for line in lines if line.strip()]
-    if lines and all(parse_row(line)[1] for line in lines):
-        return f"none of its first {len(lines)} lines is one; it begins with {first[:60]!r}"
+    lines = [line.strip() for line in lines if line.strip()]
+    if lines and not any(line[:1] + line[-1:] == b"{}" for line in lines):
+        return f"it begins with {first[:60].decode(errors='replace')!r}"
     return None
 
 
