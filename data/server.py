@@ -77,7 +77,7 @@ class Server:
             if reason:
                 return None, reason
             image.thumbnail((MAX_SIDE, MAX_SIDE))
-            image.save(data := io.BytesIO(), "JPEG", quality=95)
+            image.save(data := io.BytesIO(), "JPEG", quality=90, subsampling=0)  # colours stay sharp
             url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
             content = [{"type": "image_url", "image_url": {"url": url}},
                        {"type": "text", "text": self.args.prompt}]
@@ -100,16 +100,17 @@ class Server:
     def ask(self, **request):
         """One request to the next server -> (answer, None or CUT), or (None, why it is refused)"""
         client = next(self.turns)
-        create = (client.chat.completions if "messages" in request else client.completions).with_raw_response.create
+        endpoint = client.chat.completions if "messages" in request else client.completions
         try:
-            response = create(model=self.args.model, max_tokens=self.args.max_new_tokens, **request)
+            response = endpoint.with_raw_response.create(
+                model=self.args.model, max_tokens=self.args.max_new_tokens, **request)
         except openai.APIStatusError as e:
             if e.status_code in (400, 413, 422):
                 return None, f"{REFUSED}: {e}"
             raise
-        data = json.loads(response.text)  # by hand: servers differ in what else they write
+        data = json.loads(response.http_response.text)
         if not data.get("choices"):
-            raise ValueError(f"an answer without choices: {json.dumps(data.get('error') or data)[:300]}")
+            raise ValueError(f"no choices: {json.dumps(data.get('error') or data)[:300]}")
         choice = data["choices"][0]
         if choice.get("finish_reason") == "content_filter":
             return None, f"{REFUSED}: content filter"
