@@ -17,14 +17,12 @@ rules, in this order:
   score        its clip_score is under --min-score, or less than --min-gain above the original's
   unscored     --min-score or --min-gain needs a clip_score that is missing
 """
-import json
-import os
 import re
 from collections import Counter
 from functools import partial
 
-from train_clip import (NO_BLANKS, BadRow, check_output, die, new_parser, number, open_rows, parse_row,
-                        texts_of, words_of)
+from data.common import (NO_BLANKS, check_output, die, new_file, new_parser, number, open_rows,
+                         parse_row, print_table, progress, texts_of, to_line, words_of)
 
 STOP_WORDS = frozenset("""
 a about above after all also am an and any are as at be been before being below between both but by can did
@@ -123,46 +121,34 @@ def main(argv=None):
     check_output(args.output, args.input)
 
     counts, rows, filtered_rows, originals = Counter(), 0, 0, 0
-    temporary = f"{args.output}.{os.getpid()}.tmp"
     by_score = args.min_score is not None or args.min_gain is not None
-    try:
-        with open_rows(args.input) as f, open(temporary, "wb") as out:
-            for line in f:
-                rows += 1
-                try:
-                    row = parse_row(line)
-                    row_counts = filter_row(row, args.field, args.fields, partial(broken_rule, args=args))
-                    originals += bool(texts_of(row.get(args.field)))
-                    counts += row_counts
-                    if any(rule != "kept" for _, rule in row_counts):
-                        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace")
-                        filtered_rows += 1
-                except BadRow:  # the line is copied as it is
-                    pass
-                out.write(line.removesuffix(b"\n") + b"\n")
-            for name in args.fields or []:
-                if not any(field == name for field, _ in counts):
-                    die(f"{args.input} has no text in {name}")
-            if not counts:
-                die(f"{args.input} has no rewrite in rewrite_*")
-            if not originals:
-                die(f"{args.input} has no original in {args.field}: --field names another one")
-            results = {rule for _, rule in counts}
-            if "unscored" in results and not results & {"kept", "score"}:
-                die(f"{args.input} has no clip_score: python -m data.clip_scores adds it")
-        os.replace(temporary, args.output)
-    except OSError as e:
-        die(f"{e.filename or args.output}: {e.strerror}")
-    finally:  # also after Ctrl-C
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    rules = ["kept", "identical", "short", "long", "repeats", "unrelated"] + by_score * ["score", "unscored"]
-
+    with open_rows(args.input) as f, new_file(args.output) as out:
+        for line in progress(f):
+            rows += 1
+            row, why = parse_row(line)
+            if why is None:
+                row_counts = filter_row(row, args.field, args.fields, partial(broken_rule, args=args))
+                originals += bool(texts_of(row.get(args.field)))
+                counts += row_counts
+                if any(rule != "kept" for _, rule in row_counts):
+                    line = to_line(row)
+                    filtered_rows += 1
+            out.write(line.removesuffix(b"\n") + b"\n")
+        for name in args.fields or []:
+            if not any(field == name for field, _ in counts):
+                die(f"{args.input} has no text in {name}")
+        if not counts:
+            die(f"{args.input} has no rewrite in rewrite_*")
+        if not originals:
+            die(f"{args.input} has no original in {args.field}: --field names another one")
+        results = {rule for _, rule in counts}
+        if "unscored" in results and not results & {"kept", "score"}:
+            die(f"{args.input} has no clip_score: python -m data.clip_scores adds it")
+    rules = ["kept", "identical", "short", "long", "repeats", "unrelated"]
+    rules += by_score * ["score", "unscored"]
     names = sorted({name for name, _ in counts})
     print(f"{rows} rows, {filtered_rows} with something dropped")
-    print(f"{'':24}" + "".join(f"{rule:>11}" for rule in rules))
-    for name in names:
-        print(f"{name:24}" + "".join(f"{counts[name, rule]:11d}" for rule in rules))
+    print_table(["", *rules], [[name, *(counts[name, rule] for rule in rules)] for name in names])
 
 
 if __name__ == "__main__":

@@ -482,7 +482,8 @@ def test_scores_are_cosines_and_serve_best_and_the_filter(shapes, trained, tmp_p
     assert scored[-2]["clip_score"] == {"alt": None, "rewrite_a": None} and scored[-1]["clip_score"] == {"vec": [None]}
     best = [row["clip_score"]["alt"][1] > row["clip_score"]["alt"][0] for row in scored[:16]]
     assert sum(best) >= 14
-    assert_mistake(run_tool("clip_scores", *arguments), "scored.jsonl exists")
+    assert "is finished" in run_tool("clip_scores", *arguments).stdout
+    assert_mistake(run_tool("clip_scores", *arguments, "--best-field", "alt_best"), "made with best_field = None")
 
     done = run("train_clip.py", "--captions", tmp_path / "scored.jsonl", "--image-root", shapes / "images", "--text", "alt",
                "--alt-choice", "best", "--model", "nano", "--image-size", 32, "--tokenizer", shapes / "tokenizer.json",
@@ -509,7 +510,7 @@ def test_scoring_goes_on_where_it_was_killed(shapes, trained, tmp_path, monkeypa
     args = ["--checkpoint", str(trained / "checkpoint.pt"), "--captions", str(shapes / "captions.jsonl"), "--image-root",
             str(shapes / "images"), "--workers", "0", "--output"]
     clip_scores.main([*args, str(tmp_path / "whole.jsonl")])
-    whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl.partial"
+    whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl.part"
     stop, encode_texts = iter(range(3)), eval_zeroshot.Encoder.encode_texts
 
     def killed(*arguments):  # in the third chunk of four rows
@@ -526,7 +527,7 @@ def test_scoring_goes_on_where_it_was_killed(shapes, trained, tmp_path, monkeypa
     clip_scores.main([*args, str(tmp_path / "out.jsonl")])
     assert (tmp_path / "out.jsonl").read_bytes() == whole and not out.exists()
     out.write_bytes(b"")
-    (tmp_path / "out.jsonl.partial.json").write_text("{}")
+    (tmp_path / "out.jsonl.settings.json").write_text("{}")
     os.remove(tmp_path / "out.jsonl")
     with pytest.raises(SystemExit):
         clip_scores.main([*args, str(tmp_path / "out.jsonl")])

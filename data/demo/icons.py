@@ -34,7 +34,7 @@ from collections import Counter
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from train_clip import die, new_parser
+from data.common import die, new_parser
 
 SIZE, EM = 56, 40  # pixels: the image's side, the font's size
 

@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.convert_checkpoint import main as convert
-from train_clip import (AUGMENTATIONS, Rows, die, index_rows, new_parser, normalise, number, open_image,
-                        pick_device, texts_of, to_uint8)
+from data.common import die, new_parser, number, pick_device, read_rows, texts_of
+from train_clip import AUGMENTATIONS, open_image
 
 # The image's tokens, then the start token. The model continues with the caption and the end token.
 TEMPLATE = "{% for message in messages %}{{ '<image><|startoftext|>' }}{% endfor %}"
@@ -68,13 +68,14 @@ def prepare(processor, config, root, rows, rng):
     Only the caption and the end token are learned: the labels of other positions are -100.
     """
     tokenizer, S = processor.tokenizer, config.vision_config.image_size
-    images = [to_uint8(AUGMENTATIONS["drawing"](open_image(root, row["image"]), S, rng)) for row in rows]
+    images = np.stack([AUGMENTATIONS["drawing"](open_image(root, row["image"]), S, rng) for row in rows])
     mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
+    pixels = torch.from_numpy((images / 255 - mean) / std).float().permute(0, 3, 1, 2)  # [N, 3, S, S]
     captions = [tokenizer(texts_of(row["alt"])[0], add_special_tokens=False).input_ids[:20] for row in rows]
     prompt = [config.image_token_id] * config.image_seq_length + [tokenizer.bos_token_id]
     ids = [torch.tensor(prompt + caption + [tokenizer.eos_token_id]) for caption in captions]
     labels = [torch.cat([torch.full((len(prompt),), -100), sequence[len(prompt):]]) for sequence in ids]
-    return {"pixel_values": normalise(torch.stack(images), mean, std),
+    return {"pixel_values": pixels,
             "input_ids": pad_sequence(ids, True, tokenizer.eos_token_id),
             "attention_mask": pad_sequence([torch.ones_like(sequence) for sequence in ids], True, 0),
             "labels": pad_sequence(labels, True, -100)}
@@ -119,8 +120,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if os.path.exists(args.output):
         die(f"{args.output} exists")
-    index_rows(args.captions)
-    rows = Rows([args.captions])
+    rows = [row for _, row in read_rows(args.captions)]
     torch.manual_seed(args.seed)
     model, processor = build(args.checkpoint, pick_device(args.device))
     train(model, processor, rows, args)
