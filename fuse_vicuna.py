@@ -1,16 +1,14 @@
-"""Fuse AltText and VeC into one caption with Vicuna: VeCLIP's VeCap (arXiv 2310.07699, section 3.3).
+"""Fuse AltText and VeC into one caption with Vicuna: VeCLIP's VeCap (2310.07699, section 3.3).
 
     python fuse_vicuna.py --input cc3m.vec.jsonl --output cc3m.fused.jsonl
     torchrun --nproc_per_node 8 fuse_vicuna.py ...the same arguments...  # ranks share the work
-    head -n 20 cc3m.vec.jsonl > few.jsonl                                # for a first look
 
 Row in:  {"image": "photos/1.jpg", "alt": "IMG_0123 sale!!", "vec": "a red bicycle by a wall"}
 Row out: the same and "vecap": "..."; a list of AltTexts gives a list; null where there is no
-answer, the reason in "error". A refusal is asked again with the VeC alone (section 3.3). If AltText
-or VeC is missing, the other is rewritten alone; ours. An AltText over --max-alt-tokens is cut, a VeC
-never. The same command goes on after any interruption, with any number of ranks.
+answer, with the reason in "error". A refusal is asked again with the VeC alone (section 3.3). If
+one of the two is missing, the other is rewritten alone; ours. An AltText over --max-alt-tokens is
+cut, a VeC never. The same command resumes after any interruption.
 """
-import argparse
 import hashlib
 import json
 import os
@@ -18,6 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# Vicuna 1.1's conversation (release) and the paper's instruction (section 3.3), for two texts and one
+# Vicuna 1.1's conversation (release), the paper's instruction (section 3.3), and that for one text
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
           "gives helpful, detailed, and polite answers to the user's questions.")
 INSTRUCTION = ("Rephrase the following two sentences into one short sentence while adhering to the "
@@ -42,7 +41,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 # --- the paper's idea -----------------------------------------------------------------------------
-
 def chat_prompt(alt, vec, instruction=INSTRUCTION):
     """Vicuna 1.1's conversation around the instruction. Either text may be "": then it has one."""
     texts = [text for text in (alt, vec) if text]
@@ -68,7 +66,7 @@ def fuse(answer, prompt, texts, openings, counts):
         again = {}
         for (i, (alt, vec)), (text, reason) in zip(todo.items(), answers):
             results[i] = text, reason = answer_line(text, reason)
-            if text and text.lower().replace("’", "'").startswith(openings):
+            if text and text.lower().replace("’", "'").startswith(tuple(openings)):
                 results[i] = None, "refused"
                 if alt and vec:
                     again[i] = "", vec
@@ -95,15 +93,12 @@ def text_pairs(row, args):
 
 
 # --- the model ------------------------------------------------------------------------------------
-
 class Fuser:
     """Vicuna: answers prompts greedily."""
 
     def __init__(self, args, counts):
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         try:  # split_special_tokens: "</s>" in a caption is plain text
             self.tokenizer = AutoTokenizer.from_pretrained(
                 args.model, split_special_tokens=True, padding_side="left")
@@ -117,7 +112,7 @@ class Fuser:
         named = [x.eos_token_id for x in (config, how, self.tokenizer)]
         self.ends = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None}
         self.model.generation_config = GenerationConfig(  # greedy, whatever the folder says
-            max_new_tokens=args.max_new_tokens, eos_token_id=[*self.ends], pad_token_id=min(self.ends),
+            max_new_tokens=args.max_new_tokens, eos_token_id=[*self.ends], pad_token_id=0,
             stop_strings=["\n"] if args.format == "pairs" else None)
 
     @torch.inference_mode()
@@ -143,18 +138,17 @@ class Fuser:
 
     def cut(self, text):
         """The text, or its first --max-alt-tokens tokens"""
-        ids, limit = self.tokenizer(text, add_special_tokens=False).input_ids, self.args.max_alt_tokens
-        return text if len(ids) <= limit else self.tokenizer.decode(ids[:limit]).strip("\ufffd ")
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        short = self.tokenizer.decode(ids[:self.args.max_alt_tokens]).strip("\ufffd ")
+        return short if len(ids) > self.args.max_alt_tokens else text
 
 
 # --- the stage ------------------------------------------------------------------------------------
-
 def main(argv=None):
     args = parse_arguments(argv)
-    pairs = [json.loads(line) for line in Path(args.pairs).read_text(encoding="utf-8").splitlines()]
-    openings = tuple((PROMPTS / "refusals.txt").read_text(encoding="utf-8").split("\n"))
-    openings = tuple(filter(None, openings))
-    parts = Parts(args, json.dumps([SYSTEM, ALONE, pairs, openings]),
+    openings = (PROMPTS / "refusals.txt").read_text(encoding="utf-8").splitlines()  # lower case
+    pairs = [json.loads(line) for line in open(args.pairs, encoding="utf-8")]
+    parts = Parts(args, [SYSTEM, ALONE, openings, pairs],
                   reads={args.alt_field, args.vec_field}, makes={"vecap"})
     if parts.join():
         return print(f"{args.output} is finished")
@@ -175,83 +169,72 @@ def main(argv=None):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error, add = die, parser.add_argument
     add("--input", required=True, help="JSONL, one row an image (data/README.md)")
     add("--output", required=True, help="JSONL, one row for every row of --input, in its order")
-    add("--model", default="lmsys/vicuna-13b-v1.1", help="folder or hub name (default: %(default)s)")
+    add("--model", default="lmsys/vicuna-13b-v1.1", help="folder or hub name (%(default)s)")
     add("--alt-field", default="alt", help="AltText, a text or a list (default: %(default)s)")
-    add("--vec-field", default="vec", help="VeC, as caption_llava.py writes it (default: %(default)s)")
-    add("--prompt", default=INSTRUCTION, help="instruction before both texts (default: the paper's)")
-    add("--max-alt-tokens", type=int, default=128, help="AltText is cut there (default: 128, assumed)")
-    add("--format", default="chat", choices=["chat", "pairs"], help="chat: Vicuna 1.1's conversation; "
-        "pairs: in-context pairs, a deviation for base models and small ones")
-    add("--pairs", default=str(PROMPTS / "fuse_pairs.jsonl"), help="JSONL of alt, vec and output for "
-        "--format pairs (default: data/prompts/fuse_pairs.jsonl)")
+    add("--vec-field", default="vec", help="VeC, of caption_llava.py (default: %(default)s)")
+    add("--prompt", default=INSTRUCTION, help="the instruction (default: the paper's)")
+    add("--max-alt-tokens", type=int, default=128, help="AltText's length (default: 128, assumed)")
+    add("--format", default="chat", choices=["chat", "pairs"],
+        help="chat: Vicuna 1.1's; pairs: in-context pairs, for base models and small ones; ours")
+    add("--pairs", default=PROMPTS / "fuse_pairs.jsonl", help="JSONL of alt, vec and output")
     add("--seed", type=int, default=0, help="of the pairs that are drawn (default: %(default)s)")
     add("--max-new-tokens", type=int, default=77, help="default: %(default)s, assumed")
     add("--batch-size", type=int, default=32, help="prompts at a time (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16 if it is native")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
     add("--server", nargs="+", metavar="URL", help="ask OpenAI-compatible servers (data/server.py)")
-    args = parser.parse_args(argv)
-    if min(args.batch_size, args.max_new_tokens) < 1 or args.max_alt_tokens < 0:
-        die("--batch-size and --max-new-tokens begin at 1, --max-alt-tokens at 0")
-    for path in (args.input, args.pairs):
-        if not os.path.isfile(path):
-            die(f"{path}: no such file")
-    if args.dtype == "auto":
-        args.dtype = "bf16" if has_bf16(args.device) else "fp32"
+    return settle(parser.parse_args(argv))
+
+
+def settle(args):
+    """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
+    if min(args.batch_size, args.max_new_tokens) < 1 or not os.path.isfile(args.input):
+        die(f"--input {args.input} must be a file, --batch-size and --max-new-tokens 1 or more")
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
+    native = any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    args.dtype = args.dtype.replace("auto", "bf16" if native else "fp32")
     return args
 
 
 # === from here on the same lines in the three captioning scripts: answers, rows, restart ==========
-
 def die(message):
     tqdm.write("error: " + " ".join(message.split())[:600], file=sys.stderr)
     sys.exit(2)
 
 
-def has_bf16(device):
-    """Whether the hardware computes in bf16. A CPU that emulates it is many times slower."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
-    return any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
-
-
 def answer_line(answer, reason=None):
     """The caption in a model's answer -> (caption, None), or (None, why there is none). A thought,
     an introduction that ends in a colon, and quotation marks around the caption are cut off."""
-    if answer is None:
-        return None, reason
-    answer = answer.rpartition("</think>")[2]
-    lines = [line.split() for line in answer.splitlines() if any(map(str.isalnum, line))]
+    text = (answer or "").rpartition("</think>")[2]
+    lines = [line.split() for line in text.splitlines() if any(map(str.isalnum, line))]
     if lines and lines[0][-1].rstrip("*_").endswith((":", "\uff1a")):
         del lines[0]
-    if "<think>" in answer or not lines:
-        return None, "a thought without end" if "<think>" in answer else "empty"
+    if "<think>" in text or not lines:
+        return None, reason or ("a thought without end" if "<think>" in text else "empty")
     line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
     return re.sub("^[\"'“„«]([^\"“”„«»]+)[\"'”“»]$", r"\1", line), None
 
 
 def parse_row(line):
-    """The line's JSON object; of any other line, a row that keeps it and says why."""
-    try:
-        row, reason = json.loads(line), "not a JSON object"
-    except (ValueError, RecursionError) as e:
-        row, reason = None, f"not JSON: {e}"
+    """The line's JSON object; of any other line, a row that keeps it."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(row := json.loads(line), dict):
+            return row
     line = line.decode(errors="backslashreplace").rstrip("\r\n")
-    return row if isinstance(row, dict) else {"error": {"line": reason}, "line": line}
+    return {"error": {"line": "not a JSON object"}, "line": line}
 
 
 class Parts:
-    """Restart. The input is cut into units of whole lines; what is made of a unit is one file, its
-    part. A part's name is a hash of everything that its bytes depend on, and the part gets the name
-    when it is complete. So a part that exists is right, whoever made it and whatever was killed;
-    one that is missing is made; when none is missing, they are joined. Nothing else is kept."""
-
+    """Restart. The input is cut into units of whole lines; what is made of one is a file, its part.
+    A part gets its name when it is complete, and the name is a hash of all that its bytes depend
+    on. So a part that exists is right, whoever made it; when none is missing, they are joined."""
     def __init__(self, args, prompts, reads, makes):
         """The first rows must have a field of `reads` and none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
@@ -264,11 +247,10 @@ class Parts:
             if not self.paths:
                 fields = {name for row in map(parse_row, lines) for name in row if row[name]}
                 if not fields & reads or fields & makes:
-                    die(f"{args.input}: expected JSONL, one object a line, with {reads}, without "
-                        f"{makes}; the first rows have {sorted(fields - {'error', 'line'})}")
+                    die(f"{args.input}: expected JSONL with {reads}, not {makes}: {lines[0][:200]}")
             self.paths.append(path)
             content.update(b"".join(lines))
-        self.made = {**self.settings, "input": content.hexdigest()}
+        self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):
         """Yield (path of its part, its lines) for every unit of the input."""
@@ -281,11 +263,12 @@ class Parts:
     def to_make(self):
         """Yield (number, rows) of this rank's missing parts, and write the rows that come back."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        progress = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0)
-        for number, (path, lines) in enumerate(progress):
+        units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0)
+        for number, (path, lines) in enumerate(units):
             if number % world == rank and not os.path.exists(path):
                 rows = [parse_row(line) for line in lines]
-                yield number, [row for row in rows if row.keys() != {"error", "line"}]
+                yield number, (todo := [row for row in rows if row.keys() != {"error", "line"}])
+                self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
                 self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def put(self, row, field, value, results):
@@ -301,24 +284,23 @@ class Parts:
     def write(self, path, lines):
         """Write a file whole or not at all: under another name, synced, then renamed."""
         os.makedirs(self.folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            file = os.path.join(folder, "part")
-            with open(file, "w", encoding="utf-8", errors="backslashreplace") as f:
-                f.writelines(lines)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(file, path)
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder, open(
+                f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f:
+            f.writelines(lines)
+            f.flush()
+            os.fsync(f.fileno())
+            os.replace(f.name, path)
 
     def join(self):
         """Join the parts to OUT if none is missing -> whether OUT is there."""
-        print("".join(f"{count:9,d}  {what}\n" for what, count in self.counts.items()), end="")
-        missing = sum(not os.path.exists(path) for path in self.paths)
-        if not missing and not os.path.exists(self.output):
+        print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
+        if not os.path.exists(self.output) and all(map(os.path.exists, self.paths)):
             with suppress(FileNotFoundError):  # another rank was faster
                 self.write(self.output + ".settings.json", [json.dumps(self.made)])
-                self.write(self.output, (line for path in self.paths for line in open(path)))
+                lines = (line for path in self.paths for line in open(path, encoding="utf-8"))
+                self.write(self.output, lines)
         if not os.path.exists(self.output):
-            return print(f"{missing} of {len(self.paths)} units are missing")
+            return print(f"{self.output}: parts are still missing")
         then = json.loads(Path(self.output + ".settings.json").read_text())
         if other := [name for name in self.made if self.made[name] != then.get(name)]:
             die(f"{self.output} was made with other {', '.join(other)}: choose a new --output")

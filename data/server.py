@@ -25,9 +25,12 @@ import re
 from multiprocessing.pool import ThreadPool
 from urllib.parse import urlsplit
 
-import openai
-
 from data.common import die
+
+try:
+    import openai
+except ImportError as e:
+    die(f"--server needs a package: pip install -r data/requirements.txt ({e})")
 
 RETRIES = 8  # with pauses of 0.5, 1, 2, 4, 8, 8, ... seconds
 TIMEOUT = 600  # seconds for a text
@@ -70,10 +73,10 @@ class Server:
         """fuse_vicuna.py: the text, or about its first --max-alt-tokens tokens"""
         return text.encode()[:4 * self.args.max_alt_tokens].decode(errors="ignore").strip()
 
-    def caption(self, names, read_image):
-        """caption_llava.py: read_image(name) -> (RGB image, None) or (None, reason)"""
+    def caption(self, read_image, names):
+        """caption_llava.py: read_image(root, name) -> (RGB image, None) or (None, reason)"""
         def ask(name):
-            image, reason = read_image(name)
+            image, reason = read_image(self.args.image_root, name)
             if reason:
                 return None, reason
             image.thumbnail((MAX_SIDE, MAX_SIDE))
