@@ -252,7 +252,7 @@ def answer_line(answer, reason=None):
 def parse_row(line):
     """The line's JSON object; of any other line, a row that keeps it."""
     with suppress(ValueError, RecursionError):
-        if isinstance(row := json.loads(line), dict):
+        if isinstance(row := json.loads(line.decode("utf-8-sig")), dict):
             return row
     line = line.decode(errors="backslashreplace").rstrip("\r\n")
     return {"error": {"line": "not a JSON object"}, "line": line}
@@ -311,8 +311,9 @@ class Parts:
     def write(self, path, lines):
         """Write a file whole or not at all: under another name, synced, then renamed."""
         os.makedirs(self.folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder, open(
-                f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f:
+        # if the folder goes away meanwhile, another launch or rank has joined all parts to OUT
+        with suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder, \
+                open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f:
             f.writelines(lines)
             f.flush()
             os.fsync(f.fileno())
@@ -322,13 +323,13 @@ class Parts:
         """Join the parts to OUT if none is missing -> whether OUT is there."""
         print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
         if not os.path.exists(self.output) and all(map(os.path.exists, self.paths)):
-            with suppress(FileNotFoundError):  # another rank was faster
-                self.write(self.output + ".settings.json", [json.dumps(self.made)])
-                lines = (line for path in self.paths for line in open(path, encoding="utf-8"))
-                self.write(self.output, lines)
+            self.write(self.output + ".settings.json", [json.dumps(self.made)])
+            self.write(self.output, (
+                line for path in self.paths for line in open(path, encoding="utf-8")))
         if not os.path.exists(self.output):
             return print(f"{self.output}: parts are still missing")
-        then = json.loads(Path(self.output + ".settings.json").read_text())
+        settings = Path(self.output + ".settings.json")
+        then = json.loads(settings.read_text()) if settings.exists() else {}
         if other := [name for name in self.made if self.made[name] != then.get(name)]:
             die(f"{self.output} was made with other {', '.join(other)}: choose a new --output")
         shutil.rmtree(self.folder, ignore_errors=True)
