@@ -105,7 +105,8 @@ def make_llama(folder):
     tokenizer.save_pretrained(folder)
 
 
-def make_llava(folder):
+def make_llava(folder, thinks=True):
+    """Its template asks the model to think, unless it is told not to."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
     torch.manual_seed(0)
@@ -121,7 +122,7 @@ def make_llava(folder):
         chat_template="{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}"
                       "{{ '<image>\n' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}"
                       "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-                      "{% if enable_thinking is not defined or enable_thinking %}{{ ' <think>' }}{% endif %}")
+                      + "{% if enable_thinking is not defined or enable_thinking %}{{ ' <think>' }}{% endif %}" * thinks)
     model = LlavaForConditionalGeneration(config)
     randomise(model.model.language_model, model.lm_head, tokenizer.convert_tokens_to_ids(["</s>"]))
     with torch.no_grad():
