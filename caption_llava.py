@@ -258,7 +258,7 @@ class Parts:
     def to_make(self):
         """Yield (number, rows) of this rank's missing parts, and write the rows that come back."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0)
+        units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0, delay=1)
         for number, (path, lines) in enumerate(units):
             if number % world == rank and not os.path.exists(path):
                 rows = [parse_row(line) for line in lines]

@@ -105,7 +105,8 @@ class Fuser:
             self.model = AutoModelForCausalLM.from_pretrained(
                 args.model, dtype=DTYPES[args.dtype], device_map=args.device).eval()
         except Exception as e:  # transformers raises nearly everything for a folder without a model
-            die(f"--model {args.model}: {e}")
+            reason = str(e).replace("tiktoken", "sentencepiece")  # it names the wrong package
+            die(f"--model {args.model}: {reason}")
         self.args, self.counts = args, counts
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         config, how = self.model.config.get_text_config(), self.model.generation_config
@@ -263,7 +264,7 @@ class Parts:
     def to_make(self):
         """Yield (number, rows) of this rank's missing parts, and write the rows that come back."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0)
+        units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0, delay=1)
         for number, (path, lines) in enumerate(units):
             if number % world == rank and not os.path.exists(path):
                 rows = [parse_row(line) for line in lines]
