@@ -289,13 +289,14 @@ class Parts:
     def join(self):
         """Join the parts to OUT if none is missing -> whether OUT is there."""
         print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
-        if not os.path.exists(self.output) and all(map(os.path.exists, self.paths)):
+        missing = sum(not os.path.exists(path) for path in self.paths)
+        if not missing and not os.path.exists(self.output):
             with suppress(FileNotFoundError):  # another rank was faster
                 self.write(self.output + ".settings.json", [json.dumps(self.made)])
                 lines = (line for path in self.paths for line in open(path, encoding="utf-8"))
                 self.write(self.output, lines)
         if not os.path.exists(self.output):
-            return print(f"{self.output}: parts are still missing")
+            return print(f"{self.output}: {missing} of {len(self.paths)} parts are missing")
         then = json.loads(Path(self.output + ".settings.json").read_text())
         if other := [name for name in self.made if self.made[name] != then.get(name)]:
             die(f"{self.output} was made with other {', '.join(other)}: choose a new --output")

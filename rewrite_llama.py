@@ -80,8 +80,7 @@ class Completer:
             self.model = AutoModelForCausalLM.from_pretrained(
                 args.model, dtype=DTYPES[args.dtype], device_map=args.device).eval()
         except Exception as e:  # transformers raises nearly everything for a folder without a model
-            reason = str(e).replace("tiktoken", "sentencepiece")  # it names the wrong package
-            die(f"--model {args.model}: {reason}")
+            die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece"))  # the right one
         self.args, self.counts, self.shape = args, counts, None
         config, how = self.model.config.get_text_config(), self.model.generation_config
         named = [x.eos_token_id for x in (config, how, self.tokenizer)]
@@ -322,13 +321,14 @@ class Parts:
     def join(self):
         """Join the parts to OUT if none is missing -> whether OUT is there."""
         print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
-        if not os.path.exists(self.output) and all(map(os.path.exists, self.paths)):
+        missing = sum(not os.path.exists(path) for path in self.paths)
+        if not missing and not os.path.exists(self.output):
             with suppress(FileNotFoundError):  # another rank was faster
                 self.write(self.output + ".settings.json", [json.dumps(self.made)])
                 lines = (line for path in self.paths for line in open(path, encoding="utf-8"))
                 self.write(self.output, lines)
         if not os.path.exists(self.output):
-            return print(f"{self.output}: parts are still missing")
+            return print(f"{self.output}: {missing} of {len(self.paths)} parts are missing")
         then = json.loads(Path(self.output + ".settings.json").read_text())
         if other := [name for name in self.made if self.made[name] != then.get(name)]:
             die(f"{self.output} was made with other {', '.join(other)}: choose a new --output")
