@@ -9,9 +9,7 @@
 The second command makes LaCLIP's tables 2 to 4. The table also shows the accuracy of guessing
 (chance) and of always answering the largest class. What is missing counts as wrong: an image that
 cannot be read, a class without an image. Each is named on stderr. The metrics do not depend on the
-number of ranks.
-
-First the protocols; then how images and texts become features; last the command.
+number of ranks. First come the protocols, then how images and texts become features.
 """
 import json
 import sys
@@ -147,6 +145,7 @@ class Encoder:
     def __init__(self, model, tokenizer, transform, batch_size=64, workers=0, precision="fp32"):
         self.model, self.tokenizer, self.transform = model, tokenizer, transform
         self.batch_size, self.workers, self.device = batch_size, workers, model.logit_scale.device
+        self.precision = precision  # bf16: of the towers alone
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, precision == "bf16")
 
     def encode_images(self, names, read, all_may_fail=False):
@@ -197,7 +196,6 @@ def load_encoder(args):
     device = pick_device(args.device)
     start_ranks(device)
     precision = resolve_precision(args.precision, torch.device(device))
-    tell(f"precision: {precision} on {device}")
     model = load_checkpoint(args.checkpoint, device)  # with its tokenizer and transform
     return Encoder(*model, args.batch_size, args.workers, precision)
 
@@ -263,6 +261,7 @@ def main(argv=None):
             with open(args.json, "w") as f:
                 json.dump(results, f, indent=1)
     if rank() == 0:
+        print(f"precision: {encoder.precision}")
         print_results(results)
 
 
