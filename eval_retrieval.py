@@ -10,9 +10,7 @@ A row has any number of texts (COCO and Flickr30k: five). Image to text is right
 image's own texts is among the first k, text to image if the text's image is (VeCLIP, section 4.1).
 The table also shows the recall of a random order (chance). An unreadable image is named on stderr
 and counts as not found. The similarity matrix is never whole in memory. The metrics do not depend
-on the number of ranks.
-
-First the metrics, then the command. eval_zeroshot.py has how images and texts become features.
+on the number of ranks. eval_zeroshot.py has how images and texts become features.
 """
 import json
 import math
@@ -21,10 +19,11 @@ from functools import partial
 import torch
 
 from data.class_names import tell_same_names
-from data.common import die, in_one_line, print_table, texts_of
+from data.common import die, in_one_line, print_table
 from data.evaluation import (all_reduce, blocks, first_few, image_rows, label_of, parse_args, rank,
                              rows_parser, tell, tell_left_out, tell_spellings)
 from data.search import best_images, write_hits
+from data.texts import texts_of
 from eval_zeroshot import load_encoder
 from train_clip import open_image
 

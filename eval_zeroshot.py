@@ -25,7 +25,7 @@ from data.common import check_output, in_one_line, number, pick_device
 from data.evaluation import (all_reduce, blocks, check_format, check_readable, evaluation_parser,
                              finite, rank, start_ranks, tell, with_progress)
 from data.logistic_regression import LogisticRegression
-from train_clip import load_checkpoint, resolve_precision, to_rgb
+from train_clip import load_checkpoint, resolve_precision
 
 QUERIES = 6  # images of a class that an episode classifies; assumed
 PENALTIES = [10.0 ** -i for i in range(1, 8)]  # of the linear probe, the strongest first; assumed
@@ -134,7 +134,7 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i):
         """-> image [3, S, S] and ""; or zeros and the reason why it cannot be read"""
         try:
-            return self.transform(to_rgb(self.read(self.names[i]))), ""
+            return self.transform(self.read(self.names[i])), ""
         except Exception as e:  # Pillow raises nearly everything
             return self.blank, f"{type(e).__name__}: {e}"
 

@@ -1,4 +1,4 @@
-"""The text augmentations that LaCLIP compares its rewrites with (arXiv 2305.20088): EDA and back-translation.
+"""LaCLIP's baselines (arXiv 2305.20088), other text augmentations: EDA and back-translation.
 
     python -m data.baselines eda IN.jsonl OUT.jsonl --wordnet /usr/share/wordnet
     python -m data.baselines back-translation IN.jsonl OUT.jsonl \\
@@ -8,50 +8,50 @@
 Row in:  {"image": "photos/1.jpg", "alt": "a red bike by the wall"}
 Row out: the same and "rewrite_eda_1": "a red wheel by the wall", ... "rewrite_eda_4": ...;
          or "rewrite_backtranslation_1": ..., ...
-A list gives lists, entry by entry. What could not be made is null, with the reason in "error". So is a text
-that would be the original again: train_clip.py --text alt ... draws the original already.
+A list gives lists, entry by entry. What could not be made is null, with the reason in "error". So is
+a text that would be the original again: train_clip.py --text alt ... draws the original already.
 
 The same command resumes after any interruption, and its output is then identical byte for byte.
 
-Read eda and its four operations, then back_translate. WordNet's files and the rows follow main.
+Read eda and its four operations, then back_translate.
 """
 import hashlib
-import json
 import os
 import random
 import re
 from collections import Counter
-from functools import cache
 from importlib.util import find_spec
 from itertools import islice
 
 import torch
 
-from data.common import (NO_BLANKS, check_output, die, in_one_line, lock, new_parser, number, one_line,
-                         open_rows, parse_row, pick_device, progress, reason, to_line, words_of)
-from data.filter_captions import STOP_WORDS
+from data.common import (check_output, die, in_one_line, new_parser, number, pick_device, progress,
+                         reason)
+from data.rows import continued, open_rows, parse_row, to_line
+from data.texts import NO_BLANKS, one_line, words_of
+from data.wordnet import WordNet
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 BLOCK = 256  # rows that are written, and resumed, as a whole
 DRAWS = 10  # of an operation that changes nothing, before another one is tried; ours
-MAX_INPUT_TOKENS = 256  # a longer text is not a caption: it is not translated; as in rewrite_llama.py
+MAX_INPUT_TOKENS = 256  # a longer text is no caption: it is not translated, nor rewritten
 
 
-# --- EDA (Wei & Zou 2019, arXiv 1901.11196, section 2) ------------------------------------------------------
+# --- EDA (Wei & Zou 2019, arXiv 1901.11196, section 2) --------------------------------------------
 #
-# Paper: the four operations, n = alpha * l words of a text of l words, deletion with p = alpha, one operation
-# at random for each new text. Release: n is rounded down and at least 1; synonyms come from all senses of a
-# word in all parts of speech, and from the base form of an inflected word. Ours: words keep their case and
-# punctuation; a text that would be the original is drawn again (the release keeps it); the stop words are
-# data/filter_captions.py's. Assumed: LaCLIP used alpha = 0.1.
+# Paper: the four operations, n = alpha * l words of a text of l words, deletion with p = alpha, one
+# operation at random for each new text. Release: n is rounded down and at least 1; synonyms come
+# from all senses of a word in all parts of speech, and from the base form of an inflected word.
+# Ours: words keep their case and punctuation; a text that would be the original is drawn again (the
+# release keeps it); the stop words are data/filter_captions.py's. Assumed: LaCLIP used alpha = 0.1.
 
 def replace_synonyms(words, n, alpha, synonyms, rng):
     """Replace n random words that are no stop words by one of their synonyms."""
     words, places = list(words), [i for i, word in enumerate(words) if synonyms(word)]
     for i in rng.sample(places, min(n, len(places))):
-        before, after = re.match(r"\W*", words[i])[0], re.search(r"\W*$", words[i])[0]  # punctuation stays
-        words[i] = before + rng.choice(synonyms(words[i])) + after
+        before, after = re.match(r"\W*", words[i])[0], re.search(r"\W*$", words[i])[0]
+        words[i] = before + rng.choice(synonyms(words[i])) + after  # punctuation stays
     return words
 
 
@@ -97,21 +97,22 @@ def eda(text, number, alpha, synonyms, rng):
 
 
 def make_eda(args):
-    """-> a function that makes a block's texts: [(byte offset, the row's texts)] -> for each row, for each of
-    its texts, [(text or None, reason or None)]"""
+    """-> a function that makes a block's texts: [(byte offset, the row's texts)] -> for each row,
+    for each of its texts, [(text or None, reason or None)]"""
     wordnet = WordNet(args.wordnet)
 
     def make(block):
         for offset, texts in block:
-            rng = random.Random(f"{args.seed} {args.source} {offset}")  # one a row: restarts change nothing
+            rng = random.Random(f"{args.seed} {args.source} {offset}")  # a row's own
             yield [eda(text, args.n, args.alpha, wordnet.synonyms, rng) for text in texts]
     return make
 
 
-# --- back-translation (Sennrich et al. 2016; as an augmentation Xie et al. 2020, arXiv 1904.12848) ----------
+# --- back-translation (Sennrich et al. 2016; as an augmentation Xie et al. 2020, arXiv 1904.12848) 
 #
-# Assumed, since LaCLIP does not say how it translates: one other language, and sampling at temperature 0.9 in
-# both directions without top-k or nucleus. Several texts of a caption have to differ; beam search gives one.
+# Assumed, since LaCLIP does not say how it translates: one other language, and sampling at
+# temperature 0.9 in both directions without top-k or nucleus. Several texts of a caption have to
+# differ; beam search gives one.
 
 class Translator:
     """A Marian model of one direction."""
@@ -124,20 +125,22 @@ class Translator:
             self.model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=DTYPES[args.dtype],
                                                                device_map=device).eval()
             special = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
-            patterns = [r">>\w+<<", *map(re.escape, special)]  # ">>fra<<": a multilingual model's target
-            self.markers = re.compile("|".join(patterns))
+            # ">>fra<<" names a multilingual model's target
+            self.markers = re.compile("|".join([r">>\w+<<", *map(re.escape, special)]))
         except Exception as e:  # transformers raises nearly everything for a folder without a model
             lacking = "sentencepiece" in str(e).lower() and find_spec("sentencepiece") is None
             why = "its tokenizer needs: pip install sentencepiece" if lacking else reason(e)
             die(f"{flag} {name}: expected a Marian folder or hub name: {why}")
-        sampling = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature else {}
+        sampling = {}
+        if args.temperature:
+            sampling = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0}
         self.model.generation_config.update(  # a forced end would hide that a text was cut
             do_sample=args.temperature > 0, **sampling, num_beams=1, max_length=None,
             max_new_tokens=args.max_new_tokens, forced_eos_token_id=None)
         self.batch_size = args.batch_size
 
     def translate(self, texts):
-        """[(text or None, reason or None)] -> the same, translated; an entry without a text stays as it is"""
+        """[(text or None, reason or None)] -> the same, translated; one without a text stays"""
         results, end = list(texts), self.model.generation_config.eos_token_id
         ids = {i: self.tokenizer(one_line(self.markers.sub(" ", text))).input_ids
                for i, (text, _) in enumerate(texts) if text}
@@ -146,10 +149,13 @@ class Translator:
             results[i] = None, f"over {MAX_INPUT_TOKENS} tokens"
         by_length = sorted(ids, key=lambda i: (len(ids[i]), i))
         for places in batched(by_length, self.batch_size):
-            inputs = self.tokenizer.pad({"input_ids": [ids[i] for i in places]}, return_tensors="pt")
-            for i, new in zip(places, self.model.generate(**inputs.to(self.model.device)).tolist()):
+            inputs = {"input_ids": [ids[i] for i in places]}
+            inputs = self.tokenizer.pad(inputs, return_tensors="pt").to(self.model.device)
+            for i, new in zip(places, self.model.generate(**inputs).tolist()):
                 text = one_line(self.tokenizer.decode(new, skip_special_tokens=True))
-                fault = "no end within --max-new-tokens" if end not in new[1:] else None if text else "empty"
+                fault = None if text else "empty"
+                if end not in new[1:]:
+                    fault = "no end within --max-new-tokens"
                 results[i] = None if fault else text, fault
         return results
 
@@ -159,7 +165,7 @@ def batched(items, size):
 
 
 def back_translate(texts, there, back):
-    """[(text or None, reason or None)] in the captions' language -> the same, there and back again"""
+    """[(text or None, reason or None)] in the captions' language -> the same, there and back"""
     results = back.translate(there.translate(texts))
     return [(None, "identical") if new and new.lower() == one_line(old).lower() else (new, why)
             for (old, _), (new, why) in zip(texts, results)]
@@ -172,7 +178,8 @@ def make_back_translation(args):
     device = pick_device(args.device)
     if args.dtype == "auto":
         args.dtype = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
-    there, back = (Translator(f"--{name}", getattr(args, name), args, device) for name in ("there", "back"))
+    there = Translator("--there", args.there, args, device)
+    back = Translator("--back", args.back, args, device)
 
     def make(block):
         if not block:
@@ -186,7 +193,7 @@ def make_back_translation(args):
     return make
 
 
-# --- the command --------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 @in_one_line
 def main(argv=None):
@@ -205,8 +212,9 @@ def main(argv=None):
         add("--source", default=source, help="makes rewrite_SOURCE_1 ... (default: %(default)s)")
         add("--seed", type=number(int, 0), default=0)
         if make is make_eda:
-            add("--wordnet", required=True, metavar="DIR", help="WordNet's dictionary files (data.noun, "
-                "index.noun, ...), as Debian's package wordnet-base has them in /usr/share/wordnet")
+            add("--wordnet", required=True, metavar="DIR", help="WordNet's dictionary files "
+                "(data.noun, index.noun, ...), as Debian's package wordnet-base has them in "
+                "/usr/share/wordnet")
             add("--alpha", type=number(float, 0, 0.99), default=0.1,
                 help="share of the words (default: %(default)s)")
             continue
@@ -215,7 +223,8 @@ def main(argv=None):
         add("--back", required=True, metavar="MODEL", help="the other direction")
         add("--temperature", type=number(float, 0), default=0.9,
             help="0 is greedy (default: %(default)s, assumed)")
-        add("--batch-size", type=number(int, 1), default=64, help="texts a batch (default: %(default)s)")
+        add("--batch-size", type=number(int, 1), default=64,
+            help="texts a batch (default: %(default)s)")
         add("--max-new-tokens", type=number(int, 1), default=128,
             help="longest translation (default: %(default)s)")
         add("--dtype", default="auto", choices=["auto", *DTYPES],
@@ -229,89 +238,28 @@ def main(argv=None):
     write_rows(args, args.make(args), fields)
 
 
-# --- WordNet ------------------------------------------------------------------------------------------------
-
-class WordNet:
-    """Synonyms from WordNet's own files (wndb(5WN)); inflected words by its rules (morphy(7WN))."""
-
-    ENDINGS = {  # part of speech: what an inflected word ends in, and its base form
-        "noun": [("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"),
-                 ("men", "man"), ("ies", "y")],
-        "verb": [("s", ""), ("ies", "y"), ("es", "e"), ("es", ""), ("ed", "e"), ("ed", ""), ("ing", "e"),
-                 ("ing", "")],
-        "adj": [("er", ""), ("est", ""), ("er", "e"), ("est", "e")], "adv": []}
-
-    def __init__(self, folder):
-        self.folder, self.index, self.data, self.irregular = folder, {}, {}, {}
-        for pos in self.ENDINGS:
-            try:
-                for name in ("index", "data", "exc"):
-                    path = os.path.join(folder, f"{pos}.exc" if name == "exc" else f"{name}.{pos}")
-                    with open(path, "rb") as f:
-                        content = f.read()
-                    if name == "data":
-                        self.data[pos] = content
-                        continue
-                    lines = [line.split() for line in content.decode().splitlines()
-                             if line[:1].strip()]  # the licence is indented
-                    if name == "exc":  # inflected base base ...
-                        self.irregular[pos] = {word: bases for word, *bases in lines}
-                    else:  # word pos synset_cnt p_cnt ... synset_offset synset_offset ...
-                        self.index[pos] = {line[0]: [*map(int, line[-int(line[2]):])] for line in lines}
-            except OSError as e:
-                die(f"--wordnet {folder}: {path}: {e.strerror}; expected data.noun, index.noun, noun.exc, "
-                    "..., as Debian's package wordnet-base has them in /usr/share/wordnet")
-            except (ValueError, LookupError) as e:
-                die(f"--wordnet {folder}: {path} is not in WordNet's format: {e}")
-
-    def synonyms(self, word):
-        """The synonyms of a word, in lower case; none of a stop word."""
-        return self._synonyms(re.sub(r"^\W+|\W+$", "", word.lower()))
-
-    @cache
-    def _synonyms(self, word):
-        bases = {(base, pos) for pos in self.ENDINGS for base in self.bases(word, pos)}
-        found = {synonym for base, pos in bases for offset in self.index[pos][base]
-                 for synonym in self.synset(pos, offset)}
-        return () if word in STOP_WORDS else tuple(sorted(found - {word} - {base for base, _ in bases}))
-
-    def bases(self, word, pos):
-        """The word and its base forms, as far as WordNet has them: dogs -> dog, geese -> goose"""
-        regular = [word.removesuffix(end) + base for end, base in self.ENDINGS[pos] if word.endswith(end)]
-        return [base for base in (word, *self.irregular[pos].get(word, regular)) if base in self.index[pos]]
-
-    def synset(self, pos, offset):
-        """The words of the line at `offset`: synset_offset lex_filenum ss_type w_cnt word lex_id ..."""
-        try:
-            line = self.data[pos][offset:self.data[pos].index(b"\n", offset)].decode().split()
-            if line[0] != f"{offset:08d}":
-                raise ValueError
-            words = line[4:4 + 2 * int(line[3], 16):2]
-        except (ValueError, LookupError):
-            die(f"--wordnet {self.folder}: index.{pos} expects a synset in data.{pos} at {offset}")
-        return [re.sub(r"\(\w+\)$", "", word).replace("_", " ").lower() for word in words]  # galore(ip)
-
-
-# --- rows ---------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 def as_list(value):
-    """The texts of a field: a list's entries, or the one text; an empty list counts as one missing text."""
+    """A list's entries, or the one text; an empty list counts as one missing text."""
     return value if value and isinstance(value, list) else [value or None]
 
 
 def put_texts(row, field, like, results):
-    """Write the texts of results, [(text or None, reason or None)], into row[field], the reasons into
-    row["error"][field]. Both are lists if `like`, which the texts were made from, is a list."""
+    """Write the texts of results, [(text or None, reason or None)], into row[field], the reasons
+    into row["error"][field]. Both are lists if `like`, which the texts were made from, is one."""
     if row.get(field) is not None:  # check_fields reads only the first 1,000 rows
         like, results = None, [(row[field], "was there before, kept")]
     texts, reasons = map(list, zip(*results))
-    row[field], why = (texts, reasons) if like and isinstance(like, list) else (texts[0], reasons[0])
+    is_list = like and isinstance(like, list)
+    row[field], why = (texts, reasons) if is_list else (texts[0], reasons[0])
     error = row.get("error")
     if any(reasons):
-        error = error if isinstance(error, dict) else {} if error is None else {"row": error}  # user's own
+        if not isinstance(error, dict):
+            error = {} if error is None else {"row": error}  # the user's own
         row["error"] = {**error, field: why}
-    elif isinstance(error, dict) and error.pop(field, None) and not error:  # an earlier run's, no longer true
-        del row["error"]
+    elif isinstance(error, dict) and error.pop(field, None) and not error:
+        del row["error"]  # an earlier run's, no longer true
 
 
 def read_block(lines, offset):
@@ -327,27 +275,17 @@ def read_block(lines, offset):
 
 
 def write_rows(args, make, fields):
-    """Write every row of IN with `fields` to OUT, a block of rows at a time.
-
-    Whole blocks are appended to OUT.part. After a kill the same command cuts it back to its last whole block
-    and goes on with the next one. OUT.settings.json says how both are made."""
-    status, part, about = os.stat(args.input), args.output + ".part", args.output + ".settings.json"
+    """Write every row of IN with `fields` to OUT, a block of rows at a time."""
+    status = os.stat(args.input)
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("make", "input", "output", "device")}
     settings |= {"input_size": status.st_size, "input_mtime_ns": status.st_mtime_ns}
     outcomes, rows_written = Counter(), 0
-    held = lock(args.output + ".lock", args.output)
-    try:
-        if begun(args.output, part, about, settings):
+    with continued(args.output, settings, BLOCK) as out:
+        if out.finished:
             return print(f"{args.output} is finished")
-        with open_rows(args.input) as f, open(part, "a+b") as out:
-            out.seek(0)
-            done = sum(line.endswith(b"\n") for line in out)
-            done -= done % BLOCK
-            out.seek(0)
-            out.truncate(sum(map(len, islice(out, done))))
-            offset = sum(map(len, islice(f, done)))
-            bar = progress(initial=done)
+        with open_rows(args.input) as f, progress(initial=out.done) as bar:
+            offset = sum(map(len, islice(f, out.done)))
             while lines := list(islice(f, BLOCK)):
                 rows, good = read_block(lines, offset)
                 results = make([(at, as_list(row.get(args.field))) for at, row in good])
@@ -355,41 +293,14 @@ def write_rows(args, make, fields):
                     outcomes.update(why or "made" for entry in entries for _, why in entry)
                     for field, version in zip(fields, zip(*entries)):
                         put_texts(row, field, row.get(args.field), list(version))
-                out.writelines(map(to_line, rows))
-                out.flush()
-                os.fsync(out.fileno())
+                out.append(map(to_line, rows))
                 rows_written, offset = rows_written + len(rows), offset + sum(map(len, lines))
                 outcomes["not a JSON object, kept as text"] += len(rows) - len(good)
                 bar.update(len(rows))
-            bar.close()
-        os.replace(part, args.output)
-    except OSError as e:
-        die(f"{e.filename or part}: {e.strerror}. Nothing is lost: the same command goes on from here")
-    finally:
-        os.remove(held.name)
-    print(f"{rows_written} rows" + (f" after {done} of an earlier launch" if done else ""))
+        out.finish()
+    print(f"{rows_written} rows" + (f" after {out.done} of an earlier launch" if out.done else ""))
     for outcome, count in (+outcomes).most_common():
         print(f"{count:9d}  {outcome}")
-
-
-def begun(output, part, about, settings):
-    """Whether OUT is finished. If it, or what there is of it, was made otherwise, one line says how."""
-    if os.path.exists(about):
-        with open(about, "rb") as f:
-            try:
-                before = dict(json.load(f))
-            except (ValueError, TypeError):
-                die(f"{about} is damaged: remove it, {output} and {part}, or choose another name")
-        for name in settings if os.path.exists(output) or os.path.exists(part) else ():
-            if before.get(name) != settings[name]:
-                die(f"{output} was made with {name} = {before.get(name)!r}, now it is {settings[name]!r}: "
-                    "choose another name")
-    elif os.path.exists(output) or os.path.exists(part):
-        die(f"{output} exists, but nothing says how it was made: choose another name")
-    with open(about + ".tmp", "w") as f:
-        json.dump(settings, f, indent=1)
-    os.replace(about + ".tmp", about)
-    return os.path.exists(output)
 
 
 def check_fields(args, rows, fields):
@@ -399,8 +310,8 @@ def check_fields(args, rows, fields):
         die(f"none of the first {len(rows)} rows of {args.input} has {args.field}, only "
             f"{', '.join(sorted(there))}")
     if there & set(fields):
-        die(f"{args.input} has {', '.join(sorted(there & set(fields)))} already: --source gives the new ones "
-            "another name")
+        die(f"{args.input} has {', '.join(sorted(there & set(fields)))} already: --source gives the "
+            "new ones another name")
 
 
 if __name__ == "__main__":

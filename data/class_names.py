@@ -5,8 +5,9 @@ import os
 import re
 from collections import defaultdict
 
-from data.common import die, texts_of
+from data.common import die
 from data.evaluation import first_few, tell
+from data.texts import texts_of
 
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "templates.txt")
 # Published class name -> folder, where the two differ

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from data.class_names import TEMPLATES, missing_classes
-from data.common import die, in_one_line, new_parser, print_table, texts_of
-from data.evaluation import (first_few, image_rows, label_of, tell, tell_left_out, tell_spellings)
-from data.import_captions import image_files, is_hidden, passed_over
+from data.common import die, in_one_line, new_parser, print_table
+from data.evaluation import first_few, image_rows, label_of, tell, tell_left_out, tell_spellings
+from data.import_files import image_files, is_hidden, passed_over
+from data.texts import texts_of
 from train_clip import open_image
 
 # The sets that torchvision reads, by clip-benchmark's names: torchvision's class, its arguments for

@@ -1,23 +1,26 @@
 """Add `clip_score` to every row: how well each of its texts fits its image, by a CLIP checkpoint.
 
-    python -m data.clip_scores --checkpoint clip.pt --captions rows.jsonl --image-root DIR --output OUT.jsonl
+    python -m data.clip_scores --checkpoint clip.pt --captions rows.jsonl --image-root DIR \\
+        --output OUT.jsonl
     torchrun --nproc_per_node 8 -m data.clip_scores --checkpoint clip.pt --captions rows.jsonl ...
 
-train_clip.py --alt-choice best and data/filter_captions.py --min-score, --min-gain read it. After a kill or a
-full disk the same command continues after the last complete chunk of OUTPUT.partial.
+data/filter_captions.py --min-score, --min-gain read it. With --best-field alt_best a row of several
+AltTexts gets the one of the highest score as a field of its own, for train_clip.py --text alt_best.
+After a kill or a full disk the same command continues after the last complete chunk.
 """
-import json
+import math
 import os
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 
 import torch
-from tqdm import tqdm
 
-from eval_retrieval import parse_args, rows_parser
+from data.common import die, in_one_line, progress
+from data.evaluation import all_reduce, parse_args, rank, rows_parser
+from data.rows import continued, open_rows, parse_row, to_line
 from eval_zeroshot import load_encoder
-from data.common import die, in_one_line, lock, open_rows, parse_row
-from train_clip import all_reduce, open_image, rank
+from train_clip import open_image
 
 CHUNK = 8192  # rows that are written together
 
@@ -29,8 +32,8 @@ def caption_fields(row):
 def add_scores(rows, images, encode_texts):
     """Add `clip_score` to the rows; images [n, d]: the features of their images.
 
-    For every caption field it has the cosine of image and text (Hessel et al. 2021, without the factor 2.5):
-    a list for a list, null where the text or the image is missing."""
+    For every caption field it has the cosine of image and text (Hessel et al. 2021, without the
+    factor 2.5): a list for a list, null where the text or the image is missing."""
     texts = [(i, text) for i, row in enumerate(rows) for field in caption_fields(row)
              for text in (row[field] if isinstance(row[field], list) else [row[field]])]
     usable = [k for k, (i, text) in enumerate(texts)
@@ -38,80 +41,74 @@ def add_scores(rows, images, encode_texts):
     scores = [None] * len(texts)
     if usable:
         owners, captions = zip(*(texts[k] for k in usable))
-        for k, score in zip(usable, (encode_texts(captions) * images[list(owners)]).sum(1).tolist()):
+        cosines = (encode_texts(captions) * images[list(owners)]).sum(1)
+        for k, score in zip(usable, cosines.tolist()):
             scores[k] = round(score, 5)
     scores = iter(scores)
     for row in rows:
         row["clip_score"] = {}
         for field in caption_fields(row):
-            score = [next(scores) for _ in row[field]] if isinstance(row[field], list) else next(scores)
-            row["clip_score"][field] = score
+            is_list = isinstance(row[field], list)
+            row["clip_score"][field] = [next(scores) for _ in row[field]] if is_list else next(scores)
 
 
-def begin(args, partial_output):
-    """Lock OUTPUT and cut OUTPUT.partial after its last complete chunk. -> (how many rows it has, the lock)
+def add_best(row, field):
+    """Add the AltText of the highest score; of several without a score it is the first."""
+    if field in row:
+        die(f"a row of --captions has {field} already: --best-field takes another name")
+    texts, scores = row.get("alt"), row["clip_score"].get("alt")
+    if not isinstance(texts, list):
+        texts, scores = [texts], [scores]
+    usable = [(-math.inf if score is None else score, text) for text, score in zip(texts, scores)
+              if isinstance(text, str) and text.strip()]
+    row[field] = max(usable, key=lambda pair: pair[0])[1] if usable else None
 
-    OUTPUT.partial.json says which rows and weights it was made from."""
-    inputs = {path: [os.path.getsize(path), os.path.getmtime(path)]
-              for path in (args.captions, args.checkpoint)}
-    inputs["image_root"] = args.image_root
-    if os.path.exists(args.output):
-        die(f"--output {args.output} exists")
-    held = lock(args.output + ".lock", "--output " + args.output)
-    header = partial_output + ".json"
-    if os.path.exists(header):
-        with open(header) as f:
-            if json.load(f) != inputs:
-                die(f"{partial_output} is of other rows or weights: remove it, or choose another name")
-    with open(header + ".tmp", "w") as f:
-        json.dump(inputs, f)
-    os.replace(header + ".tmp", header)
-    with open(partial_output, "a+b") as f:
-        f.seek(0)
-        done = sum(line.endswith(b"\n") for line in f) // CHUNK * CHUNK
-        f.seek(0)
-        f.truncate(sum(map(len, islice(f, done))))
-    return done, held
+
+def settings_of(args):
+    """What every byte of the output depends on"""
+    files = {path: [os.path.getsize(path), os.path.getmtime(path)]
+             for path in (args.captions, args.checkpoint)}
+    return {**files, "image_root": args.image_root, "best_field": args.best_field}
 
 
 def write_scores(args, encoder):
     """A line for a line; a line that is no row goes through as it is."""
-    partial_output, done, held = args.output + ".partial", 0, None
-    if rank() == 0:  # the other ranks may have other disks
-        done, held = begin(args, partial_output)
-    done = int(all_reduce(torch.tensor(done)))
-    read = partial(open_image, args.image_root)
-    progress = tqdm(desc="rows", unit="row", initial=done, disable=rank() > 0)
-    with open_rows(args.captions) as f, progress:
-        lines = islice(f, done, None)
+    with ExitStack() as stack:
+        out, done = None, 0
+        if rank() == 0:  # the other ranks may have other disks
+            out = stack.enter_context(continued(args.output, settings_of(args), CHUNK))
+            done = -1 if out.finished else out.done
+        done = int(all_reduce(torch.tensor(done)))
+        if done < 0:
+            return print(f"{args.output} is finished") if out else None
+        lines = islice(stack.enter_context(open_rows(args.captions)), done, None)
+        bar = stack.enter_context(progress(initial=done, disable=None if out else True))
         while chunk := list(islice(lines, CHUNK)):
             parsed = [parse_row(line) for line in chunk]
             rows = [row for row, why in parsed if why is None]
-            images = encoder.encode_images([row.get("image") for row in rows], read, all_may_fail=True)
-            add_scores(rows, images, encoder.encode_texts)
-            if rank() == 0:
-                with open(partial_output, "ab") as out:
-                    for line, (row, why) in zip(chunk, parsed):
-                        out.write((line.rstrip(b"\n") if why else json.dumps(row).encode()) + b"\n")
-                    out.flush()
-                    os.fsync(out.fileno())
-            progress.update(len(chunk))
-    if rank() == 0:
-        os.replace(partial_output, args.output)
-        os.remove(partial_output + ".json")
-        os.remove(held.name)
+            read = partial(open_image, args.image_root)
+            names = [row.get("image") for row in rows]
+            add_scores(rows, encoder.encode_images(names, read, all_may_fail=True),
+                       encoder.encode_texts)
+            if args.best_field:
+                for row in rows:
+                    add_best(row, args.best_field)
+            if out:
+                out.append(line.rstrip(b"\n") + b"\n" if why else to_line(row)
+                           for line, (row, why) in zip(chunk, parsed))
+            bar.update(len(chunk))
+        if out:
+            out.finish()
 
 
 @in_one_line
 def main(argv=None):
     parser = rows_parser(__doc__)
-    parser.add_argument("--output", required=True, metavar="OUT.jsonl", help="must not exist yet")
+    parser.add_argument("--output", required=True, metavar="OUT.jsonl")
+    parser.add_argument("--best-field", metavar="NAME",
+                        help="also write the AltText of the highest score there (default: off)")
     args = parse_args(parser, argv, "output")
-    encoder = load_encoder(args)
-    try:
-        write_scores(args, encoder)
-    except OSError as e:  # a full disk
-        die(f"--output {args.output}: {e}; the same command continues {args.output}.partial")
+    write_scores(args, load_encoder(args))
 
 
 if __name__ == "__main__":

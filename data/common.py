@@ -1,17 +1,14 @@
-"""What the tools of data/ and the evaluations share: errors in one line, arguments, rows, texts.
+"""What the tools of data/ and the evaluations share: errors in one line, arguments, tables.
 
 Importing it costs no torch, so that a tool that needs none starts at once.
 """
 import argparse
-import fcntl
 import functools
-import json
 import math
 import os
 import re
 import signal
 import sys
-from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -121,144 +118,11 @@ def check_output(path, *inputs, new=False):
             die(f"{path} is read: expected another file to write to")
 
 
-@contextmanager
-def new_file(path):
-    """A file to write bytes to. It gets its name when it is complete: all of it or nothing."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        die(f"{e.filename or path}: {e.strerror}")
-    finally:  # also after Ctrl-C
-        with suppress(FileNotFoundError):
-            os.remove(temporary)
-
-
-def lock(path, what):
-    """Keep other launches out until this process ends, however it ends."""
-    f = open(path, "a")
-    try:
-        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        die(f"{what}: another launch is at work in it")
-    except OSError as e:
-        print(f"{what}: no lock ({e.strerror}): let no other launch write there", file=sys.stderr)
-    return f
-
-
-# === rows ===================================================================================
-
-MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
-         b"PK\x03\x04": "a zip archive", b"PAR1": "parquet", b"ARROW1": "arrow"}
-HEAD = 1 << 16  # bytes that tell what a file is
-
-
-def open_rows(path):
-    """A JSONL file, open as bytes; or one line that says what the file is instead."""
-    try:
-        f = open(path, "rb", buffering=HEAD)
-    except OSError as e:
-        die(f"{path}: {e.strerror}")
-    if kind := other_format(f.peek()):
-        die(f"{path} is no JSONL, one JSON object a line: {kind}")
-    return f
-
-
-def other_format(head):
-    """What a file that begins with these bytes is, if it is no JSONL; else None"""
-    for magic, name in MAGIC.items():
-        if head.startswith(magic):
-            return f"it is {name}"
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:4]:
-        return "it is UTF-16; expected UTF-8"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text.startswith(b"<"):
-        return "it is a page of HTML or XML"
-    lines = text.split(b"\n")
-    first = lines[0]
-    if len(head) >= HEAD:
-        lines.pop()  # cut
-    if text.startswith(b"[") and (b"{" in first or parse_row(first)[1] != "not a JSON object"):
-        return "it is a JSON array"  # a list without objects can be one bad line among rows
-    lines = [line.strip() for line in lines if line.strip()]
-    if lines and not any(line[:1] + line[-1:] == b"{}" for line in lines):
-        return f"it begins with {first[:60].decode(errors='replace')!r}"
-    return None
-
-
-def parse_row(line):
-    """-> (the line's JSON object, None). If it is none: (a row that keeps its text, the reason),
-    the row that the stages write for such a line. A byte order mark is skipped."""
-    try:
-        row, why = json.loads(line.decode("utf-8-sig")), None
-        if not isinstance(row, dict):
-            why = "not a JSON object"
-    except (ValueError, RecursionError) as e:
-        why = f"not JSON: {e}"
-    if why is None:
-        return row, None
-    text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-    return {"error": {"line": why}, "line": text}, why
-
-
-def read_rows(path):
-    """Yield (line number, row). Lines that are no JSON objects are counted and named at the end."""
-    bad = []
-    with open_rows(path) as f:
-        for line_number, line in enumerate(progress(f), 1):
-            row, why = parse_row(line)
-            if why is None:
-                yield line_number, row
-            else:
-                bad.append(f"line {line_number} ({why})")
-    if bad:
-        more = ", ..." if len(bad) > 3 else ""
-        print(f"{path}: {len(bad)} lines are no JSON objects, passed over: {', '.join(bad[:3])}"
-              f"{more}", file=sys.stderr)
-
-
-def to_line(row):
-    """A row as the stages write it. A lone surrogate, which has no UTF-8, becomes an escape."""
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-
-
-# === texts ==================================================================================
-
-# Han and hiragana; katakana, one word a run; Thai, Lao, Burmese, Khmer: scripts without blanks
-TWOS = "\u3005-\u3007\u3040-\u309f\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-NO_BLANKS = re.compile(f"([{TWOS}]{{1,2}}|[\u30a0-\u30ff\uff66-\uff9f]+"
-                       "|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]{1,4})")
-# Controls, marks of direction, lone surrogates, hidden tags; not the joiners of emoji and Persian
-CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
-                      "\ud800-\udfff\ufeff\U000e0000-\U000e007f]")
-
-
-def words_of(text):
-    """The words of a text: what stands between blanks and holds a letter or a digit. In a script
-    without blanks two characters count as a word, and four in Thai and its like."""
-    return [word for word in NO_BLANKS.sub(r" \1 ", text).split() if any(map(str.isalnum, word))]
-
-
-def texts_of(value):
-    """The usable texts of a caption field: a text, a list of texts and nulls, or absent."""
-    entries = value if isinstance(value, list) else [value]
-    return [text for text in entries if isinstance(text, str) and text.strip()]
-
-
-def one_line(text):
-    """The text without control characters, all white space as single blanks"""
-    return " ".join(CONTROLS.sub(" ", text).split())
-
-
 # === what a command shows ===================================================================
 
 def progress(items=None, unit=" rows", **more):
     """A progress bar on a terminal, of what takes over a second"""
-    return tqdm(items, unit=unit, unit_scale=True, disable=None, delay=1, **more)
+    return tqdm(items, **{"unit": unit, "unit_scale": True, "disable": None, "delay": 1, **more})
 
 
 def print_table(columns, rows):
@@ -270,3 +134,8 @@ def print_table(columns, rows):
         for cell, width in zip(others, widths[1:]):
             line += "  " + cell.rjust(width)
         print(line.rstrip())
+
+
+def __getattr__(name):  # the evaluations still import these from here
+    from data import rows, texts
+    return getattr(texts if hasattr(texts, name) else rows, name)

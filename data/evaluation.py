@@ -6,7 +6,8 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from data.common import check_output, die, new_parser, number, progress, read_rows
+from data.common import check_output, die, new_parser, number, progress
+from data.rows import read_rows
 
 
 # === ranks: torchrun starts them, each encodes its share ==========================================

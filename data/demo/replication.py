@@ -130,13 +130,13 @@ def table(results, names=None, columns=COLUMNS):
 
 def write_page(path, lines):
     """Write the HTML page: the table of the Markdown lines, what it means, and the rows that are not run."""
-    from data import view  # here, because it imports torch: slow, and the other commands do not need it
+    from data import page  # here, because it imports torch: slow, and the other commands do not need it
     columns, _, *rows = ([text.strip(" *") for text in line[1:-1].split("|")] for line in lines)
-    not_run = [view.tag("li", f"{name}: ", view.tag("code", call)) for name, call in CANNOT_RUN.items()]
-    view.write(path, view.document(
-        "Replication", view.tag("header", view.tag("h1", "Both papers in miniature"), view.tag("p", ABOUT)),
-        view.tag("main", view.table({"columns": columns, "rows": rows}),
-                 view.tag("h2", "Not run here"), view.tag("ul", *not_run))))
+    not_run = [page.tag("li", f"{name}: ", page.tag("code", call)) for name, call in CANNOT_RUN.items()]
+    page.write(path, page.document(
+        "Replication", page.tag("header", page.tag("h1", "Both papers in miniature"), page.tag("p", ABOUT)),
+        page.tag("main", page.table({"columns": columns, "rows": rows}),
+                 page.tag("h2", "Not run here"), page.tag("ul", *not_run))))
 
 
 def add(row, run, llm):

@@ -7,9 +7,9 @@
 import json
 import math
 
-from data.view import (add_page_options, because, block, card, document, get, hit_figure, image_element,
-                       image_root, is_number, table, tag, words, write)
 from data.common import die, new_parser
+from data.page import (add_page_options, because, block, card, document, get, hit_figure,
+                       image_element, image_root, is_number, table, tag, words, write)
 
 DASHES = ("none", "9 4", "2 4", "12 4 2 4", "5 5", "16 5")  # one per series, for print without colour
 

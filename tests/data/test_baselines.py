@@ -437,7 +437,7 @@ def test_users_mistakes_are_one_line(rows, wordnet, tmp_path):
 
 
 def test_two_launches_at_once_are_one(rows, wordnet, tmp_path):
-    from train_clip import lock
+    from data.rows import lock
     held = lock(str(tmp_path / "out.jsonl.lock"), "test")
     assert_mistake(run_tool("baselines", "eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet), "another launch")
     held.close()

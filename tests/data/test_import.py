@@ -3,9 +3,11 @@
 Expected rows are written out in full: an importer that loses, moves or invents a text spoils every later
 stage without any of them noticing.
 """
+import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +33,7 @@ def rows_of(*args, out):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert not list(out.parent.glob("*.tmp"))
-    summary = {line[:40].strip(): int(line[40:].replace(",", "")) for line in done.stdout.splitlines()}
+    summary = {line[:40].strip(): int(line[40:53].replace(",", "")) for line in done.stdout.splitlines()}
     lines = out.read_bytes().split(b"\n")
     assert lines.pop() == b""
     rows = [json.loads(line.decode("utf-8")) for line in lines]
@@ -101,16 +103,16 @@ def test_laclip_release_without_header(tmp_path, out):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("header, options", [
-    ("url,title,filepath,caption", []),            # a path goes before a URL, a caption before a title
-    ("\ufeffURL,Title,FilePath,Caption", []),      # as spreadsheets save it
-    ("url,junk,where,what", ["--image-column", "where", "--caption-column", "what"])])
-def test_laclip_header(tmp_path, out, header, options, end):
+@pytest.mark.parametrize("header, options, other", [
+    ("url,title,filepath,caption", [], "title"),   # a path goes before a URL, a caption before a title
+    ("\ufeffURL,Title,FilePath,Caption", [], "Title"),  # as spreadsheets save it
+    ("url,junk,where,what", ["--image-column", "where", "--caption-column", "what"], "junk")])
+def test_laclip_header(tmp_path, out, header, options, other, end):
     lines = [header, "http://x.org/0,t0,0.jpg,c0", "", 'http://x.org/1,t1,1.jpg,"c\r\n1"', ""]
     (tmp_path / "a.csv").write_bytes(end.join(lines).encode())
     rows, _ = rows_of("laclip", tmp_path / "a.csv", out, *options, out=out)
-    assert rows == [{"image": "0.jpg", "alt": "c0", "url": "http://x.org/0"},
-                    {"image": "1.jpg", "alt": "c\r\n1", "url": "http://x.org/1"}]
+    assert rows == [{"image": "0.jpg", "alt": "c0", "url": "http://x.org/0", other: "t0"},
+                    {"image": "1.jpg", "alt": "c\r\n1", "url": "http://x.org/1", other: "t1"}]
 
 
 def test_laclip_hostile_text(tmp_path, out):
@@ -447,8 +449,8 @@ def test_vecap(tmp_path, out):
         {"url": "http://x.org/{,}", "vecap": 'a "b": {c}, \\'},
         {"url": "http://x.org/\u00fc", "vecap": "\u00fc\n\ud83d"},
         {"url": "u2", "vecap": None, "error": {"vecap": "no text"}},
-        {"url": "u3", "vecap": None, "error": {"vecap": "not a string"}},
-        {"url": "u4", "vecap": None, "error": {"vecap": "not a string"}}]
+        {"url": "u3", "vecap": None, "error": {"vecap": "no text"}},
+        {"url": "u4", "vecap": None, "error": {"vecap": "a number, not a text"}}]
     assert rows[5:] == [{"url": url, "vecap": text} for url, text in many.items()]
     assert summary["rows with error"] == 3
 
@@ -519,7 +521,69 @@ def test_folder_name_that_is_not_utf8(tmp_path, out):
     assert rows[0]["image"] == "caf\udce9.jpg" and (tmp_path / rows[0]["image"]).is_file()
 
 
+def test_folder_with_metadata(tmp_path, out):
+    """Hugging Face's imagefolder: files are named from metadata's own folder; its columns stay; nothing vanishes."""
+    photos = tmp_path / "photos"
+    for name in ("a.jpg", "b.jpg", "in/c.jpg", "d.jpg"):
+        (photos / name).parent.mkdir(exist_ok=True, parents=True)
+        (photos / name).write_bytes(encoded("red"))
+    (photos / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
+        {"file_name": "b.jpg", "text": "bee", "boxes": [[1, 2]], "error": "mine"}, {"file_name": "a.jpg", "text": ["one", "two"]},
+        {"file_name": "gone.jpg", "text": "lost"}, {"file_name": "b.jpg", "text": 7})) + "no json\n")
+    (photos / "in" / "metadata.csv").write_text('file_name,text,rating\nc.jpg,"[""sea"", ""see""]",5\nx,y\n')
+    (photos / "b.txt").write_text("of a text file")
+    (photos / "d.txt").write_text("dee")
+    rows, summary = rows_of("folder", photos, out, out=out)
+    assert rows == [
+        {"image": "in/c.jpg", "alt": ["sea", "see"], "rating": "5"}, {"line": "x,y", "error": {"line": "not 3 columns"}},
+        {"image": "b.jpg", "alt": "bee", "boxes": [[1, 2]]}, {"image": "a.jpg", "alt": ["one", "two"]},
+        {"alt": "lost", "file_name": "gone.jpg", "error": {"image": "missing file"}},
+        {"image": "b.jpg", "alt": None, "error": {"alt": "a number, not a text"}},
+        {"error": {"line": "not JSON: Expecting value: line 1 column 1 (char 0)"}, "line": "no json"},
+        {"image": "d.jpg", "alt": "dee"}]
+    assert summary["passed over: column"] == summary["passed over: .txt beside metadata"] == 1
+    (photos / "in" / "metadata.csv").write_text("name,words\nc.jpg,sea\n")
+    fails("folder", photos, out, "--overwrite", out=out, says=["in/metadata.csv has no file_name, only name, words"])
+    (photos / "in" / "metadata.csv").write_text("file_name,words\nc.jpg,sea\n")
+    assert rows_of("folder", photos, out, "--overwrite", out=out)[0][0]["error"]["alt"].startswith("no caption column: expected caption/title/text")
+    assert rows_of("folder", photos, out, "--overwrite", "--caption-column", "words", out=out)[0][0] == {"image": "in/c.jpg", "alt": "sea"}
+    (photos / "in" / "metadata.csv").rename(photos / "in" / "metadata.parquet")
+    fails("folder", photos, out, "--overwrite", out=out, says=["parquet is not read"])
+
+
 # all commands
+
+CELLS = {  # what a cell or a JSON value holds -> alt, error
+    '["a", "b \\"q\\""]': (["a", 'b "q"'], None), ' ["a"] ': (["a"], None), '["a", null, 3]': (["a", None, None], [None, None, "a number, not a text"]),
+    "[photo] of a dog": ("[photo] of a dog", None), "[photo]": ("[photo]", None), "{sale}": ("{sale}", None), "[1, 2]": (None, "a number, not a text"),
+    "['a', 'b']": (None, "looks like a list, but is no JSON"), '{"en": "a"}': (None, "an object, not a text"), "[]": (None, "no text"),
+    '[["a"]]': (None, "a list, not a text"), "2012": ("2012", None), '"a"': ('"a"', None), "[" * 5000 + "]": (None, "looks like a list, but is no JSON")}
+
+
+def test_a_cell_with_a_list_is_a_list_of_captions(tmp_path, out):
+    """As Flickr30k's CSV on the hub has them. A list, a number or an object never becomes a text with brackets."""
+    expected = [{"alt": alt, **({"error": {"alt": why}} if why else {})} for alt, why in CELLS.values()]
+    with open(tmp_path / "a.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerows([["filename", "raw", "split"], *([f"{i}.jpg", cell, "test"] for i, cell in enumerate(CELLS))])
+    rows, summary = rows_of("laclip", tmp_path / "a.csv", out, "--image-column", "filename", "--caption-column", "raw", out=out)
+    assert rows == [{"image": f"{i}.jpg", **row, "split": "test"} for i, row in enumerate(expected)] and summary["alt: a number, not a text"] == 2
+    (tmp_path / "a.tsv").write_text("".join(f"http://x/{i}\t{cell}\n" for i, cell in enumerate(CELLS)))
+    assert [{key: row[key] for key in row if key != "url"} for row in rows_of("tsv", tmp_path / "a.tsv", out, "--overwrite", out=out)[0]] == expected
+    (tmp_path / "a.json").write_text(json.dumps({cell: json.loads(cell) for cell in CELLS if cell[:2] in ('["', '{"', "[1")} | {"n": 3, "t": True}))
+    rows, _ = rows_of("vecap", tmp_path / "a.json", out, "--overwrite", out=out)
+    assert [(row["vecap"], row.get("error", {}).get("vecap")) for row in rows] == [CELLS[row["url"]] for row in rows[:-2]] + [
+        (None, "a number, not a text"), (None, "a boolean, not a text")]
+
+
+def test_what_is_passed_over_is_named(tmp_path, out):
+    for name in ("a.jpg", "b.pdf", "c.pdf", "d.pdf", "e.pdf"):
+        (tmp_path / name).write_bytes(encoded("red"))
+    done = run("folder", tmp_path, out)
+    assert re.search(r"passed over: \.pdf +4  b\.pdf, c\.pdf, d\.pdf$", done.stdout, re.M), done.stdout
+    assert re.search(r"  alt: no text +1  a\.jpg$", done.stdout, re.M), done.stdout
+
+
 
 @pytest.mark.parametrize("command", ["laclip", "tsv", "img2dataset", "coco", "vecap", "folder"])
 def test_missing_input(tmp_path, out, command):
@@ -563,7 +627,7 @@ def test_failure_keeps_the_old_output(tmp_path, out):
     (["laion", "a", "b.jsonl"], ["laion", "laclip"]),
     ([], ["COMMAND"]),
     (["tsv", "a.tsv"], ["OUT.jsonl"]),
-    (["tsv", "a.tsv", "no/such/folder/b.jsonl"], ["folder does not exist"]),
+    (["tsv", "a.tsv", "no/such/folder/b.jsonl"], ["no such folder"]),
     (["tsv", "a.tsv", "b.txt"], ["b.txt", ".jsonl"]),
     (["tsv", "a.tsv", "b.jsonl", "--columns", "x"], ["--columns", "caption,url"])])
 def test_usage(tmp_path, args, says):
@@ -600,7 +664,7 @@ def test_help_names_every_command():
 
 
 def test_it_needs_no_torch_and_no_script():
-    """So it runs by its path, too, and on a machine that only fetches data."""
-    code = "import sys; sys.modules |= dict.fromkeys(('torch', 'train_clip')); import import_captions; import_captions.main(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "data", capture_output=True, text=True)
+    """So it runs on a machine that only fetches data."""
+    code = "import sys; sys.modules |= dict.fromkeys(('torch', 'train_clip')); from data.import_captions import main; main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "python -m data.import_captions" in done.stdout, done.stderr
