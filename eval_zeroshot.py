@@ -22,8 +22,8 @@ from data.classification_sets import (MEAN_PER_CLASS, add_set_options, input_fil
                                       print_results, read_sets, tell_lacking_classes,
                                       tell_small_classes)
 from data.common import check_output, in_one_line, number, pick_device
-from data.evaluation import (all_reduce, blocks, check_format, check_readable, evaluation_parser,
-                             finite, rank, start_ranks, tell, with_progress)
+from data.evaluation import (all_reduce, blocks, check_readable, evaluation_parser, finite,
+                             open_checkpoint, rank, start_ranks, tell, with_progress)
 from data.logistic_regression import LogisticRegression
 from train_clip import load_checkpoint, resolve_precision
 
@@ -192,12 +192,11 @@ class Encoder:
 
 def load_encoder(args):
     """Start the ranks. -> the Encoder of --checkpoint"""
-    check_format(args.checkpoint)
     device = pick_device(args.device)
     start_ranks(device)
     precision = resolve_precision(args.precision, torch.device(device))
-    model = load_checkpoint(args.checkpoint, device)  # with its tokenizer and transform
-    return Encoder(*model, args.batch_size, args.workers, precision)
+    model, tokenizer, transform = open_checkpoint(load_checkpoint, args.checkpoint, device)
+    return Encoder(model, tokenizer, transform, args.batch_size, args.workers, precision)
 
 
 def evaluate(spec, parts, args, encoder):
