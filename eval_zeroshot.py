@@ -227,6 +227,7 @@ def evaluate(spec, parts, args, encoder):
 
 
 def evaluate_probe(spec, features, targets, keys, device):
+    """features and targets of "train", "val" and "test" -> the probe's metrics on test"""
     readable = {part: (x != 0).any(1) for part, x in features.items()}
     train, val = ([values[part][readable[part]].to(device) for values in (features, targets)]
                   for part in ("train", "val"))

@@ -61,7 +61,7 @@ def tell(message):
         print(message, file=sys.stderr)
 
 
-def first_few(items, n=5):
+def first_few(items, n=20):
     """The first `n` of the items in one text, and how many more there are"""
     shown = ", ".join(map(str, items[:n]))
     return f"{shown} and {len(items) - n} more" if len(items) > n else shown

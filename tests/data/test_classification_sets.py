@@ -182,7 +182,7 @@ def test_the_split_of_sets_without_one_is_fixed():
     assert parts == ["train", "train", "test", "test", "train", "val", "train", "train"]
 
 
-def test_a_folder_of_links_and_other_files(tmp_path):
+def test_a_folder_of_links_and_other_files(tmp_path, capsys):
     make_image(tmp_path / "elsewhere/cat/1.png")
     (tmp_path / "set/dog").mkdir(parents=True)
     (tmp_path / "set/cat").symlink_to(tmp_path / "elsewhere/cat")
@@ -193,6 +193,7 @@ def test_a_folder_of_links_and_other_files(tmp_path):
     (tmp_path / "set/.cache").mkdir()
     part = classification_sets.read_set(f"imagefolder:{tmp_path / 'set'}", None)["test"]
     assert part.names == ["cat/1.png", "dog/2.PNG"]
+    assert "1 .db (dog/Thumbs.db)" in capsys.readouterr().err
     assert part.labels == ["cat", "dog"] == [*part.words]
     assert part.read("dog/2.PNG").size == (40, 40)
     (tmp_path / "set/dog/5.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")

@@ -46,7 +46,9 @@ def test_scores_are_cosines_and_serve_the_filter(shapes, trained, tmp_path):
     assert scored[-1]["clip_score"] == {"vec": [None]}
     alts = [row["clip_score"]["alt"] for row in scored[:16]]
     assert sum(right > wrong for wrong, right, *_ in alts) >= 14
-    assert_mistake(run_tool("clip_scores", *arguments), "scored.jsonl exists")
+    assert "is finished" in run_tool("clip_scores", *arguments).stdout
+    done = run_tool("clip_scores", *arguments, "--best-field", "alt_best")
+    assert_mistake(done, "made with best_field = None")
     serve_the_filter(scored, shapes, tmp_path)
 
 
@@ -77,7 +79,7 @@ def test_scoring_goes_on_where_it_was_killed(shapes, trained, tmp_path, monkeypa
             str(shapes / "captions.jsonl"), "--image-root", str(shapes / "images"),
             "--workers", "0", "--output"]
     clip_scores.main([*args, str(tmp_path / "whole.jsonl")])
-    whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl.partial"
+    whole, out = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "out.jsonl.part"
     stop, encode_texts = iter(range(3)), eval_zeroshot.Encoder.encode_texts
 
     def killed(*arguments):  # in the third chunk of four rows
@@ -94,7 +96,7 @@ def test_scoring_goes_on_where_it_was_killed(shapes, trained, tmp_path, monkeypa
     clip_scores.main([*args, str(tmp_path / "out.jsonl")])
     assert (tmp_path / "out.jsonl").read_bytes() == whole and not out.exists()
     out.write_bytes(b"")
-    (tmp_path / "out.jsonl.partial.json").write_text("{}")
+    (tmp_path / "out.jsonl.settings.json").write_text("{}")
     os.remove(tmp_path / "out.jsonl")
     with pytest.raises(SystemExit):
         clip_scores.main([*args, str(tmp_path / "out.jsonl")])
