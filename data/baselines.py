@@ -8,8 +8,8 @@
 Row in:  {"image": "photos/1.jpg", "alt": "a red bike by the wall"}
 Row out: the same and "rewrite_eda_1": "a red wheel by the wall", ... "rewrite_eda_4": ...;
          or "rewrite_backtranslation_1": ..., ...
-A list gives lists, entry by entry. What could not be made is null, with the reason in "error". So is
-a text that would be the original again: train_clip.py --text alt ... draws the original already.
+A list gives lists, entry by entry. What could not be made is null, with the reason in "error". So
+is a text that would be the original again: train_clip.py --text alt ... draws the original already.
 
 The same command resumes after any interruption, and its output is then identical byte for byte.
 
@@ -30,6 +30,7 @@ from data.common import (check_output, die, in_one_line, new_parser, number, pic
 from data.rows import continued, open_rows, parse_row, to_line
 from data.texts import NO_BLANKS, one_line, words_of
 from data.wordnet import WordNet
+from train_clip import resolve_precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -176,8 +177,7 @@ def make_back_translation(args):
     if args.n > 1 and not args.temperature:
         die(f"--temperature 0 gives the same text every time: expected --n 1, not {args.n}")
     device = pick_device(args.device)
-    if args.dtype == "auto":
-        args.dtype = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+    args.dtype = resolve_precision(args.dtype, device)
     there = Translator("--there", args.there, args, device)
     back = Translator("--back", args.back, args, device)
 
@@ -309,9 +309,8 @@ def check_fields(args, rows, fields):
     if rows and args.field not in there:
         die(f"none of the first {len(rows)} rows of {args.input} has {args.field}, only "
             f"{', '.join(sorted(there))}")
-    if there & set(fields):
-        die(f"{args.input} has {', '.join(sorted(there & set(fields)))} already: --source gives the "
-            "new ones another name")
+    if already := ", ".join(sorted(there & set(fields))):
+        die(f"{args.input} has {already} already: --source gives the new ones another name")
 
 
 if __name__ == "__main__":

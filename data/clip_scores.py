@@ -48,8 +48,10 @@ def add_scores(rows, images, encode_texts):
     for row in rows:
         row["clip_score"] = {}
         for field in caption_fields(row):
-            is_list = isinstance(row[field], list)
-            row["clip_score"][field] = [next(scores) for _ in row[field]] if is_list else next(scores)
+            if isinstance(row[field], list):
+                row["clip_score"][field] = [next(scores) for _ in row[field]]
+            else:
+                row["clip_score"][field] = next(scores)
 
 
 def add_best(row, field):

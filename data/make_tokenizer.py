@@ -1,17 +1,18 @@
-"""Train a small BPE tokenizer on the captions of a JSONL file, for a small data set or a vocabulary of its
-own.
+"""Train a small BPE tokenizer on the captions of a JSONL file.
 
-    python -m data.make_tokenizer captions.jsonl tokenizer.json --text alt rewrite_chatgpt --vocab-size 4096
+    python -m data.make_tokenizer captions.jsonl tokenizer.json --text alt rewrite_chatgpt \\
+        --vocab-size 4096
 
-Byte-level BPE over lower-cased text, like OpenAI CLIP's. The tokenizer itself adds <|startoftext|> and
-<|endoftext|> around every text. These have the two largest ids, so a tool that pools at the largest id finds
-the end.
+For a small data set, or a vocabulary of its own. Byte-level BPE over lower-cased text, like OpenAI
+CLIP's. The tokenizer itself adds <|startoftext|> and <|endoftext|> around every text. They have the
+two largest ids, so a tool that pools at the largest id finds the end.
 """
-import os
+from tokenizers import (Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
+                        trainers)
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-from data.common import check_output, die, new_parser, number, read_rows, texts_of
+from data.common import check_output, die, in_one_line, new_parser, number
+from data.rows import new_file, read_rows
+from data.texts import texts_of
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -24,6 +25,7 @@ def read_texts(path, fields):
                 yield text.encode("utf-8", "replace").decode()
 
 
+@in_one_line
 def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("captions", help="JSONL")
@@ -46,10 +48,11 @@ def main(argv=None):
         vocab_size=args.vocab_size - 2, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
     tokenizer.add_special_tokens([START, END])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{START} $A {END}", special_tokens=[(t, tokenizer.token_to_id(t)) for t in (START, END)])
-    tokenizer.save(args.output + ".tmp")
-    os.replace(args.output + ".tmp", args.output)
+    ids = [(token, tokenizer.token_to_id(token)) for token in (START, END)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}",
+                                                             special_tokens=ids)
+    with new_file(args.output) as f:
+        f.write(tokenizer.to_str(pretty=True).encode())
     print(f"{args.output}: {tokenizer.get_vocab_size()} tokens")
 
 

@@ -67,14 +67,25 @@ def assert_equal(ours, theirs, atol=1e-4):
 
 
 def same_features(model, images, tokens, their_images, their_texts):
+    if isinstance(tokens, torch.Tensor):  # of random_texts: ours ends at the end token
+        tokens = T.pack([row[:row.argmax() + 1] for row in tokens])
     with torch.inference_mode():
         assert_equal(model.encode_image(images), their_images)
         assert_equal(model.encode_text(tokens), their_texts)
 
 
+def ids(tokenizer, texts, length=0):
+    """-> the ids of the texts, [B, L], zeros behind them"""
+    rows = [tokenizer.encode(text) for text in texts]
+    longest = max(length, *map(len, rows))
+    return torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
+
+
 @pytest.fixture(scope="module")
 def vocabulary(shapes):
-    return T.Tokenizer.load(str(shapes / "tokenizer.json"))
+    tokenizer = T.Tokenizer.load(str(shapes / "tokenizer.json"))
+    tokenizer.vocab_size, tokenizer.eot_id = tokenizer.tokenizer.get_vocab_size(), tokenizer.encode("a")[-1].item()
+    return tokenizer
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
@@ -120,9 +131,9 @@ def test_hf_to_ours_and_back(hf_folder, vocabulary, tmp_path, vision, text, eos)
     images, tokens = torch.randn(3, 3, 32, 32), random_texts(20, vocabulary.vocab_size, vocabulary.eot_id)
     same_features(model, images, tokens, *hf_features(hf, images, tokens))
     torch.testing.assert_close(model.logit_scale, hf.logit_scale)
-    assert model.config.eot_id == (-1 if eos == 2 else vocabulary.eot_id)
-    assert (transform.mean, transform.std, transform.resize) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bicubic")
-    assert tokenizer.json_text == vocabulary.json_text or tokenizer(TEXTS).equal(vocabulary(TEXTS)[:, :20])
+    assert "eot_id" not in torch.load(tmp_path / "ours.pt", weights_only=True)["config"]
+    assert (model.config.mean, model.config.std, model.config.resize) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bicubic")
+    assert ids(tokenizer, TEXTS).equal(ids(vocabulary, TEXTS))
 
     C.main(["to-hf", str(tmp_path / "ours.pt"), str(tmp_path / "back")])
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "back"))
@@ -131,6 +142,7 @@ def test_hf_to_ours_and_back(hf_folder, vocabulary, tmp_path, vision, text, eos)
     for tower in ("text_config", "vision_config"):
         a, b = (getattr(x.config, tower).to_dict() for x in (hf, back))
         ignored = {"pad_token_id", "projection_dim", "dtype", "_name_or_path"}  # no part of the mathematics
+        ignored |= {"eos_token_id"} if eos == 2 else set()  # the true one is written
         assert {k: v for k, v in a.items() if k not in ignored} == {k: v for k, v in b.items() if k not in ignored}
     batch = AutoTokenizer.from_pretrained(tmp_path / "back")(TEXTS, padding=True, return_tensors="pt")
     same_features(model, images, tokenizer(TEXTS), *hf_features(back, images, **batch))
@@ -141,7 +153,7 @@ def test_hf_to_ours_and_back(hf_folder, vocabulary, tmp_path, vision, text, eos)
 
 def test_ours_to_hf_and_back(shapes, vocabulary, tmp_path):
     from transformers import AutoProcessor, CLIPModel
-    model = randomise(T.CLIP(T.Config(**T.PRESETS["nano"], vocab_size=vocabulary.vocab_size, eot_id=vocabulary.eot_id,
+    model = randomise(T.CLIP(T.Config(**T.PRESETS["nano"], vocab_size=vocabulary.vocab_size,
                                       vision_eps=0.01, text_quick_gelu=True)))
     T.save_checkpoint(str(tmp_path / "ours.pt"), model, vocabulary)
     done = run_tool("convert_checkpoint", "to-hf", tmp_path / "ours.pt", tmp_path / "hf", fresh=True)
@@ -151,19 +163,24 @@ def test_ours_to_hf_and_back(shapes, vocabulary, tmp_path):
     S = model.config.image_size
     images, hf = torch.randn(2, 3, S, S), CLIPModel.from_pretrained(tmp_path / "hf")
     same_features(model, images, vocabulary(TEXTS), *hf_features(hf, images, **texts))
-    assert processor.tokenizer("red " * 100, truncation=True)["input_ids"] == vocabulary.encode("red " * 100)
+    assert processor.tokenizer("red " * 100, truncation=True)["input_ids"] == vocabulary.encode("red " * 100).tolist()
     again, tokenizer, _ = convert("hf", tmp_path / "hf", tmp_path / "again.pt")
-    assert again.config == model.config and tokenizer(TEXTS).equal(vocabulary(TEXTS))
+    assert again.config == model.config and ids(tokenizer, TEXTS).equal(ids(vocabulary, TEXTS))
     assert all(x.equal(again.state_dict()[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.parametrize("changes, words", [
     ({"qk_norm": True}, ["qk_norm = True"]), ({"pre_norm": False}, ["pre_norm = False"]),
-    ({"patch_bias": True}, ["patch_bias = True"]), ({"eot_id": 2}, ["id 2"])])
+    ({"patch_bias": True}, ["patch_bias = True"]), ({}, ["id 2"])])
 def test_what_hf_cannot_express(vocabulary, tmp_path, capfd, changes, words):
-    changes = {"vocab_size": vocabulary.vocab_size, "eot_id": vocabulary.eot_id} | changes
-    config = T.Config(**T.PRESETS["nano"] | changes)
+    config = T.Config(**T.PRESETS["nano"] | {"vocab_size": vocabulary.vocab_size} | changes)
+    if not changes:
+        words_of = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "<end>": 2, "<unk>": 3}, "<unk>"))
+        words_of.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 2)])
+        vocabulary = T.Tokenizer(words_of.to_str())
     T.save_checkpoint(str(tmp_path / "ours.pt"), T.CLIP(config), vocabulary)
+    if not changes:
+        assert_refused(capfd, "to-open-clip", tmp_path / "ours.pt", tmp_path / "hf", words=["id 2", "highest"])
     assert_refused(capfd, "to-hf", tmp_path / "ours.pt", tmp_path / "hf", words=words)
     assert not list(tmp_path.glob("hf*"))
 
@@ -234,12 +251,12 @@ def test_veclip(vocabulary, t5, tmp_path):
     their_tokenizer = tokenizers.Tokenizer.from_file(str(t5))
     hf = hf_model(tmp_path / "in", vocabulary, text="gelu", vocab_size=64, eos_token_id=1)  # rows without an id
     model, tokenizer, transform = convert("veclip", tmp_path / "in", tmp_path / "ours.pt", "--tokenizer", t5)
-    assert model.config.eot_id == 1 and model.config.vocab_size == 64
+    assert model.config.vocab_size == 64 and tokenizer.encode("red")[-1] == 1
     texts = ["red bar", "a green square that is blue all over", "blue"]
     their_tokenizer.enable_padding(pad_id=0)
     batch = their_tokenizer.encode_batch(texts)
     tokens, mask = (torch.tensor([getattr(row, name) for row in batch]) for name in ("ids", "attention_mask"))
-    assert tokenizer(texts).equal(tokens)
+    assert ids(tokenizer, texts).equal(tokens)
     images = torch.randn(2, 3, 32, 32)
     same_features(model, images, tokenizer(texts), *hf_features(hf, images, tokens, attention_mask=mask))
     rng = np.random.default_rng(0)
@@ -281,7 +298,7 @@ def test_open_clip(shapes, vocabulary, tmp_path, form, quick_gelu):
                                           "--tokenizer", shapes / "tokenizer.json")
     images, tokens = torch.randn(3, 3, 32, 32), random_texts(16, vocabulary.vocab_size, vocabulary.eot_id)
     same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
-    assert transform.mean == T.Config.mean and tokenizer(TEXTS).equal(vocabulary(TEXTS))
+    assert model.config.mean == T.Config.mean and ids(tokenizer, TEXTS).equal(ids(vocabulary, TEXTS))
 
 
 @pytest.mark.parametrize("shards", [0, 2])
@@ -307,7 +324,7 @@ def test_an_open_clip_folder(shapes, vocabulary, tmp_path, shards, capfd):
     model, _, transform = convert("openai", folder, tmp_path / "ours.pt")
     images, tokens = torch.randn(3, 3, 32, 32), random_texts(16, vocabulary.vocab_size, vocabulary.eot_id)
     same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
-    assert (transform.mean, transform.std, transform.resize) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bilinear")
+    assert (model.config.mean, model.config.std, model.config.resize) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bilinear")
     (folder / "open_clip_config.json").write_text(json.dumps({**config, "preprocess_cfg": {"resize_mode": "squash"}}))
     assert_refused(capfd, "openai", folder, tmp_path / "no.pt", words=["open_clip_config.json", "squash"])
 
@@ -316,7 +333,7 @@ def test_ours_to_open_clip(shapes, vocabulary, tmp_path, monkeypatch, capfd):
     """open_clip.create_model(NAME, pretrained=FILE) on the file, NAME being the config that is printed."""
     import open_clip
     model = randomise(T.CLIP(T.Config(embed_dim=48, image_size=32, patch_size=8, vision_width=128, vision_layers=2, vision_heads=2, text_width=64,
-                                      text_layers=3, text_heads=1, context_length=16, vocab_size=vocabulary.vocab_size, eot_id=vocabulary.eot_id)), 0.05)
+                                      text_layers=3, text_heads=1, context_length=16, vocab_size=vocabulary.vocab_size)), 0.05)
     T.save_checkpoint(str(tmp_path / "ours.pt"), model, vocabulary)
     C.main(["to-open-clip", str(tmp_path / "ours.pt"), str(tmp_path / "theirs.pt")])
     told = capfd.readouterr().out
@@ -332,7 +349,7 @@ def test_ours_to_open_clip(shapes, vocabulary, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize("command, target", [("to-hf", "Hugging Face"), ("to-open-clip", "open_clip")])
 def test_a_pretrained_text_tower_stays_here(vocabulary, tmp_path, capfd, command, target):
     bert = BertConfig(vocab_size=vocabulary.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    config = T.Config(**T.PRESETS["nano"], vocab_size=vocabulary.vocab_size, eot_id=vocabulary.eot_id, text_model=bert.to_dict())
+    config = T.Config(**T.PRESETS["nano"], vocab_size=vocabulary.vocab_size, text_model=bert.to_dict())
     config.text_width = 32
     T.save_checkpoint(str(tmp_path / "ours.pt"), T.CLIP(config), vocabulary)
     assert_refused(capfd, command, tmp_path / "ours.pt", tmp_path / "out", words=["bert", target])
@@ -344,12 +361,12 @@ def test_texts_are_mended_as_open_clip_mends_them(tmp_path):
     texts = ["salt &amp; pepper", "salt & pepper", "the dog\u2019s \u201cred\u201d bowl", "the dog's \"red\" bowl", "a &amp;lt;b&gt; c",
              "caf\u00c3\u00a9 \u00e2\u20ac\u201d bar", "\ufb01ne  \t ART"]
     tokenizer = T.Tokenizer((tmp_path / "tokenizer.json").read_text(), 77, mend=True)
-    tokens = tokenizer(texts)
-    assert F.pad(tokens, (0, 77 - tokens.shape[1])).equal(theirs(texts))
+    tokens = ids(tokenizer, texts, 77)
+    assert tokens.equal(theirs(texts))
     assert tokens[0].equal(tokens[1]) and tokens[2].equal(tokens[3])
     torch.save(open_clip_model(49408).state_dict(), tmp_path / "in.pt")
     _, tokenizer, _ = convert("openai", tmp_path / "in.pt", tmp_path / "ours.pt", "--tokenizer", tmp_path / "tokenizer.json")
-    assert tokenizer(texts).equal(theirs(texts)[:, :tokens.shape[1]]) and tokenizer.mend
+    assert ids(tokenizer, texts, 77)[:, :16].equal(theirs(texts)[:, :16]) and tokenizer.mend
     assert pickle.loads(pickle.dumps(tokenizer)).mend  # loader workers get it, too
 
 
@@ -452,8 +469,8 @@ def test_open_clips_vit_b_32_there_and_back(tmp_path):
                                   "--tokenizer", tmp_path / "tokenizer.json")
     assert model.config == T.Config(**T.PRESETS["ViT-B/32"], mend_texts=True)
     images, texts = torch.randn(2, 3, 224, 224), ["a photo of a dog", "two red bicycles by an old wall, at night"]
-    tokens = tokenizer(texts)
-    assert F.pad(tokens, (0, 77 - tokens.shape[1])).equal(their_tokenizer(texts))
+    tokens = ids(tokenizer, texts, 77)
+    assert tokens.equal(their_tokenizer(texts))
     same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
     weights = torch.load(tmp_path / "ours.pt", weights_only=True)["model"]
     for parameter in theirs.parameters():
@@ -513,7 +530,7 @@ def test_laclip_and_slip(shapes, vocabulary, tmp_path, width, heads, qk_norm):
     with torch.inference_mode():
         their_images, their_texts = tower(images) @ state["image_projection"], plain_text_tower(state, tokens, 1)
     same_features(model, images, tokens, their_images, their_texts)
-    assert transform.mean == (0.485, 0.456, 0.406) and transform.std == (0.229, 0.224, 0.225)
+    assert model.config.mean == (0.485, 0.456, 0.406) and model.config.std == (0.229, 0.224, 0.225)
     assert (model.config.vision_heads, model.config.vision_eps, model.config.text_eps) == (heads, 1e-6, 1e-5)
 
 
@@ -636,8 +653,8 @@ def test_tokenizers_that_do_not_fit(hf_folder, shapes, vocabulary, t5, tmp_path,
     ("config.json", {"model_type": "siglip"}, ["model_type", "siglip"]),
     ("config.json", {"text_config": {"hidden_act": "relu"}}, ["hidden_act", "relu"]),
     ("config.json", {"vision_config": {"intermediate_size": 300}}, ["intermediate_size", "300", "4 x 96"]),
-    ("config.json", {"text_config": {"eos_token_id": [1, 2]}}, ["eot_id", "[1, 2]"]),
-    ("config.json", {"text_config": {"eos_token_id": -5}}, ["eot_id", "-5"]),
+    ("config.json", {"text_config": {"eos_token_id": [1, 2]}}, ["eos_token_id", "[1, 2]"]),
+    ("config.json", {"text_config": {"eos_token_id": -5}}, ["eos_token_id", "-5"]),
     ("config.json", {"vision_config": {"image_size": [32, 48]}}, ["image_size", "[32, 48]"]),
     ("config.json", {"vision_config": {"patch_size": 0}}, ["sizes"]),
     ("config.json", {"vision_config": {"num_hidden_layers": 3}}, ["vision_model.encoder.layers.2.", "missing"]),
@@ -655,6 +672,25 @@ def test_folders_that_are_no_clip_of_ours(hf_folder, tmp_path, capfd, file, chan
         content[key] = {**content[key], **value} if isinstance(value, dict) else value
     (folder / file).write_text(json.dumps(content) if change else "{")
     assert_refused(capfd, "hf", folder, tmp_path / "out.pt", words=words)
+
+
+def test_longer_contexts(shapes, vocabulary, tmp_path, capfd):
+    """--context-length: the first twenty positions stay, the others are interpolated; short texts have the same features."""
+    positions = torch.arange(77.0)[:, None] * torch.ones(1, 3)
+    longer = C.stretched(positions, 248)
+    assert longer.shape == (248, 3) and longer[:20].equal(positions[:20]) and longer[20, 0] == 20 and longer[-1, 0] == 76
+    assert (longer.diff(dim=0) > 0).all() and C.stretched(positions, 10).equal(positions[:10])
+    model = randomise(T.CLIP(T.Config(**T.PRESETS["nano"], vocab_size=vocabulary.vocab_size)))
+    T.save_checkpoint(str(tmp_path / "ours.pt"), model, vocabulary)
+    longer, tokenizer, _ = convert("ours", tmp_path / "ours.pt", tmp_path / "long.pt", "--context-length", 120)
+    assert len(longer.positional_embedding) == 120 == len(tokenizer.encode("red " * 500))
+    same_features(longer, *(x := torch.randn(2, 3, longer.config.image_size, longer.config.image_size), tokenizer(TEXTS)),
+                  *(y.detach() for y in (model.encode_image(x), model.encode_text(vocabulary(TEXTS)))))
+    torch.save(open_clip_model(vocabulary.vocab_size).state_dict(), tmp_path / "in.pt")
+    assert convert("openai", tmp_path / "in.pt", tmp_path / "out.pt", "--context-length", 40, "--tokenizer",
+                   shapes / "tokenizer.json")[0].config.context_length == 40
+    assert_refused(capfd, "ours", tmp_path / "in.pt", tmp_path / "no.pt", "--context-length", 1, words=["--context-length"])
+    assert_refused(capfd, "ours", tmp_path / "in.pt", tmp_path / "no.pt", words=["in.pt", "not a checkpoint"])
 
 
 def test_a_mistake_on_the_command_line(tmp_path, capfd):
