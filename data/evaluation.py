@@ -118,11 +118,11 @@ def open_checkpoint(load, path, device):
         die(f"--checkpoint {path} is a folder; its checkpoint is {inside}")
     try:
         return load(path, device)
-    except (FileNotFoundError, PermissionError) as e:
-        die(f"--checkpoint {path}: {e.strerror}")
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # torch raises many classes for a file that is not one of its own
+        if isinstance(e, OSError) and not os.path.isdir(path):  # it is missing or damaged
+            die(f"--checkpoint {path}: {e.strerror or e}")
         die(f"--checkpoint {path} is no checkpoint of train_clip.py ({reason(e)}): python -m "
             "data.convert_checkpoint makes one of a Hugging Face folder or of released weights")
 

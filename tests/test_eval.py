@@ -517,6 +517,7 @@ def test_a_killed_worker_is_told_in_one_line(shapes, common, tmp_path):
     (eval_retrieval, "{all} --checkpoint {empty}", ["python -m data.convert_checkpoint"]),
     (search, "{all} --query a --checkpoint {blob}", ["python -m data.convert_checkpoint"]),
     (eval_retrieval, "{all} --checkpoint {run}", ["run/checkpoint.pt"]),
+    (eval_retrieval, "{all} --checkpoint {broken}", ["broken.pt", "damaged"]),
     (eval_retrieval, "{all} --checkpoint missing.pt", ["missing.pt"]),
     (eval_retrieval, "--captions {nolabel} --image-root . --image-to-image", ["label"]),
     (eval_retrieval, "--captions missing.jsonl --image-root .", ["missing.jsonl"]),
@@ -539,13 +540,16 @@ def test_mistakes(shapes, trained, module, arguments, words, capfd, tmp_path):
     paths |= {"rows": shapes / "captions.jsonl", "wide": tmp_path / "wide.jsonl",
               "array": tmp_path / "array.json", "classes": tmp_path / "classes.json",
               "nolabel": tmp_path / "nolabel.jsonl", "notok": tmp_path / "notok.pt",
-              "weights": tmp_path / "model.safetensors"}
+              "weights": tmp_path / "model.safetensors", "broken": tmp_path / "broken.pt"}
     paths["empty"].mkdir()
     shutil.copytree(trained, paths["run"])
     paths["classes"].write_text('{"blue": "blue"}')
     paths["nolabel"].write_text('{"image": "a.png", "alt": "a"}\n')
     paths["wide"].write_bytes(paths["rows"].read_text().encode("utf-16"))
     paths["array"].write_text(json.dumps(read_jsonl(paths["rows"])))
+    content = bytearray((trained / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    paths["broken"].write_bytes(content)
     state = torch.load(trained / "checkpoint.pt", weights_only=True)
     for name in ("weights", "blob"):
         save_file(state["model"], paths[name])
