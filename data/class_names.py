@@ -5,8 +5,9 @@ import os
 import re
 from collections import defaultdict
 
-from data.common import die, texts_of
+from data.common import die
 from data.evaluation import first_few, tell
+from data.texts import texts_of
 
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "templates.txt")
 # Published class name -> folder, where the two differ
@@ -120,11 +121,12 @@ def read_templates(path, spec):
 
 
 def tell_same_names(spec, keys, names):
-    """Name the classes whose names are the same but for blanks, underscores and case: a model can
-    hardly tell them apart."""
+    """Name the classes whose names are the same but for blanks, underscores and case: most
+    tokenizers make the same ids of them, so no model can tell them apart."""
     groups = defaultdict(list)
     for key, synonyms in zip(keys, names):
         groups[frozenset(re.sub(r"[\s_]", "", name).casefold() for name in synonyms)].append(key)
     alike = [" = ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
     if alike:
-        tell(f"{spec}: classes of the same name, but for blanks or case: {first_few(alike)}")
+        tell(f"{spec}: names of classes that differ in blanks or case alone, or not at all: "
+             f"{first_few(alike)}")
