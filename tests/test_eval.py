@@ -363,7 +363,8 @@ def test_hits_of_images_and_labels_that_are_alike(shapes, common, tmp_path):
                "--image-to-image", "--hits", tmp_path / "hits.jsonl", "--json", tmp_path / "j.json")
     assert done.returncode == 0, done.stderr
     for said in ("white space are one class: 'red' = 'red '",
-                 "blanks or case alone", "'RED' = 'red'", "2 images are alone with their label and no queries: RED, odd"):
+                 "blanks or case alone", "'RED' = 'red'",
+                 "2 images are alone with their label and no queries: RED, odd"):
         assert said in done.stderr
     assert json.loads((tmp_path / "j.json").read_text())["labels"] == 6
     label = {row["image"]: row["label"].strip() for row in rows}
