@@ -12,8 +12,8 @@
     python train_clip.py --captions a.jsonl --image-root DIR --text alt --model nano --steps 20 \\
         --tokenizer tokenizer.json --batch-size 64 --out runs/try       # a few seconds on a CPU
 
-OUT holds checkpoint.pt, metrics.jsonl, settings.json and bad_images.jsonl. The same command goes on
-from that checkpoint, with the next batch.
+OUT gets checkpoint.pt, metrics.jsonl, settings.json and bad_images.jsonl. After a kill the same
+command goes on with the next batch. --ssl, --micro-batch and --text-model each are a file in data/.
 
 Read draw_texts, clip_loss, multitext_loss, CLIP and train, in this order: they are both papers. The
 rest feeds train (samples, images, rows, tokenizer) and lets it end well (checkpoints, arguments).
@@ -27,6 +27,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -35,7 +36,7 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
@@ -45,24 +46,21 @@ import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import RandomResizedCrop, v2
-from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 
 # === the text of a step: all that distinguishes LaCLIP and VeCLIP from CLIP =======================
-
 def draw_texts(row, fields, rng, every=False):
     """LaCLIP's aug_T (eq. 2) and VeCLIP's mix (eq. 2): draw a field by its weight among those that
     the row has, then one of its texts. fields: {name: weight}
 
-    -> [the drawn text], 0; with `every` the texts of all fields, where a missing one is the row's
-    first, and the number of the drawn one. Then whether alt replaced a text of one word, as in
-    LaCLIP's release."""
+    -> [the drawn text], 0; with `every` the texts of all fields (a missing one is the row's first)
+    and the drawn one's index. Then whether alt replaced a text of one word, as LaCLIP's release."""
     values = [row.get(field) for field in fields]
     present = np.array([bool(texts_of(value)) for value in values], float)
     if not present.any():
@@ -72,7 +70,8 @@ def draw_texts(row, fields, rng, every=False):
     drawn = int(rng.choice(len(values), p=weights / weights.sum()))
     place, index_of = rng.random(), {}
     text, alt = pick(values[drawn], place, index_of), None
-    if is_one_word(text) and list(fields)[drawn] != "alt":
+    has_blanks = max(text) < "\u0e00"  # Thai, Chinese and Japanese write none between words
+    if len(text.split()) < 2 and has_blanks and list(fields)[drawn] != "alt":
         alt = pick(row.get("alt"), place, index_of)
     if not every:
         return [alt or text], 0, bool(alt)
@@ -81,12 +80,10 @@ def draw_texts(row, fields, rng, every=False):
     first = next(filter(None, texts))
     return [text or first for text in texts], drawn, bool(alt)
 
-
 def texts_of(value):
     """The usable texts of a field, whose value is a text, a list of texts and nulls, or absent."""
     entries = value if isinstance(value, list) else [value]
     return [text for text in entries if isinstance(text, str) and text.strip()]
-
 
 def pick(value, place, index_of):
     """One text of a field, by `place` in [0, 1), or None. Lists of one length belong together entry
@@ -98,14 +95,7 @@ def pick(value, place, index_of):
         return entries[i] if i in usable else None
 
 
-def is_one_word(text):
-    """Chinese, Japanese and Thai write no blanks: there, four characters are more than one word."""
-    has_blanks = max(filter(str.isalpha, text), default="") < "\u0e00"  # of Thai's block
-    return len(text.split()) < 2 and (has_blanks or len(text) < 4)
-
-
 # === losses =======================================================================================
-
 def info_nce(queries, keys, scale):
     """-1/n sum_i log( exp(q_i . k_i / tau) / sum_k exp(q_i . k_k / tau) ): this rank's queries
     [n, d] against the keys of all ranks [N, d]. The mean over ranks, which DDP takes of the
@@ -113,42 +103,21 @@ def info_nce(queries, keys, scale):
     labels = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
     return F.cross_entropy(scale * queries @ keys.T, labels)
 
-
 def clip_loss(images, texts, scale):
     """L = (L_I + L_T) / 2 (LaCLIP eq. 1, VeCLIP eq. 1). images, texts [n, d], unit length
 
     LaCLIP (eq. 3) and VeCLIP (eq. 2) are this loss with the texts that aug_T or mix drew."""
     return (info_nce(images, gather(texts), scale) + info_nce(texts, gather(images), scale)) / 2
 
-
 def multitext_loss(images, texts, drawn, scale):
     """LaCLIP-MT: L = (L_I* + L_T) / 2. images [n, d], texts [n, M + 1, d], drawn [n] -> scalar
 
     L_I* compares an image with all its M + 1 texts, text j against the texts j of the other images.
-    L_T uses the drawn text, as LaCLIP does. The paper writes 1/M before a sum of M + 1 terms. This
-    is the mean: L_I* is L_I if an image's texts are all the same."""
+    L_T uses the drawn text, as LaCLIP does. The paper writes 1/M before a sum of M + 1 terms; this
+    is their mean, which is L_I if an image's texts are all the same."""
     loss_i = torch.stack([info_nce(images, gather(text), scale) for text in texts.unbind(1)]).mean()
     text = texts[torch.arange(len(drawn), device=drawn.device), drawn]
     return (loss_i + info_nce(text, gather(images), scale)) / 2
-
-
-def simclr_loss(head, views, temperature=0.1):
-    """SLIP's self-supervision, NT-Xent. views [n, 2, W] of the image tower -> scalar
-
-    A view must find the other view of its image among both views of all images, itself excluded.
-    BatchNorm needs the whole batch, so every rank computes the loss of all ranks' features."""
-    views = gather(views).transpose(0, 1).flatten(0, 1)  # [2 N, W]: all views 0, then all views 1
-    z = F.normalize(head(views).float(), dim=-1)
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    labels = torch.arange(len(z), device=z.device).roll(len(z) // 2)
-    return F.cross_entropy((z @ z.T / temperature).masked_fill(itself, -torch.inf), labels)
-
-
-def projection_head(width, hidden=4096, out=256):
-    """SLIP's: three layers, BatchNorm after the first two (its release)."""
-    layers = [(nn.Linear(n, hidden), nn.BatchNorm1d(hidden), nn.ReLU()) for n in (width, hidden)]
-    return nn.Sequential(*layers[0], *layers[1], nn.Linear(hidden, out))
-
 
 class Gather(torch.autograd.Function):
     """[n, d] of every rank -> [world * n, d], in the ranks' order. In the backward pass a rank
@@ -167,13 +136,11 @@ class Gather(torch.autograd.Function):
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
-
 def gather(x):
     return Gather.apply(x) if dist.is_initialized() else x
 
 
 # === model: OpenAI CLIP's, parameter names included ===============================================
-
 @dataclass
 class Config:
     embed_dim: int = 512
@@ -201,7 +168,6 @@ class Config:
     mend_texts: bool = False  # by ftfy, as OpenAI's, open_clip's and LaCLIP's tokenizers do
     text_model: dict | None = None  # with --text-model: the configuration of that encoder
 
-
 PRESETS = {  # as open_clip has them
     # for the demo's icons. White is 0, or all icons would look the same at first
     "nano":     dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=2,
@@ -220,7 +186,6 @@ PRESETS = {  # as open_clip has them
                             mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
 
-
 class CLIP(nn.Module):
     """Two towers and a temperature (Radford et al. 2021): the model of both papers."""
 
@@ -228,33 +193,26 @@ class CLIP(nn.Module):
         super().__init__()
         self.config, c, W = config, config, config.text_width
         self.visual = VisionTransformer(c)
-        if c.text_model:
-            from data.text_model import build
-            self.text_encoder = build(c.text_model)
-        else:
-            self.token_embedding = nn.Embedding(c.vocab_size, W)
-            nn.init.normal_(self.token_embedding.weight, std=0.02)
-            self.positional_embedding = nn.Parameter(torch.randn(c.context_length, W) * 0.01)
-            self.transformer = Transformer(W, c.text_layers, c.text_heads, c.text_quick_gelu,
-                                           c.text_eps)
-            self.ln_final = nn.LayerNorm(W, c.text_eps)
+        self.token_embedding = nn.Embedding(c.vocab_size, W)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self.positional_embedding = nn.Parameter(torch.randn(c.context_length, W) * 0.01)
+        self.transformer = Transformer(W, c.text_layers, c.text_heads, c.text_quick_gelu,
+                                       c.text_eps)
+        self.ln_final = nn.LayerNorm(W, c.text_eps)
         self.text_projection = nn.Parameter(torch.randn(W, c.embed_dim) * W ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # ln(1 / tau)
         self.register_buffer("mean", torch.tensor(c.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(c.std).view(3, 1, 1), persistent=False)
+        if c.text_model:
+            from data.text_model import replace_text_tower
+            replace_text_tower(self)
 
-    def encode_image(self, images):
-        """[B, 3, S, S] as eval_transform makes them -> [B, embed_dim], not normalised"""
+    def encode_image(self, images):  # [B, 3, S, S] of eval_transform -> [B, embed_dim], any length
         return self.visual(images) @ self.visual.proj
 
     def encode_text(self, texts):
-        """Texts -> [B, embed_dim], not normalised: the feature at the end token.
-
-        The texts lie one after another, and each costs its own tokens: padding to 77 would give the
-        same features, since attention is causal."""
-        if self.config.text_model:
-            from data.text_model import mean_over_tokens
-            return mean_over_tokens(self.text_encoder, texts) @ self.text_projection
+        """Texts -> [B, embed_dim], not normalised: the feature at the end token. Padding would give
+        the same, since attention is causal; so a text costs only its own tokens."""
         # on a CPU, threads would sum up the gradient of positional_embedding[...] in no fixed order
         x = F.embedding(texts.positions, self.positional_embedding)
         x = self.transformer(self.token_embedding(texts.ids) + x, texts)  # [T, W]
@@ -273,7 +231,6 @@ class CLIP(nn.Module):
         outputs = self.logit_scale.exp(), image_features, text_features
         return (*outputs, x[:, 1:]) if V > 1 else outputs
 
-
 class VisionTransformer(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -287,15 +244,13 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(W, c.vision_eps)
         self.proj = nn.Parameter(torch.randn(W, c.embed_dim) * W ** -0.5)
 
-    def forward(self, x):
-        """[B, 3, S, S] -> [B, W], before the projection"""
+    def forward(self, x):  # [B, 3, S, S] -> [B, W], before the projection
         x = self.conv1(x).flatten(2).transpose(1, 2)  # [B, W, S/p, S/p] -> [B, patches, W]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         return self.ln_post(self.transformer(self.ln_pre(x + self.positional_embedding))[:, 0])
 
-
 class Transformer(nn.Module):
-    grad_checkpointing = False
+    twice = False  # --grad-checkpointing: compute activations again
 
     def __init__(self, width, layers, heads, quick_gelu, eps, qk_norm=False):
         super().__init__()
@@ -309,10 +264,8 @@ class Transformer(nn.Module):
 
     def forward(self, x, texts=None):
         for block in self.resblocks:
-            again = self.grad_checkpointing
-            x = checkpoint(block, x, texts, use_reentrant=False) if again else block(x, texts)
+            x = checkpoint(block, x, texts, use_reentrant=False) if self.twice else block(x, texts)
         return x
-
 
 class ResidualAttentionBlock(nn.Module):
     def __init__(self, width, heads, quick_gelu, eps, qk_norm):
@@ -327,7 +280,6 @@ class ResidualAttentionBlock(nn.Module):
     def forward(self, x, texts):
         x = x + self.attn(self.ln_1(x), texts)
         return x + self.mlp(self.ln_2(x))
-
 
 class Attention(nn.Module):
     def __init__(self, width, heads, eps=1e-5, qk_norm=False):
@@ -344,18 +296,18 @@ class Attention(nn.Module):
         itself and to those before it in its text."""
         x = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         if texts is None:
-            return self.out_proj(self.attend(x))
-        if x.is_cuda and x.dtype != torch.float32:  # one call for all lengths
-            (q, k, v), longest = x.unbind(1), texts.groups[-1][0]
-            where = texts.starts, texts.starts, longest, longest  # the queries and the keys
-            y = varlen_attn(self.q_norm(q), self.k_norm(k), v, *where, window_size=(-1, 0))
-            return self.out_proj(y.flatten(1))
-        parts = zip(x.split([L * B for L, B in texts.groups]), texts.groups)
-        return self.out_proj(torch.cat([
-            self.attend(part.unflatten(0, (B, L)), True).flatten(0, 1) for part, (L, B) in parts]))
+            y = self.attend(x)
+        elif x.is_cuda and x.dtype != torch.float32:  # one call for all lengths
+            starts, longest = texts.starts, texts.groups[-1][0]
+            y = varlen_attn(*x.unbind(1), starts, starts, longest, longest,
+                            window_size=(-1, 0)).flatten(1)
+        else:
+            parts = zip(x.split([L * B for L, B in texts.groups]), texts.groups)
+            y = [self.attend(part.unflatten(0, (B, L)), causal=True) for part, (L, B) in parts]
+            y = torch.cat([part.flatten(0, 1) for part in y])
+        return self.out_proj(y)
 
-    def attend(self, x, causal=False):
-        """[B, L, 3, heads, W / heads] -> [B, L, W]"""
+    def attend(self, x, causal=False):  # [B, L, 3, heads, W / heads] -> [B, L, W]
         q, k, v = x.permute(2, 0, 3, 1, 4)
         q, k, L = self.q_norm(q), self.k_norm(k), x.shape[1]
         if q.is_cpu and q.dtype == torch.bfloat16 and L < 128:  # here torch's kernel takes 4 x
@@ -366,11 +318,9 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return y.transpose(1, 2).flatten(2)
 
-
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
-
 
 class Texts(NamedTuple):
     """B texts with T tokens in all, from the shortest to the longest, one after another."""
@@ -383,7 +333,6 @@ class Texts(NamedTuple):
     def to(self, device):
         return Texts(*(to_device(x, device) for x in self[:4]), self.groups)
 
-
 def pack(texts):
     """B tensors of ids, each with its end token last -> Texts"""
     lengths, order = torch.tensor([len(ids) for ids in texts]).sort()
@@ -392,44 +341,11 @@ def pack(texts):
     groups = [*Counter(lengths.tolist()).items()]
     return Texts(ids, positions, (starts[1:] - 1)[order.argsort()], starts.int(), groups)
 
-
-def to_device(x, device):
-    """The host does not wait for the copy to a GPU."""
+def to_device(x, device):  # so that the host does not wait for the copy to a GPU
     return x.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else x.to(device)
 
 
 # === a step, and the run ==========================================================================
-
-def backward(model, towers, objective, chunks, drawn, autocast):
-    """Put the gradients of the batch's loss into .grad, return the loss. `towers` is the model or
-    its DDP; chunks: [(images, Texts), ...].
-
-    Several chunks are GradCache (Gao et al. 2021): compute all features without gradients, then the
-    loss of the whole batch and its gradients with respect to the features, then each chunk again,
-    to carry these into the towers."""
-    if len(chunks) == 1:
-        with autocast():
-            outputs = towers(*chunks[0])
-        loss = objective(drawn, *outputs)  # in fp32: at 1 / tau = 100 bf16 is too coarse
-        loss.backward()
-        return loss.detach()
-
-    with torch.no_grad(), autocast():
-        scales, *features = zip(*(model(*chunk) for chunk in chunks))
-    scale = scales[0].requires_grad_()
-    features = [torch.cat(parts).requires_grad_() for parts in features]
-    loss = objective(drawn, scale, *features)
-    loss.backward()
-    gradients = zip(*(feature.grad.split(len(chunks[0][0])) for feature in features))
-    for i, (chunk, gradient) in enumerate(zip(chunks, gradients), 1):
-        once = towers is model or i == len(chunks)  # the ranks exchange gradients in the last chunk
-        with nullcontext() if once else towers.no_sync():
-            with autocast():
-                outputs = towers(*chunk)
-            torch.autograd.backward(outputs, [scale.grad / len(chunks), *gradient])
-    return loss.detach()
-
-
 def learning_rate(step, peak, warmup, steps):
     """Linear from peak / 1000, then a cosine to peak / 100 (LaCLIP: 1e-6, 1e-3, 1e-5)"""
     if step < warmup:
@@ -437,23 +353,34 @@ def learning_rate(step, peak, warmup, steps):
     progress = (step - warmup) / max(1, steps - warmup)
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
-
 def train(args):
     device, world = start_ranks(args.device)
     rows, out = Rows(args.captions), partial(os.path.join, args.out)
-    state, start, settings = begin(args, rows, device, world)
+    state, start, settings, metrics = begin(args, rows, device, world)
     steps, per_epoch = settings["steps"], len(rows) // args.batch_size
     if start == steps:
         return print(f"{args.out} is finished: {steps} steps")
-    model, head, optimizer, tokenizer = new_run(args, state, start, device)
-    os.makedirs(args.out, exist_ok=True)  # on every node, since nodes may not share it
-    if rank() == 0:
-        metrics = open_metrics(args, settings, state["logged"] if start else 0)
-        print(f"{args.precision}; {len(rows)} rows; steps {start} to {steps}; chance: ln(batch) = "
-              f"{math.log(args.batch_size):.2f}", file=sys.stderr)
-    del state
 
-    towers = model
+    # model, optimizer, data
+    torch.manual_seed(args.seed)
+    model, tokenizer = from_state(state) if state else new_model(args)
+    towers, Transformer.twice = model.to(device), args.grad_checkpointing
+    if args.freeze_text:
+        model.text_encoder.requires_grad_(False)
+    head = nn.Identity()
+    if args.ssl:
+        from data.slip import projection_head, simclr_loss
+        head = projection_head(model.config.vision_width).to(device)
+    parameters = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.wd},
+         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0}],
+        lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
+    if start:
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+    if args.compile or args.compile is None and "cuda" in device:
+        model.visual.compile()  # in place, so that names in the checkpoint stay as they are
     if world > 1:  # with device_ids, DDP would copy the inputs and wait for the copy
         towers = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     batches = load_batches(args, rows, tokenizer, model.config, start, steps, world, device)
@@ -461,11 +388,9 @@ def train(args):
                        enabled=args.precision == "bf16")
 
     def objective(drawn, scale, images, texts, views=None):
-        if args.loss == "multitext":
-            loss = multitext_loss(images, texts, drawn, scale)
-        else:
-            loss = clip_loss(images, texts[:, 0], scale)
-        return loss + simclr_loss(autocast()(head.forward), views) if args.ssl else loss  # weight 1
+        loss = multitext_loss(images, texts, drawn, scale) if args.loss == "multitext" else \
+            clip_loss(images, texts[:, 0], scale)
+        return loss + simclr_loss(autocast()(head.forward), gather(views)) if args.ssl else loss
 
     progress = tqdm(total=steps, initial=start, unit="step", disable=rank() > 0)
     stopping = []  # by SIGTERM, when the node is taken back: save after this step and leave
@@ -480,7 +405,14 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.lr, settings["warmup"], steps)
         optimizer.zero_grad(set_to_none=True)
-        loss = backward(model, towers, objective, chunks, drawn, autocast)
+        if args.micro_batch:
+            from data import grad_cache
+            loss = grad_cache.backward(model, towers, objective, chunks, drawn, autocast)
+        else:
+            with autocast():
+                outputs = towers(*chunks[0])
+            loss = objective(drawn, *outputs)  # in fp32: at 1 / tau = 100 bf16 is too coarse
+            loss.backward()
         for parameter in head.parameters():  # DDP does not hold the head
             all_reduce(parameter.grad.div_(world))
         optimizer.step()
@@ -489,17 +421,15 @@ def train(args):
 
         done = step + 1
         progress.update()
-        if unusable:
+        for name, why in unusable:
             with open(out("bad_images.jsonl"), "a") as f:
-                f.writelines(json.dumps({"step": done, "image": name, "reason": why}) + "\n"
-                             for name, why in unusable)
+                f.write(json.dumps({"step": done, "image": name, "reason": why}) + "\n")
         counts += all_reduce(torch.tensor([len(drawn), len(unusable), replaced, len(stopping)]))
         images, bad, words, stopped = counts.tolist()  # of all ranks, which so decide the same
         too_bad = bad > args.max_bad * max(images + bad, 1000)
         leave = stopped or too_bad or done == steps
-        keep = args.keep_every and done % args.keep_every == 0
         if done in (1, steps) or done % args.log_every == 0:
-            loss = all_reduce(loss / world).item()
+            loss = all_reduce(loss.detach() / world).item()
             if not math.isfinite(loss):
                 die(f"the loss is {loss} at step {done}; {args.out} keeps the last good checkpoint")
             speed = (done - logged_step) * args.batch_size / (time.time() - logged_at)
@@ -507,33 +437,32 @@ def train(args):
                      "lr": optimizer.param_groups[0]["lr"], "samples_per_s": float(f"{speed:.4g}"),
                      "logit_scale": model.logit_scale.exp().item(), "data_wait_s": round(wait, 3),
                      "bad": bad, "replaced": round(words / images, 4)}  # since the launch
+            wait, logged_at, logged_step = 0.0, time.time(), done
+            progress.set_postfix(loss=f"{loss:.3f}", samples_per_s=entry["samples_per_s"])
             if rank() == 0:
                 metrics.write(json.dumps(entry) + "\n")
-                progress.set_postfix(loss=f"{loss:.3f}", samples_per_s=entry["samples_per_s"])
-            logged_at, logged_step, wait = time.time(), done, 0.0
+        keep = args.keep_every and done % args.keep_every == 0
         if leave or keep or done % args.save_every == 0:
             if not all(parameter.isfinite().all() for parameter in model.parameters()):
                 die(f"a weight is not finite after step {done}; {args.out} keeps the checkpoint")
-            for name in ["checkpoint.pt"] + [f"checkpoint-{done}.pt"] * bool(keep):
-                if rank() == 0:
-                    save_checkpoint(
-                        out(name), model, tokenizer, head=head.state_dict(), step=done,
-                        optimizer=optimizer.state_dict(), settings=settings,
-                        logged=os.path.getsize(metrics.name))
+            if rank() == 0:
+                save_checkpoint(out("checkpoint.pt"), model, tokenizer, head=head.state_dict(),
+                                optimizer=optimizer.state_dict(), step=done, settings=settings,
+                                logged=os.path.getsize(metrics.name))
+            if rank() == 0 and keep:
+                shutil.copyfile(out("checkpoint.pt"), out(f"checkpoint-{done}.pt"))
         if leave:
             break
     progress.close()
     all_reduce(torch.zeros(1))  # wait until rank 0 has saved
     if too_bad:
-        die(f"{bad} of {images + bad} rows were unusable, more than --max-bad: "
-            f"{out('bad_images.jsonl')} names them; the state of step {done} is saved")
+        die(f"{bad} of {images + bad} rows are unusable (--max-bad): see {out('bad_images.jsonl')}")
     if done < steps and rank() == 0:
         print(f"stopped at step {done} of {steps}: the same command goes on", file=sys.stderr)
 
-
 def begin(args, rows, device, world):
-    """-> what to begin with, OUT's checkpoint, --init's or {}; how many steps are done; the run's
-    settings, with which alone it goes on"""
+    """-> OUT's checkpoint, --init's or {}; the steps that are done; the run's settings, with which
+    alone it goes on; metrics.jsonl, cut back to that step, whose lock keeps other launches out"""
     path = os.path.join(args.out, "checkpoint.pt")
     resumed = os.path.exists(path)
     state = read_checkpoint(path if resumed else args.init) if resumed or args.init else {}
@@ -543,55 +472,27 @@ def begin(args, rows, device, world):
     settings = read_settings(args, rows, world)
     for name in settings if resumed else ():
         if before.get(name) != settings[name]:
-            die(f"{args.out} was begun with {name} = {before.get(name)!r}, not {settings[name]!r}: "
-                "choose the same, or another --out")
+            die(f"{args.out} was begun with {name} = {before.get(name)!r}, not {settings[name]!r}")
     ours = torch.tensor([start, zlib.crc32(json.dumps(settings).encode())])
     if not all_reduce(ours.clone(), dist.ReduceOp.MAX).equal(ours):
         die(f"the ranks begin at different steps (this one at {start}) or with different rows")
-    return state, start, settings
-
-
-def new_run(args, state, start, device):
-    """-> model, SLIP's head, optimizer, tokenizer"""
-    config, tokenizer, weights = from_state(state) if state else new_model(args)
-    torch.manual_seed(args.seed)
-    model = CLIP(config).to(device)
-    model.load_state_dict({**model.state_dict(), **weights})
-    head = projection_head(config.vision_width).to(device) if args.ssl else nn.Identity()
-    if args.freeze_text:
-        model.text_encoder.requires_grad_(False)
-    parameters = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.wd},
-         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0}],
-        lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
-    if start:
-        head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
-    Transformer.grad_checkpointing = args.grad_checkpointing
-    if args.compile or args.compile is None and "cuda" in device:
-        model.visual.compile()  # in place, so that names in the checkpoint stay as they are
-    return model, head, optimizer, tokenizer
-
-
-def open_metrics(args, settings, size):
-    """Write settings.json, and cut metrics.jsonl back to its size when the checkpoint was saved:
-    later steps come again. Its lock keeps other launches out until this process ends."""
+    os.makedirs(args.out, exist_ok=True)  # on every node, since nodes may not share it
+    if rank() > 0:
+        return state, start, settings, None
     metrics = open(os.path.join(args.out, "metrics.jsonl"), "a", buffering=1)
     try:
-        fcntl.lockf(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
     except (BlockingIOError, PermissionError):
         die(f"--out {args.out}: another launch is at work in it")
-    except OSError:
-        pass  # a disk that has no locks
-    metrics.truncate(min(size, metrics.tell()))
+    metrics.truncate(min(metrics.tell(), state["logged"] if resumed else 0))
     with open(os.path.join(args.out, "settings.json"), "w") as f:
         json.dump({**settings, "command": sys.argv, "torch": torch.__version__}, f, indent=1)
-    return metrics
+    print(f"{len(rows)} rows; {args.precision}; steps {start} to {settings['steps']}; chance: "
+          f"ln(batch) = {math.log(args.batch_size):.2f}", file=sys.stderr)
+    return state, start, settings, metrics
 
 
 # === samples ======================================================================================
-
 def epoch_order(n, shuffle, seed, epoch, block=1000, window=256):
     """The order of n rows in an epoch. full: any row at any time, for local disks. blocks: for
     storage with slow random reads, any row of the next 256 blocks, which come in any order."""
@@ -604,7 +505,6 @@ def epoch_order(n, shuffle, seed, epoch, block=1000, window=256):
         rng.shuffle(order[at:at + window * block])
     return order
 
-
 def pieces(args, n, start, steps, world, size=256):
     """This rank's share of every batch from step `start` on, in lists of at most `size` (epoch,
     place, number of the row): what workers hold ahead does not grow with the batch."""
@@ -614,70 +514,65 @@ def pieces(args, n, start, steps, world, size=256):
         if step == start or batch == 0:
             order = epoch_order(n, args.shuffle, args.seed, epoch)
         first = batch * args.batch_size + rank() * share
-        places = range(first, first + share)
-        for at in range(0, share, size):
-            yield [(epoch, i, int(order[i])) for i in places[at:at + size]]
-
+        for at in range(first, first + share, size):
+            places = range(at, min(at + size, first + share))
+            yield [(epoch, place, int(order[place])) for place in places]
 
 class Samples(torch.utils.data.Dataset):
-    """Every random draw is a function of (seed, epoch, place), so that ranks, workers and restarts
-    do not change what the model sees."""
+    """Every random draw is a function of (seed, epoch, place), not of ranks, workers, restarts."""
 
     def __init__(self, args, rows, tokenizer, size):
         self.args, self.rows, self.tokenizer, self.size = args, rows, tokenizer, size
-        augment = augment_crop
+        self.views = [augment_crop]
         if args.augment == "drawing":
-            from data.demo.drawing import augment_drawing as augment
-        self.views = [augment] + [augment_slip, augment_slip] * args.ssl
+            from data.demo.drawing import augment_drawing
+            self.views = [augment_drawing]
+        if args.ssl:
+            from data.slip import augment_slip
+            self.views += [partial(augment_slip, crop=augment_crop)] * 2
 
     def __getitem__(self, sample):
-        """-> images uint8 [1, 3, S, S], with --ssl [3, 3, S, S]; ids of the drawn text, with
-        multitext of all M + 1; the drawn one's index; whether alt replaced it; [(name, reason)] of
-        the unusable rows that this one replaces"""
-        (epoch, place, index), args = sample, self.args
-        rng, bad = np.random.default_rng([args.seed, epoch, place]), []
+        """-> uint8 [V, 3, S, S]; ids of K texts; the drawn one's index; whether alt replaced it;
+        [(name, reason)] of the unusable rows that this one replaces"""
+        (epoch, place, index), args, bad = sample, self.args, []
+        rng = np.random.default_rng([args.seed, epoch, place])
         while len(bad) < 100:
             name = f"row {index + 1}"
             try:
                 row = self.rows[index]
                 name = row.get("image") or name
-                every = args.loss == "multitext"
-                texts, drawn, replaced = draw_texts(row, dict(args.text), rng, every)
+                texts, *drawn = draw_texts(row, dict(args.text), rng, args.loss == "multitext")
+                ids = [self.tokenizer.encode(text) for text in texts]
                 image = open_image(args.image_root, name)
                 image = image if self.views == [augment_crop] else to_rgb(image)  # decoded once
                 torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))  # torchvision's
-                views = [TF.pil_to_tensor(view(image, self.size)) for view in self.views]
-                ids = [self.tokenizer.encode(text) for text in texts]
-                return torch.stack(views), ids, drawn, replaced, bad
+                views = [v2.functional.pil_to_tensor(view(image, self.size)) for view in self.views]
+                return torch.stack(views), ids, *drawn, bad
             except Exception as e:  # Pillow raises nearly everything; no file may end a month's run
                 bad.append((name, f"{type(e).__name__}: {e}"))
                 index = int(rng.integers(len(self.rows)))
         raise RuntimeError(f"100 rows in succession are unusable; the last one is {bad[-1]}")
 
-
 def collate(samples):
-    images, texts, drawn, replaced, bad = zip(*samples)
+    views, texts, drawn, replaced, bad = zip(*samples)
     texts = sum(texts, [])
-    return (torch.stack(images), torch.cat(texts), [len(ids) for ids in texts],
+    return (torch.stack(views), torch.cat(texts), [len(ids) for ids in texts],
             torch.tensor(drawn), sum(replaced), sum(bad, []))
-
 
 def begin_worker(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM signals workers too, but train needs them
 
-
 def load_batches(args, rows, tokenizer, config, start, steps, world, device, size=256):
-    """For every step this rank's share: [(images, Texts), ...] of at most --micro-batch images,
-    drawn [n], how many texts were replaced, and [(name, reason)] of the unusable rows"""
+    """This rank's share of each step: [(images, Texts), ...], drawn [n], replaced, unusable rows"""
     share, micro = args.batch_size // world, args.micro_batch or args.batch_size
-    ahead = 2 + share // size // args.workers if args.workers else None  # pieces a worker
     loader = iter(torch.utils.data.DataLoader(
         Samples(args, rows, tokenizer, config.image_size), num_workers=args.workers,
         batch_sampler=pieces(args, len(rows), start, steps, world, size), collate_fn=collate,
-        worker_init_fn=begin_worker, pin_memory="cuda" in device, prefetch_factor=ahead))
+        worker_init_fn=begin_worker, pin_memory="cuda" in device,
+        prefetch_factor=2 + share // size // args.workers if args.workers else None))
     for _ in range(start, steps):
-        parts = [next(loader) for _ in range(0, share, size)]
-        images, ids, lengths, drawn, replaced, bad = zip(*parts)
+        parts = zip(*(next(loader) for _ in range(0, share, size)))
+        images, ids, lengths, drawn, replaced, bad = parts
         images = torch.cat([x.to(device, non_blocking=True) for x in images])
         texts = torch.cat(ids).split(sum(lengths, []))
         K = len(texts) // share  # texts an image
@@ -687,10 +582,7 @@ def load_batches(args, rows, tokenizer, config, start, steps, world, device, siz
 
 
 # === images and rows ==============================================================================
-
-# of Pillow's; EPS would run Ghostscript
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-
+FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"  # not EPS
 
 def open_image(root, name):
     """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row
@@ -707,7 +599,6 @@ def open_image(root, name):
         raise ValueError(f"{image.width} x {image.height} pixels are no image")
     return image
 
-
 def to_rgb(image):
     """Any PIL image -> RGB, upright; transparency becomes white."""
     with suppress(Exception):  # broken metadata says nothing
@@ -723,14 +614,12 @@ def to_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-
-def augment_crop(image, S, scale=(0.5, 1.0)):
-    """LaCLIP's: RandomResizedCrop, no flip, since captions say left and right. -> RGB [S, S]
-
-    If the crop needs less than half of a JPEG's pixels a side, the JPEG is decoded at a half, a
-    quarter or an eighth of its size (DCT scaling), which changes pixels a little."""
+def augment_crop(image, S, least=0.5):
+    """LaCLIP's: RandomResizedCrop of a share `least` to 1 of the area, no flip, since captions say
+    left and right. -> RGB [S, S]. A JPEG of which the crop needs less than half of the pixels a
+    side is decoded at a half, a quarter or an eighth (DCT scaling); pixels change a little."""
     w, h = image.size
-    top, left, height, width = RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3))
+    top, left, height, width = RandomResizedCrop.get_params(image, (least, 1), (3 / 4, 4 / 3))
     shrink = max(1, min(width, height) // S)
     image.draft(None, (w // shrink, h // shrink))
     image = to_rgb(image)
@@ -739,18 +628,6 @@ def augment_crop(image, S, scale=(0.5, 1.0)):
     x, y = image.width / w, image.height / h
     box = left * x, top * y, (left + width) * x, (top + height) * y
     return image.resize((S, S), Image.BICUBIC, box)
-
-
-def augment_slip(image, S):
-    """A view for SLIP's self-supervision, as in its release. -> RGB [S, S]"""
-    image = SLIP_COLOURS(augment_crop(image, S, scale=(0.08, 1.0)))
-    blur = ImageFilter.GaussianBlur(torch.empty(()).uniform_(0.1, 2.0).item())
-    return image.filter(blur) if torch.rand(()) < 0.5 else image
-
-
-SLIP_COLOURS = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
-                           v2.RandomGrayscale(0.2), v2.RandomHorizontalFlip()])
-
 
 def eval_transform(config):
     """PIL image -> [3, S, S]: shorter side to S, centre crop, normalised. resize: "bicubic" is
@@ -762,10 +639,8 @@ def eval_transform(config):
     return v2.Compose([to_rgb, first, second, v2.CenterCrop(config.image_size),
                        v2.Normalize(config.mean, config.std)])
 
-
 class Rows:
-    """The rows of JSONL files, as if they were one file. In memory is where each row begins, 8
-    bytes a row; to find that takes a second or two a million rows."""
+    """The rows of JSONL files, as if they were one file. Kept is where each begins: 8 bytes."""
 
     def __init__(self, paths):
         self.paths, self.file_begins, self.checksum, begins = paths, [], 0, array("q", [0])
@@ -788,8 +663,7 @@ class Rows:
             return json.loads(f.read(end - begin))
 
 
-# === tokenizer ====================================================================================
-
+# === tokenizer and checkpoints ====================================================================
 class Tokenizer:
     """texts -> Texts. Holds a tokenizers.Tokenizer that adds the start and end tokens."""
 
@@ -804,18 +678,14 @@ class Tokenizer:
             raise ValueError("the tokenizer's post-processor must add an end token after a text")
 
     @classmethod
-    def load(cls, name, context_length=77):
-        """From a tokenizer.json, a folder or a hub name."""
+    def load(cls, name, context_length=77):  # from a tokenizer.json, a folder or a hub name
         if name.endswith(".json"):
-            with open(name, encoding="utf-8") as f:
-                return cls(f.read(), context_length)
+            return cls(open(name, encoding="utf-8").read(), context_length)
         from transformers import AutoTokenizer
         return cls(AutoTokenizer.from_pretrained(name).backend_tokenizer.to_str(), context_length)
 
-    def encode(self, text):
-        """Ids of a text, its end token last. Halves of surrogate pairs, which no UTF-8 has, become
-        "?"; 100 kB are no caption."""
-        text = text[:20_000].encode(errors="replace").decode()
+    def encode(self, text):  # -> its ids, the end token last
+        text = text[:20_000].encode(errors="replace").decode()  # without halves of surrogate pairs
         if self.mend:
             import ftfy
             text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -828,9 +698,6 @@ class Tokenizer:
     def __reduce__(self):
         return Tokenizer, (self.json_text, self.context_length, self.mend)
 
-
-# === checkpoints ==================================================================================
-
 def save_checkpoint(path, model, tokenizer, **more):
     """The file is complete or absent: written under a temporary name, synced, then renamed."""
     with open(path + ".tmp", "wb") as f:
@@ -839,7 +706,6 @@ def save_checkpoint(path, model, tokenizer, **more):
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
-
 
 def read_checkpoint(path):
     """The checkpoint's dict, mapped, so that ranks of a node share its pages. It runs no code."""
@@ -850,24 +716,19 @@ def read_checkpoint(path):
     state["config"].pop("eot_id", None)  # older checkpoints have it; it is every text's last id
     return state
 
-
-def from_state(state):
-    """A checkpoint's dict -> config, tokenizer, weights {name: tensor}"""
-    config = Config(**state["config"])
-    tokenizer = Tokenizer(state["tokenizer"], config.context_length, config.mend_texts)
-    return config, tokenizer, state["model"]
-
+def from_state(state):  # a checkpoint's dict -> model, tokenizer
+    model = CLIP(Config(**state["config"]))
+    model.load_state_dict(state["model"])
+    length, mend = model.config.context_length, model.config.mend_texts
+    return model, Tokenizer(state["tokenizer"], length, mend)
 
 def load_checkpoint(path, device="cpu"):
     """-> (model in eval mode, tokenizer, transform): all that evaluation needs"""
-    config, tokenizer, weights = from_state(read_checkpoint(path))
-    model = CLIP(config)
-    model.load_state_dict(weights)
-    return model.eval().to(device), tokenizer, eval_transform(config)
+    model, tokenizer = from_state(read_checkpoint(path))
+    return model.eval().to(device), tokenizer, eval_transform(model.config)
 
 
-# === the command ==================================================================================
-
+# === the command, and ranks =======================================================================
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -879,16 +740,12 @@ def parse_args(argv=None):
         default=[("alt", 1.0)], help="to draw from; weight 0: where others lack (default: alt)")
     add("--shuffle", choices=["full", "blocks"], default="full", help="blocks: for NFS and Lustre")
     add("--augment", choices=["crop", "drawing"], default="crop", help="drawing: the demo's")
-    add("--workers", type=int, default=own_cpus(),
-        help="processes a rank that read images (default: its CPUs less one, %(default)s)")
-    add("--max-bad", type=float, default=0.01, metavar="SHARE",
-        help="stop if more of the rows are unusable (default: %(default)s)")
+    add("--workers", type=int, default=4, help="processes a rank that read images (default: 4)")
+    add("--max-bad", type=float, default=0.01, help="share of unusable rows (default: 0.01)")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=PRESETS, help="default: ViT-B/16")
-    add("--init", metavar="PATH", help="begin with this checkpoint's weights, sizes and tokenizer "
-        "(OpenAI's, open_clip's: data/convert_checkpoint.py)")
-    add("--text-model", metavar="NAME", help="hub name or folder of a pre-trained transformers "
-        "encoder that replaces the text tower and the tokenizer")
+    add("--init", metavar="PATH", help="begin with a checkpoint's weights, sizes and tokenizer")
+    add("--text-model", help="hub name or folder of a transformers encoder, for the text tower")
     add("--freeze-text", action="store_true", help="train --text-model's projection only")
     add("--image-size", type=int, help="pixels a side (default: the preset's)")
     add("--context-length", type=int, help="tokens of the longest text (default: 77)")
@@ -897,21 +754,18 @@ def parse_args(argv=None):
     add("--loss", choices=["infonce", "multitext"], default="infonce", help="multitext: LaCLIP-MT")
     add("--ssl", action="store_true", help="add SLIP's loss on two more views of every image")
     add("--batch-size", type=int, default=8192, help="of all ranks together (default: 8192)")
-    add("--micro-batch", type=int, metavar="N", help="images that a rank holds at a time; same "
-        "loss and gradients, a second forward pass (GradCache; default: its whole share)")
+    add("--micro-batch", type=int, help="images that a rank holds at a time (default: its share)")
     add("--epochs", type=float, default=40, help="passes over the rows (default: 40)")
     add("--steps", type=int, help="steps, instead of --epochs")
     add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
     add("--wd", type=float, default=0.5, help="weight decay of matrices (default: %(default)s)")
     add("--beta2", type=float, default=0.98, help="of AdamW (default: %(default)s)")
     add("--eps", type=float, default=1e-8, help="of AdamW (default: %(default)s)")
-    add("--warmup", type=int, help="steps (default: one epoch, or a tenth of a run of one epoch)")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-        help="bf16: autocast; auto: bf16 where the hardware computes in it (default: auto)")
+    add("--warmup", type=int, help="steps (default: an epoch, at most a tenth of the run)")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="default: auto")
     add("--grad-checkpointing", action="store_true", help="compute activations inside blocks twice")
     add("--compile", action=argparse.BooleanOptionalAction, help="default: the image tower on GPUs")
     add("--seed", type=int, default=0)
-    add = parser.add_argument_group("run").add_argument
     add("--out", required=True, help="folder of checkpoint, metrics and settings")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
     add("--keep-every", type=int, metavar="N", help="keep the checkpoint of every Nth step")
@@ -922,72 +776,49 @@ def parse_args(argv=None):
         may_be_0 = name in ("workers", "max_bad", "wd", "warmup", "seed")
         if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_0):
             die(f"--{name.replace('_', '-')} {value}: expected {'0 or ' * may_be_0}more")
-    brought = [flag for flag in ("model", "text_model", "tokenizer", "image_size",
-                                 "context_length") if getattr(args, flag)]
-    if args.init and brought:
-        die(f"--init brings its own: no --{brought[0].replace('_', '-')} beside it")
+    beside = args.model, args.text_model, args.tokenizer, args.image_size, args.context_length
+    if args.init and any(beside):
+        die("--init brings its model, tokenizer and sizes: none of their flags beside it")
     return args
-
 
 def field_and_weight(text):
     """A type for argparse: "alt=0.5" -> ("alt", 0.5), "vecap" -> ("vecap", 1.0)"""
     field, _, weight = text.partition("=")
-    if not 0 <= float(weight or 1) < math.inf:
-        raise ValueError
     return field, float(weight or 1)
 
-
-def own_cpus():
-    """The CPUs of this process, shared among the ranks of its node, less one for itself"""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
-
-
 def resolve_precision(name, device):
-    """auto: bf16 where the hardware computes in it. A CPU that emulates it is 7 to 20 times slower
-    than in fp32."""
-    if name != "auto":
-        return name
-    kind, has_bf16 = torch.device(device).type, False
+    """auto: bf16 where the hardware computes in it. A CPU that emulates it is 7 to 20 x slower."""
+    kind, able = torch.device(device).type, {}
+    if kind == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        able = torch.cpu.get_capabilities()
+    has_bf16 = any(able.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: arm's
     if kind == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif kind == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # bf16: of arm's
-        able = torch.cpu.get_capabilities()
-        has_bf16 = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "bf16" if has_bf16 else "fp32"
-
+    return name if name != "auto" else "bf16" if has_bf16 else "fp32"
 
 HARMLESS = ("captions", "image_root", "workers", "max_bad", "micro_batch", "grad_checkpointing",
             "compile", "out", "save_every", "keep_every", "log_every", "device", "epochs")
 
-
 def read_settings(args, rows, world):
     """What changes the mathematics: a run goes on only with the same. Ends at a user's mistakes."""
-    per_epoch = len(rows) // args.batch_size
+    per_epoch, found = len(rows) // args.batch_size, set()
     if not per_epoch or args.batch_size % world:
-        die(f"--batch-size {args.batch_size}: expected at most the number of rows, {len(rows)}, "
-            f"and a multiple of the number of ranks, {world}")
+        die(f"--batch-size {args.batch_size}: expected up to {len(rows)} (rows), in {world} shares")
     steps = args.steps or round(args.epochs * per_epoch)
-    warmup = per_epoch if per_epoch < steps else steps // 10
-    warmup = warmup if args.warmup is None else args.warmup
+    warmup = min(per_epoch, steps // 10) if args.warmup is None else args.warmup
     if warmup >= steps:
-        die(f"--warmup {warmup} is as long as the run, {steps} steps: --lr is never used")
-    found = set()
+        die(f"--warmup {warmup} is not less than the {steps} steps of the run (--steps, --epochs)")
     for i in range(0, len(rows), len(rows) // 1000 or 1):
         with suppress(ValueError, TypeError):  # no JSON; no object
             row = rows[i]
             found |= {field for field in row if texts_of(row[field])}
-    if not found:
-        die(f"{' '.join(args.captions)}: no JSONL, which has one JSON object a line")
     if missing := dict(args.text).keys() - found:
-        die(f"--text {' '.join(missing)}: no such text in {' '.join(args.captions)}")
+        die(f"--text {' '.join(missing)}: no such text in {' '.join(args.captions)} (as JSONL)")
     settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
     return {**settings, "steps": steps, "warmup": warmup, "rows": len(rows),
             "checksum of --captions": rows.checksum}
 
-
-def new_model(args):
-    """-> config, tokenizer, and weights to begin with: {name: tensor}, of --text-model alone"""
+def new_model(args):  # -> model, tokenizer
     config, weights = Config(**PRESETS[args.model or "ViT-B/16"]), {}
     config.image_size = args.image_size or config.image_size
     config.context_length = args.context_length or config.context_length
@@ -998,14 +829,12 @@ def new_model(args):
     config.vocab_size = tokenizer.tokenizer.get_vocab_size()
     if args.text_model:
         from data.text_model import load
-        config.text_model, config.text_width, weights = load(
-            args.text_model, config.context_length, config.vocab_size)
-    return config, tokenizer, weights
+        weights = load(args.text_model, config)
+    model = CLIP(config)
+    model.load_state_dict({**model.state_dict(), **weights})
+    return model, tokenizer
 
-
-# === ranks ========================================================================================
-
-def start_ranks(device=None):
+def start_ranks(device):
     """Join torchrun's process group, if there is one. -> this rank's device, the number of ranks"""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     device = device or next(name for name in usable if usable[name])
@@ -1021,22 +850,18 @@ def start_ranks(device=None):
     dist.init_process_group("cpu:gloo,cuda:nccl" if "cuda" in device else "gloo")  # gloo for CPUs
     return device, dist.get_world_size()
 
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
-
 
 def all_reduce(x, op=dist.ReduceOp.SUM):
     if dist.is_initialized():
         dist.all_reduce(x, op)
     return x
 
-
 def die(message):
     """A user's mistake: one line on stderr and exit status 2"""
     tqdm.write(f"train_clip.py: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
-
 
 def main(argv=None):
     try:
@@ -1049,7 +874,6 @@ def main(argv=None):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
         for worker in multiprocessing.active_children():  # they ignore SIGTERM
             worker.kill()
-
 
 if __name__ == "__main__":
     main()

@@ -7,16 +7,19 @@ import transformers
 from transformers import AutoConfig, AutoModelForTextEncoding
 
 
-def build(config):
-    """A transformers encoder (BERT, RoBERTa, T5, ...) with random weights; config: its own, a dict.
+def replace_text_tower(model):
+    """Put the encoder that config.text_model describes (BERT, RoBERTa, T5, ...), with random
+    weights, in the place of a CLIP's text tower.
 
     It stays in eval mode: dropout would differ between a micro-batch's two passes, and after a
     restart."""
     encoder = AutoModelForTextEncoding.from_config(
-        AutoConfig.for_model(**config), dtype=torch.float32, attn_implementation="sdpa",
-        trust_remote_code=False)
+        AutoConfig.for_model(**model.config.text_model), dtype=torch.float32,
+        attn_implementation="sdpa", trust_remote_code=False)
     encoder.pooler = None  # unused, and DDP waits for the gradient of every parameter
-    return encoder.eval()
+    model.text_encoder = encoder.eval()
+    model.encode_text = lambda texts: mean_over_tokens(encoder, texts) @ model.text_projection
+    del model.token_embedding, model.positional_embedding, model.transformer, model.ln_final
 
 
 def mean_over_tokens(encoder, texts):
@@ -33,23 +36,24 @@ def mean_over_tokens(encoder, texts):
     return means[torch.searchsorted(texts.starts[1:], texts.ends.int(), right=True)]
 
 
-def load(name, context_length, vocab_size):
-    """A folder or hub name -> the encoder's configuration as a dict, its width, its pre-trained
-    weights {name in CLIP: tensor}. OSError if there is none, or if it takes no such texts."""
+def load(name, config):
+    """From a folder or hub name. Sets config.text_model and its width. -> the pre-trained weights,
+    {name in CLIP: tensor}. OSError if there are none, or if the encoder takes no such texts."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         encoder, report = AutoModelForTextEncoding.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
+        longest = torch.full((1, config.context_length), config.vocab_size - 1)
         with torch.no_grad():
-            encoder.eval()(input_ids=torch.full((1, context_length), vocab_size - 1))
-    except IndexError:
-        raise OSError(f"--text-model {name}: no texts of {context_length} tokens (--context-length) "
-                      f"with ids up to {vocab_size - 1}") from None
-    except ValueError as e:  # transformers, for a model that is no text encoder
+            encoder.eval()(input_ids=longest)
+    except (IndexError, RuntimeError):
+        raise OSError(f"--text-model {name}: no texts of {config.context_length} tokens "
+                      f"(--context-length) with ids up to {config.vocab_size - 1}") from None
+    except ValueError as e:  # of transformers, for a model that is no text encoder
         raise OSError(f"--text-model {name}: {str(e).splitlines()[0]}") from None
     if missing := [key for key in report["missing_keys"] if not key.startswith("pooler.")]:
-        raise OSError(f"--text-model {name}: its weights lack {missing[0]} and {len(missing) - 1} more")
+        raise OSError(f"--text-model {name}: its weights lack {missing[0]}, {len(missing)} in all")
     encoder.pooler = None
-    weights = {f"text_encoder.{key}": value for key, value in encoder.state_dict().items()}
-    return encoder.config.to_dict(), encoder.config.hidden_size, weights
+    config.text_model, config.text_width = encoder.config.to_dict(), encoder.config.hidden_size
+    return {f"text_encoder.{key}": value for key, value in encoder.state_dict().items()}

@@ -1,55 +1,74 @@
 """Small real inputs for the tests: pictures, captions, a tokenizer and a trained run."""
+import contextlib
+import importlib
+import io
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
-import tempfile
+import traceback
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import forks
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE",
+               "TOKENIZERS_PARALLELISM": "false"}
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-DEVICE = os.environ.get("TEST_DEVICE", "cpu")  # cuda: the same on a GPU, but for ranks and what must be equal to the bit
-COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "yellow": (230, 210, 40)}
+# cuda: the same on a GPU, but for ranks and what must be equal to the bit
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220),
+           "yellow": (230, 210, 40)}
 SHAPES = ["square", "bar", "cross", "frame"]
 
 
 def run(script, *arguments, env=None, ranks=None, fresh=False, first=()):
-    """A script of the top level, or data/NAME.py as `python -m data.NAME`, alone or on some ranks. -> CompletedProcess
+    """A script of the top level, or data/NAME.py as `python -m data.NAME`. -> CompletedProcess
 
-    In forks (see forks.py), or with `fresh` as a user starts it, which variables for Python's start need."""
+    In this process, since importing torch and transformers again takes seconds; or as a user starts
+    it, with `fresh` (variables that Python reads at its start need it) or on some `ranks`. `first`:
+    modules that are imported before it."""
     module = str(script)[:-3].replace("/", ".") if str(script).startswith("data/") else None
-    if not fresh:
-        return run_forks(module or script, arguments, env or {}, ranks, first)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks \
-        else [sys.executable]
-    script = ["-m", module] if module else [str(ROOT / script)]
-    return subprocess.run([*launch, *script, *map(str, arguments)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, cwd=ROOT)
+    arguments = [*map(str, arguments)]
+    if not fresh and not ranks:
+        return run_here(module, script, arguments, env or {}, first)
+    launch = [sys.executable]
+    if ranks:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    launch += ["-m", module] if module else [str(ROOT / script)]
+    return subprocess.run([*launch, *arguments], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
 
 
-def run_forks(script, arguments, env, ranks, first):
-    assert not any(name.startswith(("PYTHON", "OMP_")) for name in env), "read when Python starts: fresh=True"
-    with tempfile.TemporaryDirectory() as folder:
-        folder, store = Path(folder), None
-        if ranks:
-            processes, store = forks.start_ranks(ranks, script, arguments, folder, env)
-        else:
-            processes = [forks.start(script, arguments, [folder / "0.stdout", folder / "0.stderr"], env, first)]
+def run_here(module, script, arguments, env, first):
+    assert not any(name.startswith(("PYTHON", "OMP_")) for name in env), "these need fresh=True"
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGCHLD)}
+    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", [str(script), *arguments]), \
+            contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]), \
+            contextlib.chdir(ROOT):
+        for name in first:
+            importlib.import_module(name)
         try:
-            status = forks.wait_for_all(processes)
-        finally:  # of an interrupted test, or of the ranks beside one that failed, nothing stays
-            for process in processes:
-                if process.is_alive():
-                    process.kill()  # its workers see that
-        return subprocess.CompletedProcess([script, *arguments], status, *(
-            "".join(path.read_text() for path in sorted(folder.glob(f"*.{name}"))) for name in ("stdout", "stderr")))
+            if module:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            status = 0
+        except SystemExit as e:
+            status = e.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    out, err = (stream.buffer.getvalue().decode() for stream in streams)
+    return subprocess.CompletedProcess([script, *arguments], status, out, err)
 
 
 def assert_mistake(done, *words):
@@ -61,8 +80,10 @@ def assert_mistake(done, *words):
 
 
 def worker_of(pid, others=()):
-    """A loader's worker of the process `pid`, not one of `others`, or None. torch gives them their name."""
-    for name in (name for name in os.listdir("/proc") if name.isdigit() and int(name) not in others):
+    """A loader's worker of the process `pid`, not one of `others`, or None; torch names them."""
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) in others:
+            continue
         try:
             command, rest = Path(f"/proc/{name}/stat").read_text().split("(", 1)[1].rsplit(")", 1)
         except OSError:
@@ -93,7 +114,7 @@ def draw(shape, colour, size=40):
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
-    """A folder with images/, captions.jsonl (16 coloured shapes with rewrites) and tokenizer.json."""
+    """A folder with images/, captions.jsonl (16 coloured shapes with rewrites), tokenizer.json."""
     folder = tmp_path_factory.mktemp("shapes")
     (folder / "images").mkdir()
     rows = []
@@ -101,21 +122,24 @@ def shapes(tmp_path_factory):
         for shape in SHAPES:
             name = f"{colour}-{shape}.png"
             draw(shape, value).save(folder / "images" / name)
-            rows.append({"image": name, "alt": f"{colour} {shape}", "rewrite_a": f"a {shape} that is {colour} all over",
-                         "rewrite_b": None if shape == "bar" else f"one {colour} coloured {shape}", "label": colour})
+            rows.append({"image": name, "alt": f"{colour} {shape}",
+                         "rewrite_a": f"a {shape} that is {colour} all over",
+                         "rewrite_b": None if shape == "bar" else f"one {colour} coloured {shape}",
+                         "label": colour})
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run("data/make_tokenizer.py", folder / "captions.jsonl", folder / "tokenizer.json", "--text", "alt",
-               "rewrite_a", "rewrite_b", "--vocab-size", 400, fresh=True)
+    done = run("data/make_tokenizer.py", folder / "captions.jsonl", folder / "tokenizer.json",
+               "--text", "alt", "rewrite_a", "rewrite_b", "--vocab-size", 400, fresh=True)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def train_arguments(shapes, out, *arguments):
-    """train_clip.py's command line for the shapes, with defaults that suit 16 pictures; later arguments win."""
+    """train_clip.py's command line for the 16 pictures; later arguments win."""
     return [str(a) for a in (
-        "--captions", shapes / "captions.jsonl", "--image-root", shapes / "images", "--text", "alt", "rewrite_a", "rewrite_b",
-        "--model", "nano", "--image-size", 32, "--tokenizer", shapes / "tokenizer.json", "--batch-size", 8, "--steps", 6,
-        "--warmup", 2, "--workers", 0, "--log-every", 1, "--precision", "fp32", "--device", DEVICE, "--out", out, *arguments)]
+        "--captions", shapes / "captions.jsonl", "--image-root", shapes / "images", "--text", "alt",
+        "rewrite_a", "rewrite_b", "--model", "nano", "--image-size", 32, "--tokenizer",
+        shapes / "tokenizer.json", "--batch-size", 8, "--steps", 6, "--warmup", 2, "--workers", 0,
+        "--log-every", 1, "--precision", "fp32", "--device", DEVICE, "--out", out, *arguments)]
 
 
 def train(shapes, out, *arguments, **more):
@@ -126,7 +150,7 @@ def train(shapes, out, *arguments, **more):
 def trained(shapes, tmp_path_factory):
     """A run long enough to tell the shapes apart."""
     out = tmp_path_factory.mktemp("runs") / "trained"
-    done = train(shapes, out, "--batch-size", 16, "--seed", 2, "--steps", 300, "--lr", "2e-3", "--warmup", 10, "--wd", "0.1",
-                 fresh=True)
+    done = train(shapes, out, "--batch-size", 16, "--seed", 2, "--steps", 300, "--lr", "2e-3",
+                 "--warmup", 10, "--wd", "0.1", fresh=True)
     assert done.returncode == 0, done.stderr
     return out

@@ -27,7 +27,8 @@ RESULTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 SETS = {"heldout_never": "never named", "heldout_alias": "aliases", "heldout": "all classes"}
 CLASSES = {"heldout_never": 1376, "heldout_alias": 369, "heldout": 2379}  # data/demo/icons.py draws them
 COLUMNS = [(name, f"top{k}") for name in SETS for k in (1, 5, 10) if (name, k) != ("heldout", 5)]
-# row -> (name, the paper's finding; a decimal is ImageNet top-1). A group's first row is its baseline.
+# row -> (name, the paper's finding; a decimal is ImageNet top-1). A group's first row is its
+# baseline.
 GROUPS = {
     "LaCLIP: AltText = the name": {
         "clip": ("CLIP", "40.2 (CC12M)"), "laclip": ("LaCLIP", "48.4"), "laclip-mt": ("LaCLIP-MT", "49.0"),

@@ -109,7 +109,7 @@ def test_unusable_answers_are_drawn_again_once(rows, tmp_path, monkeypatch, caps
     assert [(pair["input"], pair["output"]) for pair in pairs] == [
         (captions[0], "fine"), (captions[2], "Two cups"), (captions[3], ("w " * 30).strip())]
     sentence = "Rewrite this caption of an image vividly, and keep it less than thirty words: "
-    assert [messages[0]["content"] for messages in script.asked] == [sentence + text for text in captions[:4]]
+    assert list(dict.fromkeys(messages[0]["content"] for messages in script.asked)) == [sentence + text for text in captions[:4]]
     assert not any("im_end" in messages[0]["content"] for messages in script.asked)
 
 
