@@ -162,8 +162,8 @@ def human(args):
                 row, _ = parse_row(line)
                 pairs.append({key: clean(row[key]) for key in ("source", "input", "output")})
             except UNUSABLE as e:
-                die(f"{args.filled}, line {line_number}: expected an object of source, input, output: "
-                    f"{e!r}")
+                die(f"{args.filled}, line {line_number}: expected an object of source, input, "
+                    f"output: {e!r}")
             if why := fault(pairs[-1]["input"], pairs[-1]["output"]):
                 die(f"{args.filled}, line {line_number}: the output is {why}")
     if not pairs:

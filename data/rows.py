@@ -100,7 +100,7 @@ def new_file(path):
     except OSError as e:
         die(f"{e.filename or path}: {e.strerror}")
     finally:  # also after Ctrl-C
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.remove(temporary)
 
 
