@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 
 from data.common import die
-from data.evaluation import first_few, tell
+from data.evaluation import first_few, label_of, tell
 from data.texts import texts_of
 
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "templates.txt")
@@ -73,6 +73,9 @@ def class_names(spec, part, keys, args):
         words = published_names(spec, part)
     elif args.classes:
         words = read_classes(args.classes)
+        if strange := sorted({label_of(key) for key in words} - {label_of(key) for key in keys}):
+            tell(f"{spec}: {len(strange)} classes of --classes are not in the set, left out: "
+                 f"{first_few(strange)}")
     elif all(re.fullmatch(r"\d+|n\d{8}|[0-9a-f-]{16,}", str(words.get(key, key))) for key in keys):
         tell(f"note: the class names of {spec} look like ids ({keys[0]!r}): --classes FILE or "
              "openai gives names")
@@ -92,7 +95,8 @@ def read_classes(path):
         die(f"--classes {path}: {e}")
     if not isinstance(words, dict):
         die(f"--classes {path}: expected a JSON object, folder or label -> name")
-    return {**{" ".join(key.split()): name for key, name in words.items()}, **words}
+    words = {key: name for key, name in words.items() if key.strip()}
+    return {**{label_of(key): name for key, name in words.items()}, **words}
 
 
 def read_templates(path, spec):

@@ -27,8 +27,10 @@ from data.logistic_regression import LogisticRegression as OurLogisticRegression
 from tools import run_tool
 
 
-@pytest.mark.parametrize("script, most", [("eval_zeroshot.py", 270), ("eval_retrieval.py", 210),
-                                          ("data/classification_sets.py", 350)])
+@pytest.mark.parametrize("script, most", [
+    ("eval_zeroshot.py", 270), ("eval_retrieval.py", 210), ("data/classification_sets.py", 350),
+    ("data/evaluation.py", 200), ("data/class_names.py", 150), ("data/search.py", 100),
+    ("data/logistic_regression.py", 50), ("tests/test_eval.py", 600)])
 def test_sizes(script, most):
     text = (ROOT / script).read_text()
     assert text.count("\n") <= most and max(map(len, text.splitlines())) <= 100
@@ -360,7 +362,8 @@ def test_hits_of_images_and_labels_that_are_alike(shapes, common, tmp_path):
     done = run("eval_retrieval.py", *common, "--captions", tmp_path / "rows.jsonl",
                "--image-to-image", "--hits", tmp_path / "hits.jsonl", "--json", tmp_path / "j.json")
     assert done.returncode == 0, done.stderr
-    for said in ("white space are one class: 'red' = 'red '", "blanks or case alone", "'RED' = 'red'",
+    for said in ("white space are one class: 'red' = 'red '",
+                 "blanks or case alone", "'RED' = 'red'",
                  "2 images are alone with their label and no queries: RED, odd"):
         assert said in done.stderr
     assert json.loads((tmp_path / "j.json").read_text())["labels"] == 6

@@ -230,6 +230,16 @@ def test_class_names_go_by_what_a_class_is_called(tmp_path, capsys):
     assert len(names) == 102 and names["yin_yang"] == "yin and yang symbol"
 
 
+def test_classes_of_a_file_that_the_set_lacks_are_told(tmp_path, capsys):
+    (tmp_path / "classes.json").write_text('{"ice  cream": "ice", "cone": "a cone", "cup": "cup"}')
+    part = read_rows_set(tmp_path, [{"image": "a", "label": label} for label in (
+        "ice cream", "cone")])
+    args = Namespace(classes=str(tmp_path / "classes.json"), templates="file")
+    names = class_names.class_names("x", part, ["cone", "ice cream"], args)
+    assert names == [["a cone"], ["ice"]]
+    assert "1 classes of --classes are not in the set, left out: cup" in capsys.readouterr().err
+
+
 def test_names_that_look_like_ids_are_told(tmp_path, capsys):
     make_image(tmp_path / "n01440764/0.png")
     part = classification_sets.read_set(f"imagefolder:{tmp_path}", None)["test"]
