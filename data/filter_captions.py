@@ -22,7 +22,7 @@ import re
 from collections import Counter
 from functools import partial
 
-from data.common import (check_output, die, in_one_line, new_parser, number, print_table, progress)
+from data.common import check_output, die, in_one_line, new_parser, number, print_table, progress
 from data.rows import new_file, open_rows, parse_row, to_line
 from data.texts import NO_BLANKS, texts_of, words_of
 

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 
 import torch
 
-from data.common import (check_output, die, in_one_line, new_parser, number, pick_device, reason)
+from data.common import check_output, die, in_one_line, new_parser, number, pick_device, reason
 from data.rows import new_file, open_rows, parse_row, read_rows, to_line
 from data.texts import one_line, texts_of, words_of
 from train_clip import resolve_precision
