@@ -172,15 +172,6 @@ def test_deletion_drops_every_word_with_probability_alpha():
     assert all(new == [word for word in WORDS if word in new] for new in left)
 
 
-def test_eda_draws_the_four_operations_equally_and_never_the_original():
-    text, kinds = " ".join(WORDS), Counter()
-    for new, why in baselines.eda(text, 2000, 0.1, synonyms, random.Random(0)):
-        words = new.split()
-        kinds["insert" if len(words) > 30 else "delete" if len(words) < 30 else "swap" if sorted(words) == sorted(WORDS) else "replace"] += 1
-        assert new != text and why is None
-    assert all(kinds[kind] == pytest.approx(500, abs=100) for kind in ("insert", "delete", "swap", "replace"))
-
-
 @pytest.mark.parametrize("words, alpha, n", [(5, 0.1, 1), (19, 0.1, 1), (20, 0.1, 2), (20, 0.5, 10)])
 def test_n_is_alpha_of_the_words(words, alpha, n, monkeypatch):
     monkeypatch.setattr(baselines, "OPERATIONS", [baselines.insert_synonyms] * 4)
@@ -225,20 +216,6 @@ def test_eda_depends_on_seed_source_and_place_alone(many, wordnet, tmp_path):
     assert sum(row["rewrite_eda_1"] == json.loads(line)["rewrite_eda_1"] for row, line in zip(c, a)) < 200
     run_eda(tmp_path / "c.jsonl", tmp_path / "d.jsonl", wordnet, "--source", "eda2", "--n", 2)  # beside the first
     assert {"rewrite_eda_1", "rewrite_eda2_1", "rewrite_eda2_2"} <= set(read_jsonl(tmp_path / "d.jsonl")[0])
-
-
-def test_a_torn_part_is_cut_back_to_whole_blocks(many, wordnet, tmp_path):
-    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-    run_eda(many, out, wordnet)
-    whole = out.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    for tail in (b"", b'{"alt": "torn', b"".join(lines[512:600]), b"\0" * 50):
-        part.write_bytes(b"".join(lines[:512]) + tail)
-        out.unlink()
-        done = run_eda(many, out, wordnet)
-        assert out.read_bytes() == whole and "288 rows after 512" in done.stdout and not part.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["many.jsonl", "out.jsonl", "out.jsonl.settings.json"]
-    assert "is finished" in run_eda(many, out, wordnet).stdout and out.read_bytes() == whole
 
 
 def one_by_one(text, folders):
@@ -312,15 +289,6 @@ def test_a_wrong_wordnet_folder_is_one_line(rows, wordnet, tmp_path):
     (broken / "index.noun").unlink()
     assert_mistake(baseline("eda", rows, out, "--wordnet", broken), "index.noun", "wordnet-base")
     assert not out.exists()
-
-
-def test_a_wrong_marian_folder_is_one_line(rows, marians, tmp_path):
-    out = tmp_path / "out.jsonl"
-    assert_mistake(run_tool("baselines", "back-translation", rows, out, "--there", tmp_path / "no", "--back", marians[1]), "--there", "Marian")
-    (tmp_path / "empty").mkdir()
-    assert_mistake(baseline("back-translation", rows, out, "--there", tmp_path / "empty", "--back", marians[1]), "--there", "Marian")
-    assert_mistake(baseline("back-translation", rows, out, "--there", marians[0], "--back", marians[1], "--temperature", 0), "--n 1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in.jsonl"]
 
 
 def test_users_mistakes_are_one_line(rows, wordnet, tmp_path):

@@ -19,7 +19,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import BertConfig
 
 import train_clip as T
 from conftest import assert_mistake
@@ -290,15 +289,6 @@ def test_ours_to_open_clip(shapes, vocabulary, tmp_path, monkeypatch, capfd):
     theirs = open_clip.create_model("our-own", pretrained=str(tmp_path / "theirs.pt")).eval()
     images, tokens = torch.randn(3, 3, 32, 32), random_texts(16, vocabulary.vocab_size, vocabulary.eot_id)
     same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
-
-
-@pytest.mark.parametrize("command, target", [("to-hf", "Hugging Face"), ("to-open-clip", "open_clip")])
-def test_a_pretrained_text_tower_stays_here(vocabulary, tmp_path, capfd, command, target):
-    bert = BertConfig(vocab_size=vocabulary.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    config = T.Config(**T.PRESETS["nano"], vocab_size=vocabulary.vocab_size, text_model=bert.to_dict())
-    config.text_width = 32
-    T.save_checkpoint(str(tmp_path / "ours.pt"), T.CLIP(config), vocabulary)
-    assert_refused(capfd, command, tmp_path / "ours.pt", tmp_path / "out", words=["bert", target])
 
 
 def test_texts_are_mended_as_open_clip_mends_them(tmp_path):

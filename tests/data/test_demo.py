@@ -41,34 +41,6 @@ def drawn(tmp_path_factory):
     return out
 
 
-def test_a_name_is_what_is_left_of_the_file_name():
-    assert icons.name_of("ic-fluent-zoom-out-24-regular", "ic-fluent-", "regular|filled") == "zoom out"
-    assert icons.name_of("account_box", "", "outlined?") == "account box"
-    assert icons.name_of("eva-wifi-off-outline", "eva-", "outline") == "wifi off"
-    assert icons.name_of("4k", "", "") is None
-    assert icons.glyphs({"ic-fluent-add-16-regular": "1", "ic-fluent-add-24-regular": "2", "ic-fluent-add-28-regular": "3"},
-                        "ic-fluent-", "regular") == {2: "add"}
-    assert icons.glyphs({"add": "1", "mdi-add": "1", "plus": "2"}, "mdi-", "") == {1: "add", 2: "plus"}
-
-
-def test_nothing_held_out_is_trained_on(drawn):
-    rows = {name: read_jsonl(drawn / f"{name}.jsonl") for name in ("clean", "captioner", "validation", "heldout", "heldout_never",
-                                                                   "heldout_alias", "oracle", "demo", "noisy")}
-    teams = {name: {row["image"].split("/")[0] for row in found} for name, found in rows.items()}
-    assert teams["clean"] == set(icons.TRAINING) and teams["captioner"] == set(icons.CAPTIONER)
-    assert teams["validation"] == {"eva"} and teams["heldout"] == {"phosphor", "lucide", "typicons"}
-    named = {row["alt"] for row in rows["clean"] + rows["captioner"]}
-    assert all(row["named"] == (row["label"] in named) for row in rows["heldout"])
-    assert {row["label"] for row in rows["heldout_never"]} == {row["label"] for row in rows["heldout"]} - named != set()
-    aliases = {row["label"] for row in rows["heldout_alias"]}
-    assert {row["name"]: row["label"] for row in rows["heldout_alias"]} == {"thing 0": "red berry", "thing 1": "blue berry"}
-    assert not aliases & named  # "things of old" shares a word with the name and is no other wording
-    assert not aliases & {text for row in rows["oracle"] for text in row.get("rewrite_alias", [])}
-    assert len(rows["clean"]) == len(rows["noisy"]) == 8 * 20  # two of the six teams have two fonts
-    assert {row["image"] for row in rows["demo"]} <= {row["image"] for row in rows["noisy"]}
-    assert all((drawn / "images" / row["image"]).is_file() for found in rows.values() for row in found)
-
-
 def test_the_small_llava_learns_to_name_icons(drawn, tmp_path):
     """Tower, projector and LLM from scratch, then caption_llava.py on the folder: it says the names it was taught."""
     captions = drawn / "few.jsonl"
@@ -112,19 +84,3 @@ def test_results_are_whole_and_name_what_made_them():
     for run in runs:
         assert {"row", "seed", "llm", "settings", "metrics", "versions"} <= set(run)
         assert set(replication.SETS) <= set(run["metrics"])
-
-
-def test_the_row_that_readme_follows_is_real_output():
-    shown = [json.loads(line) for line in re.findall(r"^(?:in|rewrite|caption|fuse) +(\{.*\})$", (ROOT / "README.md").read_text(), re.M)]
-    rows = {row["image"]: row for row in read_jsonl(ROOT / "data/demo/example.jsonl")}
-    assert len(shown) == 4
-    row, (first, rewritten, captioned, fused) = rows[shown[0]["image"]], shown
-    assert first == {"image": row["image"], "alt": row["alt"]}
-    assert rewritten == {**first, "rewrite_wording": row["rewrite_wording"]}
-    assert captioned == {**rewritten, "vec": row["vec"]} and fused == {**captioned, "vecap": row["vecap"]}
-
-
-def test_readmes_table_is_made_of_the_results():
-    text = (ROOT / "README.md").read_text()
-    for line in replication.table(replication.read_results(), replication.README_ROWS, replication.README_COLUMNS):
-        assert line in text, f"README.md needs this line of `python -m data.demo.replication readme`: {line}"

@@ -121,14 +121,6 @@ def test_how_an_answer_is_read(answer, line, why):
     assert make_pairs.answer_line(answer) == (line, why)
 
 
-def test_greedy_does_not_ask_the_same_again(rows, tmp_path, monkeypatch):
-    script = Script([("", 1), ("", 1), ("fine", 5)])
-    monkeypatch.setattr(make_pairs, "load_chat_model", lambda args: (script, script))
-    pairs, _ = make(tmp_path, "chatbot", "--captions", rows, "--model", "any", "--number", 1, "--temperature", 0)
-    assert pairs[0]["input"] == draw(rows, 8)[2]
-    assert pairs[0]["source"] == "chatgpt" and [settings["do_sample"] for settings in script.settings] == [False] * 3
-
-
 def test_drawn_captions_are_usable_and_every_row_has_its_chance(rows):
     drawn = draw(rows, 1000)
     assert len(set(drawn)) == len(drawn) == 201  # one a row; "old house 0" is there twice

@@ -88,13 +88,6 @@ def test_the_llms_have_the_published_sizes(name, published):
         (llm.flops(9, 4) - llm._replace(layers=0).flops(9, 4)) / llm.layers)
 
 
-def test_vit_b_16_is_the_published_size():
-    """open_clip's table of its models: 41.1 GFLOP for ViT-B/16 and 14.8 for ViT-B/32 (multiplications and additions), 77 tokens"""
-    for model, gflop in ("ViT-B/16", 41.1), ("ViT-B/32", 14.8), ("ViT-L/14", 175.3), ("ViT-H/14", 381.7):
-        c = Config(**PRESETS[model])
-        assert (plan.image_flops(c) + plan.text_flops(c, 77)) / 1e9 == pytest.approx(gflop, rel=0.05)
-
-
 def test_bytes_are_those_of_a_real_run(shapes, tmp_path):
     rows = [{"image": f"{i:03d}.png", "alt": "a red bike", "vec": "one “red” bike"} for i in range(20)]
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -131,23 +124,6 @@ def test_peak_and_utilisation(tmp_path):
     double, = as_json(tmp_path, "--rows", 2e6, "--epochs", 10, "--peak", 100, "--mfu", 0.25, "--model", "ViT-B/32")
     assert double["stages"]["fuse"]["hours"] == pytest.approx(4 * result["stages"]["fuse"]["hours"])
     assert double["bytes"]["images"] == 2e6 * 30e3
-
-
-def test_published_rates_are_reachable():
-    for gpu in plan.PEAKS:
-        for rate, note in plan.published(gpu).values():
-            # else a count is wrong by a factor. The least is rewrite_llama.py's 3.6 %, which launching kernels bounds
-            assert 0.03 < rate / (plan.PEAKS[gpu] * 1e12) < 1.0, note
-
-
-def test_the_loader_can_be_the_bottleneck(tmp_path):
-    arguments = ("--rows", 3.6e6, "--epochs", 1, "--rate", "train=10000")
-    fast, = as_json(tmp_path, *arguments, "--cores", 16, "--read", 1000)
-    cores, = as_json(tmp_path, *arguments, "--cores", 4, "--decode", 500, "--read", 1000)
-    disk, = as_json(tmp_path, *arguments, "--cores", 16, "--read", 30, "--image-kb", 60)
-    assert [x["stages"]["train"]["limited_by"] for x in (fast, cores, disk)] == ["the GPU", "decoding", "reading"]
-    assert [x["train_images_per_s"] for x in (fast, cores, disk)] == pytest.approx([10000, 2000, 500])
-    assert [x["stages"]["train"]["hours"] for x in (fast, cores, disk)] == pytest.approx([0.1, 0.5, 2])
 
 
 def test_as_a_user():
