@@ -18,7 +18,7 @@ OTHER_FORMATS = {  # content -> what is told
     "one object": (json.dumps(ROW, indent=1), "begins with"), "csv": ("image,alt\na.png,a red bike\n", "begins with 'image,alt'"),
     "page": ("<!DOCTYPE html>\n<title>404</title>\n", "page of HTML"), "utf-16": (json.dumps(ROW).encode("utf-16"), "UTF-16"),
     "no mark": (json.dumps(ROW).encode("utf-16-le"), "UTF-16"), "gzip": (gzip.compress(json.dumps(ROW).encode()), "gzip"),
-    "parquet": (b"PAR1\x15\x04", "parquet"), "zip": (b"PK\x03\x04" + bytes(9), "zip"), "long": (b"[" + json.dumps(ROW).encode() * 3000, "JSON array")}
+    "parquet": (b"PAR1\x15\x04", "parquet"), "zip": (b"PK\x03\x04" + bytes(9), "zip"), "binary": (b"ustar" + bytes(70_000), "begins with 'ustar"), "long": (b"[" + json.dumps(ROW).encode() * 3000, "JSON array")}
 
 
 def readers(path, out):
