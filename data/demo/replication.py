@@ -148,7 +148,8 @@ def add(row, run, llm):
     settings = read_json(run, "settings.json")
     metrics = {name: {k: round(scores[k], 5) for k in ("top1", "top5", "top10")}
                for name, scores in read_metrics(os.path.join(run, "eval.json")).items()}
-    written = {"rewrite_wording", "rewrite_scene", "vecap"} & set(settings["text"])  # by the language model
+    settings["text"] = dict(settings["text"])  # field: weight
+    written = {"rewrite_wording", "rewrite_scene", "vecap"} & set(settings["text"])  # by the LLM
     result = {"row": row, "seed": settings["seed"], "llm": llm if written else "none",
               "settings": {name: settings[name] for name in RECIPE}, "metrics": metrics,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,

@@ -10,7 +10,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_clip as T  # noqa: E402
-from data.classification_sets import read_rows  # noqa: E402
+from data.rows import read_rows  # noqa: E402
 
 FIELDS = ["alt", "rewrite_chatgpt", "rewrite_bard", "rewrite_coco", "rewrite_human"]
 AHEAD = 6  # batches behind the last measured one: the workers are busy to the end
@@ -56,7 +56,8 @@ def make_data(folder, batch_size, warmup, steps):
         photograph(rng, 640, 480).save(folder / "images" / f"{i}.jpg", quality=88)
         rows.append({"image": f"{i}.jpg"} | {field: caption(rng, tokenizer, IMAGENET_CLASSNAMES) for field in FIELDS})
     every = measured // -(-measured // 100)  # at least 1 % of the measured texts, evenly spread in the order of a run
-    long = {T.shuffled(p, n, 0) for p in range((warmup * batch_size + every // 2) % every, n, every)}
+    order = T.epoch_order(n, "full", 0, 0)
+    long = {*order[(warmup * batch_size + every // 2) % every::every].tolist()}
     mixed = [{**row, "alt": " and ".join([row["alt"]] * 20)} if i in long else row for i, row in enumerate(rows)]
     for name, some in (("short", rows), ("mixed", mixed)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
@@ -65,7 +66,7 @@ def make_data(folder, batch_size, warmup, steps):
 
     texts = [row[field] for row in rows + mixed for field in FIELDS]
     ids = [tokenizer.encode(text) for text in texts]
-    assert [ours + [0] * (77 - len(ours)) for ours in ids] == tokenize(texts).tolist()
+    assert [ours.tolist() + [0] * (77 - len(ours)) for ours in ids] == tokenize(texts).tolist()
     size = statistics.mean(path.stat().st_size for path in (folder / "images").iterdir())
     filled = seen_lengths(folder, "mixed", FIELDS[:1], batch_size, warmup, steps).count(77)
     print(f"{n} JPEGs of 640 x 480, {size / 1000:.0f} kB on average\n"
@@ -77,10 +78,11 @@ def make_data(folder, batch_size, warmup, steps):
 
 def seen_lengths(folder, name, fields, batch_size, warmup, steps):
     """Tokens of each text that our trainer's measured steps see."""
-    rows = list(read_rows(str(folder / f"{name}.jsonl")))
+    rows = [row for _, row in read_rows(str(folder / f"{name}.jsonl"))]
     tokenizer = T.Tokenizer.load(str(folder / "tokenizer.json"))
-    seen = [rows[T.shuffled(p, len(rows), 0)] for p in range(warmup * batch_size, (warmup + steps) * batch_size)]
-    return [len(tokenizer.encode(row[field])) for row in seen for field in fields]
+    order = T.epoch_order(len(rows), "full", 0, 0)
+    seen = order[warmup * batch_size:(warmup + steps) * batch_size].tolist()
+    return [len(tokenizer.encode(rows[i][field])) for i in seen for field in fields]
 
 
 def make_rows(folder, n, size):
