@@ -11,6 +11,7 @@ LLaMA-7B's rewrites unfiltered; a small model's rewrites need a filter. To see w
 train on both files. The rules, in this order:
 
   identical    the same words as the original
+  copied       it holds "=>", or is one of the texts of --pairs: the model goes on with its prompt
   short        fewer than --min-words words
   long         more than --max-words words
   repeats      two adjacent words occur twice in the same order ("a red cap on a red cap")
@@ -21,11 +22,13 @@ train on both files. The rules, in this order:
 import re
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 from data.common import check_output, die, in_one_line, new_parser, number, print_table, progress
-from data.rows import new_file, open_rows, parse_row, to_line
+from data.rows import new_file, open_rows, parse_row, read_rows, to_line
 from data.texts import NO_BLANKS, texts_of, words_of
 
+PAIRS = Path(__file__).parent / "prompts" / "meta_pairs.jsonl"
 STOP_WORDS = frozenset("""
 a about above after all also am an and any are as at be been before being below between both but by
 can did do does doing down during each few for from further had has have having he her here hers him
@@ -56,6 +59,8 @@ def broken_rule(original, rewrite, before, after, args):
     old, new = plain_words(original or ""), plain_words(rewrite)
     if old == new:
         return "identical"
+    if "=>" in rewrite or " ".join(new) in args.prompt_texts:
+        return "copied"
     if len(new) < args.min_words:
         return "short"
     if len(new) > args.max_words:
@@ -73,6 +78,14 @@ def broken_rule(original, rewrite, before, after, args):
     high_enough = args.min_score is None or after >= args.min_score  # of NaN it is false
     better = args.min_gain is None or after >= before + args.min_gain
     return None if high_enough and better else "score"
+
+
+def texts_of_pairs(path):
+    """All texts that a prompt of rewrite_llama.py may show: inputs, outputs, captions of an image"""
+    texts = []
+    for _, pair in read_rows(path):
+        texts += pair.get("captions") or [pair.get("input"), pair.get("output")]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def entries(value, n):
@@ -119,6 +132,8 @@ def main(argv=None):
     parser.add_argument("output")
     parser.add_argument("--field", default="alt", help="the original (default: %(default)s)")
     parser.add_argument("--fields", nargs="+", help="the rewrites (default: every rewrite_* field)")
+    parser.add_argument("--pairs", default=PAIRS,
+                        help="rewrite_llama.py's pairs (default: data/prompts/meta_pairs.jsonl)")
     parser.add_argument("--min-words", type=number(int, 0), default=2, help="default: %(default)s")
     parser.add_argument("--max-words", type=number(int, 1), default=30, help="default: %(default)s")
     parser.add_argument("--min-score", type=number(float, -1),
@@ -128,6 +143,7 @@ def main(argv=None):
                         "keep those not worse (default: off)")
     args = parser.parse_args(argv)
     check_output(args.output, args.input)
+    args.prompt_texts = {" ".join(plain_words(text)) for text in texts_of_pairs(args.pairs)}
 
     counts, rows, filtered_rows, originals = Counter(), 0, 0, 0
     by_score = args.min_score is not None or args.min_gain is not None
@@ -154,7 +170,7 @@ def main(argv=None):
         results = {rule for _, rule in counts}
         if "unscored" in results and not results & {"kept", "score"}:
             die(f"{args.input} has no clip_score: python -m data.clip_scores adds it")
-    rules = ["kept", "identical", "short", "long", "repeats", "unrelated"]
+    rules = ["kept", "identical", "copied", "short", "long", "repeats", "unrelated"]
     rules += by_score * ["score", "unscored"]
     names = sorted({name for name, _ in counts})
     print(f"{rows} rows, {filtered_rows} with something dropped")
