@@ -1,19 +1,16 @@
 """Retrieval with a CLIP checkpoint: recall@1, 5 and 10 both ways, and mAP of images with one label.
 
     python eval_retrieval.py --checkpoint clip.pt --captions coco_test.jsonl --image-root DIR
-    torchrun --nproc_per_node 8 eval_retrieval.py --checkpoint clip.pt --captions coco_test.jsonl ..
+    torchrun --nproc_per_node 8 eval_retrieval.py --checkpoint clip.pt --captions coco_test.jsonl \\
+        --image-root DIR --json out.json --hits hits.jsonl
     python eval_retrieval.py --checkpoint clip.pt --captions gpr1200.jsonl --image-root DIR \\
         --image-to-image
-    python eval_retrieval.py --checkpoint clip.pt --captions test.jsonl --image-root DIR \\
-        --device cpu
 
 A row has any number of texts (COCO and Flickr30k: five). Image to text is right if one of the
 image's own texts is among the first k, text to image if the text's image is (VeCLIP, section 4.1).
 The table also shows the recall of a random order (chance). An unreadable image is named on stderr
 and counts as not found. The similarity matrix is never whole in memory. The metrics do not depend
-on the number of ranks.
-
-First the metrics, then the command. eval_zeroshot.py has how images and texts become features.
+on the number of ranks. eval_zeroshot.py has how images and texts become features.
 """
 import json
 import math
@@ -22,10 +19,11 @@ from functools import partial
 import torch
 
 from data.class_names import tell_same_names
-from data.common import die, in_one_line, print_table, texts_of
+from data.common import die, in_one_line, print_table
 from data.evaluation import (all_reduce, blocks, first_few, image_rows, label_of, parse_args, rank,
                              rows_parser, tell, tell_left_out, tell_spellings)
 from data.search import best_images, write_hits
+from data.texts import texts_of
 from eval_zeroshot import load_encoder
 from train_clip import open_image
 
@@ -128,7 +126,8 @@ def text_retrieval(args, encoder):
     i2t, t2i = ranks_both_ways(images, text_features, owner)
     metrics, unreadable = recalls(i2t, t2i, owner), int((images == 0).all(1).sum())
     if rank() == 0:
-        print(f"{len(names)} images, {len(texts)} texts of {args.field}, {unreadable} unreadable")
+        print(f"{len(names)} images, {len(texts)} texts of {args.field}, {unreadable} unreadable; "
+              f"precision: {encoder.precision}")
         columns = [f"r{k}{chance}" for k in KS for chance in ("", "_chance")]
         print_table(["%", *(heading for k in KS for heading in (f"R@{k}", "chance"))],
                     [[title, *(f"{100 * metrics[f'{way}_{column}']:.2f}" for column in columns)]
@@ -174,7 +173,8 @@ def image_retrieval(args, encoder):
     metrics = {name: group.nanmean().item() for name, group in groups.items()
                if not group.isnan().all()}
     if rank() == 0:
-        print(f"{len(names)} images of {len(number_of)} labels, {len(alone)} alone with theirs")
+        print(f"{len(names)} images of {len(number_of)} labels, {len(alone)} alone with theirs; "
+              f"precision: {encoder.precision}")
         print_table(["%", "mAP"], [[name, f"{100 * value:.2f}"] for name, value in metrics.items()])
     if rank() == 0 and args.hits:
         queries = ({"image": name, "truth": label,

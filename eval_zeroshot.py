@@ -9,9 +9,7 @@
 The second command makes LaCLIP's tables 2 to 4. The table also shows the accuracy of guessing
 (chance) and of always answering the largest class. What is missing counts as wrong: an image that
 cannot be read, a class without an image. Each is named on stderr. The metrics do not depend on the
-number of ranks.
-
-First the protocols; then how images and texts become features; last the command.
+number of ranks. First come the protocols, then how images and texts become features.
 """
 import json
 import sys
@@ -24,10 +22,10 @@ from data.classification_sets import (MEAN_PER_CLASS, add_set_options, input_fil
                                       print_results, read_sets, tell_lacking_classes,
                                       tell_small_classes)
 from data.common import check_output, in_one_line, number, pick_device
-from data.evaluation import (all_reduce, blocks, check_format, check_readable, evaluation_parser,
-                             finite, rank, start_ranks, tell, with_progress)
+from data.evaluation import (all_reduce, blocks, check_readable, evaluation_parser, finite,
+                             open_checkpoint, rank, start_ranks, tell, with_progress)
 from data.logistic_regression import LogisticRegression
-from train_clip import load_checkpoint, resolve_precision, to_rgb
+from train_clip import load_checkpoint, resolve_precision
 
 QUERIES = 6  # images of a class that an episode classifies; assumed
 PENALTIES = [10.0 ** -i for i in range(1, 8)]  # of the linear probe, the strongest first; assumed
@@ -136,7 +134,7 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, i):
         """-> image [3, S, S] and ""; or zeros and the reason why it cannot be read"""
         try:
-            return self.transform(to_rgb(self.read(self.names[i]))), ""
+            return self.transform(self.read(self.names[i])), ""
         except Exception as e:  # Pillow raises nearly everything
             return self.blank, f"{type(e).__name__}: {e}"
 
@@ -147,6 +145,7 @@ class Encoder:
     def __init__(self, model, tokenizer, transform, batch_size=64, workers=0, precision="fp32"):
         self.model, self.tokenizer, self.transform = model, tokenizer, transform
         self.batch_size, self.workers, self.device = batch_size, workers, model.logit_scale.device
+        self.precision = precision  # bf16: of the towers alone
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, precision == "bf16")
 
     def encode_images(self, names, read, all_may_fail=False):
@@ -193,13 +192,11 @@ class Encoder:
 
 def load_encoder(args):
     """Start the ranks. -> the Encoder of --checkpoint"""
-    check_format(args.checkpoint)
     device = pick_device(args.device)
     start_ranks(device)
     precision = resolve_precision(args.precision, torch.device(device))
-    tell(f"precision: {precision} on {device}")
-    model = load_checkpoint(args.checkpoint, device)  # with its tokenizer and transform
-    return Encoder(*model, args.batch_size, args.workers, precision)
+    model, tokenizer, transform = open_checkpoint(load_checkpoint, args.checkpoint, device)
+    return Encoder(model, tokenizer, transform, args.batch_size, args.workers, precision)
 
 
 def evaluate(spec, parts, args, encoder):
@@ -230,6 +227,7 @@ def evaluate(spec, parts, args, encoder):
 
 
 def evaluate_probe(spec, features, targets, keys, device):
+    """features and targets of "train", "val" and "test" -> the probe's metrics on test"""
     readable = {part: (x != 0).any(1) for part, x in features.items()}
     train, val = ([values[part][readable[part]].to(device) for values in (features, targets)]
                   for part in ("train", "val"))
@@ -263,6 +261,7 @@ def main(argv=None):
             with open(args.json, "w") as f:
                 json.dump(results, f, indent=1)
     if rank() == 0:
+        print(f"precision: {encoder.precision}")
         print_results(results)
 
 

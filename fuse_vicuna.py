@@ -105,7 +105,7 @@ class Fuser:
             self.model = AutoModelForCausalLM.from_pretrained(
                 args.model, dtype=DTYPES[args.dtype], device_map=args.device).eval()
         except Exception as e:  # transformers raises nearly everything for a folder without a model
-            die(f"--model {args.model}: {e}")
+            die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece"))  # the right one
         self.args, self.counts = args, counts
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         config, how = self.model.config.get_text_config(), self.model.generation_config
@@ -263,7 +263,7 @@ class Parts:
     def to_make(self):
         """Yield (number, rows) of this rank's missing parts, and write the rows that come back."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0)
+        units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0, delay=1)
         for number, (path, lines) in enumerate(units):
             if number % world == rank and not os.path.exists(path):
                 rows = [parse_row(line) for line in lines]
@@ -295,12 +295,13 @@ class Parts:
     def join(self):
         """Join the parts to OUT if none is missing -> whether OUT is there."""
         print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
-        if not os.path.exists(self.output) and all(map(os.path.exists, self.paths)):
+        missing = sum(not os.path.exists(path) for path in self.paths)
+        if not missing and not os.path.exists(self.output):
             self.write(self.output + ".settings.json", [json.dumps(self.made)])
-            self.write(self.output, (
-                line for path in self.paths for line in open(path, encoding="utf-8")))
+            lines = (line for path in self.paths for line in open(path, encoding="utf-8"))
+            self.write(self.output, lines)
         if not os.path.exists(self.output):
-            return print(f"{self.output}: parts are still missing")
+            return print(f"{self.output}: {missing} of {len(self.paths)} parts are missing")
         settings = Path(self.output + ".settings.json")
         then = json.loads(settings.read_text()) if settings.exists() else {}
         if other := [name for name in self.made if self.made[name] != then.get(name)]:

@@ -808,7 +808,7 @@ def read_settings(args, rows, world):
     steps = args.steps or round(args.epochs * per_epoch)
     warmup = min(per_epoch, steps // 10) if args.warmup is None else args.warmup
     if warmup >= steps:
-        die(f"--warmup {warmup} is as long as the run, {steps} steps: --lr is never used")
+        die(f"--warmup {warmup} is not less than the {steps} steps of the run (--steps, --epochs)")
     for i in range(0, len(rows), len(rows) // 1000 or 1):
         with suppress(ValueError, TypeError):  # no JSON; no object
             row = rows[i]

@@ -5,8 +5,9 @@ import os
 import re
 from collections import defaultdict
 
-from data.common import die, texts_of
-from data.evaluation import first_few, tell
+from data.common import die
+from data.evaluation import first_few, label_of, tell
+from data.texts import texts_of
 
 TEMPLATES = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prompts", "templates.txt")
 # Published class name -> folder, where the two differ
@@ -72,6 +73,9 @@ def class_names(spec, part, keys, args):
         words = published_names(spec, part)
     elif args.classes:
         words = read_classes(args.classes)
+        if strange := sorted({label_of(key) for key in words} - {label_of(key) for key in keys}):
+            tell(f"{spec}: {len(strange)} classes of --classes are not in the set, left out: "
+                 f"{first_few(strange)}")
     elif all(re.fullmatch(r"\d+|n\d{8}|[0-9a-f-]{16,}", str(words.get(key, key))) for key in keys):
         tell(f"note: the class names of {spec} look like ids ({keys[0]!r}): --classes FILE or "
              "openai gives names")
@@ -91,7 +95,8 @@ def read_classes(path):
         die(f"--classes {path}: {e}")
     if not isinstance(words, dict):
         die(f"--classes {path}: expected a JSON object, folder or label -> name")
-    return {**{" ".join(key.split()): name for key, name in words.items()}, **words}
+    words = {key: name for key, name in words.items() if key.strip()}
+    return {**{label_of(key): name for key, name in words.items()}, **words}
 
 
 def read_templates(path, spec):
@@ -120,11 +125,12 @@ def read_templates(path, spec):
 
 
 def tell_same_names(spec, keys, names):
-    """Name the classes whose names are the same but for blanks, underscores and case: a model can
-    hardly tell them apart."""
+    """Name the classes whose names are the same but for blanks, underscores and case: most
+    tokenizers make the same ids of them, so no model can tell them apart."""
     groups = defaultdict(list)
     for key, synonyms in zip(keys, names):
         groups[frozenset(re.sub(r"[\s_]", "", name).casefold() for name in synonyms)].append(key)
     alike = [" = ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
     if alike:
-        tell(f"{spec}: classes of the same name, but for blanks or case: {first_few(alike)}")
+        tell(f"{spec}: names of classes that differ in blanks or case alone, or not at all: "
+             f"{first_few(alike)}")

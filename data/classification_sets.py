@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from data.class_names import TEMPLATES, missing_classes
-from data.common import die, in_one_line, new_parser, print_table, texts_of
-from data.evaluation import (first_few, image_rows, label_of, tell, tell_left_out, tell_spellings)
-from data.import_files import image_files, is_hidden, passed_over
+from data.common import die, in_one_line, new_parser, print_table
+from data.evaluation import first_few, image_rows, label_of, tell, tell_left_out, tell_spellings
+from data.import_files import examples, image_files, is_hidden, passed_over
+from data.texts import texts_of
 from train_clip import open_image
 
 # The sets that torchvision reads, by clip-benchmark's names: torchvision's class, its arguments for
@@ -112,9 +113,11 @@ def read_folder(spec, path, source=""):
     except OSError as e:
         die(f"--dataset {spec}: {e.filename}: {e.strerror}")
     tell_left_out([(name, "in no folder") for name in files if "/" not in name], "class")
-    if skipped := [f"{count} {kind}" for kind, count in passed_over.items() if count]:
+    if skipped := [f"{count} {kind} ({', '.join(examples[kind])})"
+                   for kind, count in passed_over.items()]:
         tell(f"{path}: passed over: {', '.join(skipped)}")
         passed_over.clear()
+        examples.clear()
     names = [name for name in files if "/" in name]
     labels = [os.path.dirname(name) for name in names]
     while (len(classes := set(labels)) > 1 and all("/" in label for label in classes)

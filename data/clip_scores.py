@@ -110,6 +110,7 @@ def main(argv=None):
     parser.add_argument("--best-field", metavar="NAME",
                         help="also write the AltText of the highest score there (default: off)")
     args = parse_args(parser, argv, "output")
+    open_rows(args.captions).close()  # what is no JSONL is told before the model is loaded
     write_scores(args, load_encoder(args))
 
 

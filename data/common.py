@@ -134,8 +134,3 @@ def print_table(columns, rows):
         for cell, width in zip(others, widths[1:]):
             line += "  " + cell.rjust(width)
         print(line.rstrip())
-
-
-def __getattr__(name):  # the evaluations still import these from here
-    from data import rows, texts
-    return getattr(texts if hasattr(texts, name) else rows, name)

@@ -45,7 +45,7 @@ step captioner-tokenizer python -m data.make_tokenizer $out/captioner.jsonl $out
   --vocab-size 4096
 
 train="python train_clip.py --image-root $out/images --model nano --augment drawing --batch-size 256
-  --warmup 50 --lr 7e-4 --wd 0.1 --workers 0 --save-every 100 --resume auto --device $device --steps 600"
+  --warmup 50 --lr 7e-4 --wd 0.1 --workers 0 --save-every 100 --device $device --steps 600"
 evaluate() { # evaluate MODEL: zero-shot classification of icons by three teams that no model was trained on
   step eval-$1 python eval_zeroshot.py --checkpoint $out/$1/checkpoint.pt --image-root $out/images \
     --label label --dataset jsonl:$out/heldout.jsonl jsonl:$out/heldout_never.jsonl \
@@ -58,7 +58,8 @@ laclip_track() {
   step rewrite python rewrite_llama.py --input $out/demo.jsonl --output $out/rewritten.jsonl \
     --model $out/smollm2 --sources wording --pairs data/demo/rewrite_pairs.jsonl --shots 8 --temperature 0.7 \
     --max-new-tokens 20 --batch-size 256 --device $device
-  step train-laclip $train --captions $out/rewritten.jsonl --tokenizer $out/tokenizer.json \
+  step filter python -m data.filter_captions $out/rewritten.jsonl $out/filtered.jsonl
+  step train-laclip $train --captions $out/filtered.jsonl --tokenizer $out/tokenizer.json \
     --text alt rewrite_wording --out $out/laclip
   evaluate clip
   evaluate laclip

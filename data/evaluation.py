@@ -6,7 +6,8 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from data.common import check_output, die, new_parser, number, progress, read_rows
+from data.common import check_output, die, new_parser, number, progress, reason
+from data.rows import read_rows
 
 
 # === ranks: torchrun starts them, each encodes its share ==========================================
@@ -60,7 +61,7 @@ def tell(message):
         print(message, file=sys.stderr)
 
 
-def first_few(items, n=5):
+def first_few(items, n=20):
     """The first `n` of the items in one text, and how many more there are"""
     shown = ", ".join(map(str, items[:n]))
     return f"{shown} and {len(items) - n} more" if len(items) > n else shown
@@ -110,21 +111,20 @@ def parse_args(parser, argv, *outputs):
 
 # === checks =======================================================================================
 
-def check_format(checkpoint):
-    """End with one line if the checkpoint has the format of models on the hub."""
-    inside = os.path.join(checkpoint, "checkpoint.pt")
+def open_checkpoint(load, path, device):
+    """load(path, device), which is train_clip's, or one line that says what to do instead"""
+    inside = os.path.join(path, "checkpoint.pt")
     if os.path.isfile(inside):
-        die(f"--checkpoint {checkpoint} is a folder; its checkpoint is {inside}")
-    if os.path.isdir(checkpoint) or is_safetensors(checkpoint):
-        die(f"--checkpoint {checkpoint} is no checkpoint of train_clip.py: python -m "
+        die(f"--checkpoint {path} is a folder; its checkpoint is {inside}")
+    try:
+        return load(path, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # torch raises many classes for a file that is not one of its own
+        if isinstance(e, OSError) and not os.path.isdir(path):  # it is missing or damaged
+            die(f"--checkpoint {path}: {e.strerror or e}")
+        die(f"--checkpoint {path} is no checkpoint of train_clip.py ({reason(e)}): python -m "
             "data.convert_checkpoint makes one of a Hugging Face folder or of released weights")
-
-
-def is_safetensors(path):
-    if not os.path.isfile(path):
-        return False
-    with open(path, "rb") as f:
-        return path.endswith(".safetensors") or f.read(10)[8:] == b'{"'  # behind its length
 
 
 def check_readable(names, read):

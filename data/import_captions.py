@@ -22,11 +22,13 @@ import signal
 import sys
 from collections import Counter, defaultdict
 
-from data.common import check_output, die, in_one_line, new_file, new_parser, progress, to_line
+from data.common import check_output, die, in_one_line, new_parser, progress
 from data.import_files import (CAPTION_COLUMNS, ENDINGS, MAX_TEXT, csv_records, examples,
-                               invalid_utf8, open_text, other_keys, passed_over, remember)
+                               invalid_utf8, name_of, open_text, other_keys, passed_over,
+                               remember)
 from data.import_folder import folder
 from data.import_shards import img2dataset
+from data.rows import new_file, to_line
 
 IMAGE_COLUMNS = ["filepath", "image", "image_path", "url"]  # a path before a URL, if both are there
 is_url = re.compile(r"https?://", re.IGNORECASE).match
@@ -252,12 +254,6 @@ def finish(row):
             row[field], why = captions_of(row[field])
             errors = ({field: why} if why else {}) | errors
     return row | {"error": errors} if errors else row
-
-
-def name_of(row):
-    """What a row is called in the summary"""
-    names = (row.get(key) for key in ("image", "file_name", "url", "key", "line", "shard"))
-    return next((str(name)[:40] for name in names if name), "no name")
 
 
 def write_jsonl(rows, output, overwrite, drop_errors, inputs):

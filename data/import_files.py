@@ -30,8 +30,15 @@ def pass_over(kind, name):
 
 
 def remember(kind, name):
+    """Keep the first three names of a kind."""
     if len(examples.setdefault(kind, [])) < 3:
         examples[kind].append(name)
+
+
+def name_of(row):
+    """What a row is called in the summary"""
+    names = (row.get(key) for key in ("image", "file_name", "url", "key", "line", "shard"))
+    return next((str(name)[:40] for name in names if name), "no name")
 
 
 def count_and_replace(error):

@@ -6,9 +6,10 @@ metadata.csv names the files of its own folder in file_name, and has a caption a
 """
 import os
 
-from data.common import die, open_rows, parse_row
+from data.common import die
 from data.import_files import (CAPTION_COLUMNS, csv_records, files_below, open_text, other_keys,
                                pass_over, pass_over_files)
+from data.rows import open_rows, parse_row
 
 METADATA = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}
 

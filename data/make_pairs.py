@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 
 import torch
 
-from data.common import (check_output, die, in_one_line, new_parser, number, pick_device, reason)
+from data.common import check_output, die, in_one_line, new_parser, number, pick_device, reason
 from data.rows import new_file, open_rows, parse_row, read_rows, to_line
 from data.texts import one_line, texts_of, words_of
 from train_clip import resolve_precision
@@ -162,8 +162,8 @@ def human(args):
                 row, _ = parse_row(line)
                 pairs.append({key: clean(row[key]) for key in ("source", "input", "output")})
             except UNUSABLE as e:
-                die(f"{args.filled}, line {line_number}: expected an object of source, input, output: "
-                    f"{e!r}")
+                die(f"{args.filled}, line {line_number}: expected an object of source, input, "
+                    f"output: {e!r}")
             if why := fault(pairs[-1]["input"], pairs[-1]["output"]):
                 die(f"{args.filled}, line {line_number}: the output is {why}")
     if not pairs:

@@ -61,8 +61,10 @@ row() { # row NAME: sets $captions, $seeds and $flags (of train_clip.py)
     veclip-75-25)      captions=fused flags="--text alt=0.75 vecap=0.25" ;;
     veclip-cut)        captions=fused flags="$veclip --context-length 6" ;;            # about four words
     veclip-join)       captions="fused captioner" flags=$veclip ;;                     # like VeCap + DFN
-    alt-random|alt-first|alt-best)                                                     # three AltTexts each
-                       captions=several_scored flags="--text alt --alt-choice ${1#alt-}" ;;
+    # three AltTexts each
+    alt-random)        captions=several_scored flags="--text alt" ;;
+    alt-first)         captions=several_scored flags="--text alt_first" ;;
+    alt-best)          captions=several_scored flags="--text alt_best" ;;
     clip-quarter)      captions=noisy_quarter flags="--text alt" ;;                    # a quarter useless
     veclip-quarter)    captions=fused_quarter flags=$veclip ;;
     # less data
@@ -102,7 +104,7 @@ make_captions() { # make_captions NAME: makes $out/NAME.jsonl, and first the fil
     several_scored)
       make_captioner
       python -m data.clip_scores --checkpoint $out/tower/checkpoint.pt --captions $out/several.jsonl \
-        --image-root $out/images --output "$file" --workers 0 ;;
+        --image-root $out/images --output "$file" --best-field alt_best --workers 0 ;;
     eda)
       python -m data.baselines eda $out/clean.jsonl "$file" --n 2 \
         --wordnet "${WORDNET:-/usr/share/wordnet}" ;;
@@ -155,7 +157,7 @@ done
 . .venv/bin/activate
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 train="python train_clip.py --image-root $out/images --model nano --augment drawing --batch-size 256
-  --steps $steps --warmup 50 --lr 7e-4 --wd 0.1 --workers 0 --save-every 400 --resume auto"
+  --steps $steps --warmup 50 --lr 7e-4 --wd 0.1 --workers 0 --save-every 400"
 [ -z "$one" ] || { run "$@"; exit; }
 for name in "${@:-}"; do [ -z "$name" ] || row "$name"; done
 [ -z "$list" ] || { python -m data.demo.replication; exit; }

@@ -37,15 +37,15 @@ def other_format(head):
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"<"):
         return "it is a page of HTML or XML"
-    lines = text.split(b"\n")
-    first = lines[0]
-    if len(head) >= HEAD:
-        lines.pop()  # cut
-    if text.startswith(b"[") and (b"{" in first or parse_row(first)[1] != "not a JSON object"):
-        return "it is a JSON array"  # a list without objects can be one bad line among rows
-    lines = [line.strip() for line in lines if line.strip()]
-    if lines and not any(line[:1] + line[-1:] == b"{}" for line in lines):
-        return f"it begins with {first[:60].decode(errors='replace')!r}"
+    lines = [line.strip() for line in text.split(b"\n")]
+    if text.startswith(b"["):
+        alone = parse_row(lines[0])[1] == "not a JSON object" and b"{" not in lines[0]
+        if not alone:  # a list without objects can be one bad line among rows
+            return "it is a JSON array"
+    if len(head) >= HEAD and lines[-1].startswith(b'{"'):
+        return None  # a row that is longer than the head
+    if any(lines) and not any(line[:1] + line[-1:] == b"{}" for line in lines):
+        return f"it begins with {lines[0][:60].decode(errors='replace')!r}"
     return None
 
 
@@ -66,18 +66,20 @@ def parse_row(line):
 
 def read_rows(path):
     """Yield (line number, row). Lines that are no JSON objects are counted and named at the end."""
-    bad = []
+    bad, examples = 0, []
     with open_rows(path) as f:
         for line_number, line in enumerate(progress(f), 1):
             row, why = parse_row(line)
             if why is None:
                 yield line_number, row
-            else:
-                bad.append(f"line {line_number} ({why})")
+                continue
+            bad += 1
+            if len(examples) < 3:
+                examples.append(f"line {line_number} ({why})")
     if bad:
-        more = ", ..." if len(bad) > 3 else ""
-        print(f"{path}: {len(bad)} lines are no JSON objects, passed over: {', '.join(bad[:3])}"
-              f"{more}", file=sys.stderr)
+        more = ", ..." if bad > 3 else ""
+        print(f"{path}: {bad} lines are no JSON objects, passed over: {', '.join(examples)}{more}",
+              file=sys.stderr)
 
 
 def to_line(row):
@@ -100,7 +102,7 @@ def new_file(path):
     except OSError as e:
         die(f"{e.filename or path}: {e.strerror}")
     finally:  # also after Ctrl-C
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.remove(temporary)
 
 

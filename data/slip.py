@@ -1,4 +1,4 @@
-"""SLIP's self-supervision (arXiv 2112.12750, section 3), for `train_clip.py --ssl`: SLIP, LaSLIP."""
+"""SLIP's self-supervision (arXiv 2112.12750, section 3), for `train_clip.py --ssl`."""
 import torch
 import torch.nn.functional as F
 from PIL import ImageFilter

@@ -17,7 +17,6 @@ def replace_text_tower(model):
         AutoConfig.for_model(**model.config.text_model), dtype=torch.float32,
         attn_implementation="sdpa", trust_remote_code=False)
     encoder.pooler = None  # unused, and DDP waits for the gradient of every parameter
-    encoder.train = lambda mode=True: encoder  # model.train() leaves it as it is
     model.text_encoder = encoder.eval()
     model.encode_text = lambda texts: mean_over_tokens(encoder, texts) @ model.text_projection
     del model.token_embedding, model.positional_embedding, model.transformer, model.ln_final
@@ -48,7 +47,7 @@ def load(name, config):
         longest = torch.full((1, config.context_length), config.vocab_size - 1)
         with torch.no_grad():
             encoder.eval()(input_ids=longest)
-    except IndexError:
+    except (IndexError, RuntimeError):
         raise OSError(f"--text-model {name}: no texts of {config.context_length} tokens "
                       f"(--context-length) with ids up to {config.vocab_size - 1}") from None
     except ValueError as e:  # of transformers, for a model that is no text encoder

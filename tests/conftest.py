@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE",
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
                "TOKENIZERS_PARALLELISM": "false"}
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -49,7 +49,8 @@ def run_here(module, script, arguments, env, first):
     assert not any(name.startswith(("PYTHON", "OMP_")) for name in env), "these need fresh=True"
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGCHLD)}
-    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", [str(script), *arguments]), \
+    argv = [str(script), *arguments]
+    with mock.patch.dict(os.environ, env), mock.patch.object(sys, "argv", argv), \
             contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]), \
             contextlib.chdir(ROOT):
         for name in first:
@@ -154,3 +155,90 @@ def trained(shapes, tmp_path_factory):
                  "--warmup", 10, "--wd", "0.1", fresh=True)
     assert done.returncode == 0, done.stderr
     return out
+
+
+def losses(out):
+    return [row["loss"] for row in read_jsonl(out / "metrics.jsonl")]
+
+
+def without(command, *flags):
+    """A command line without these flags and their values."""
+    for flag in flags:
+        at = command.index(flag)
+        command = command[:at] + command[at + 2:]
+    return command
+
+
+def random_texts(n, longest=20, vocabulary=499):
+    """n texts as ids; the last id of the vocabulary is the end token."""
+    import torch
+    lengths = torch.randint(3, longest, (n,)).tolist()
+    return [torch.cat([torch.randint(1, vocabulary, (length,)), torch.tensor([vocabulary])])
+            for length in lengths]
+
+
+SEVERAL_RUNS = f"""
+import functools, json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_clip as T
+from data import slip
+slip.projection_head = functools.partial(slip.projection_head, hidden=64, out=16)
+T.start_ranks = functools.cache(T.start_ranks)  # one process group for all of them
+leave, T.dist.destroy_process_group = T.dist.destroy_process_group, lambda: None
+for arguments in json.loads(sys.argv[1]):
+    T.main(arguments)
+if T.dist.is_initialized():
+    leave()
+"""
+
+
+def run_cases(shapes, folder, ranks, cases):
+    """Trains with each case's arguments, into folder/case, in `ranks` processes that start once."""
+    commands = [train_arguments(shapes, folder / name, "--batch-size", 12, "--eps", "1e-2",
+                                "--steps", 4, "--device", "cpu", *arguments)
+                for name, arguments in cases.items()]
+    commands = [without(command, "--tokenizer") if "--text-model" in command else command
+                for command in commands]
+    (folder / "several.py").write_text(SEVERAL_RUNS)
+    done = run(folder / "several.py", json.dumps(commands), ranks=ranks, fresh=True)
+    assert done.returncode == 0, done.stderr
+
+
+def assert_same_runs(folder, cases, one):
+    """folder/case has the losses and the weights of one/METHOD, whose -micro or -again it is."""
+    import torch
+    for case in cases:
+        whole, out = one / case.removesuffix("-micro").removesuffix("-again"), folder / case
+        np.testing.assert_allclose(losses(out), losses(whole), rtol=1e-5, err_msg=case)
+        a, b = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (whole, out))
+        for part, name in ((part, name) for part in ("model", "head") for name in a[part]):
+            torch.testing.assert_close(b[part][name], a[part][name], atol=2e-5, rtol=1e-4,
+                                       msg=f"{case}: {name}")
+
+
+class Places:
+    """An image whose red is a pixel's column, whose green its row: a crop shows where it was."""
+
+    size = 240, 180  # width, height
+
+    def __init__(self):
+        x, y = np.meshgrid(np.arange(self.size[0]), np.arange(self.size[1]))
+        self.image = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+
+    def box_of(self, crop):
+        """[S, S] crop -> left, top, width, height in pixels; a width below zero is a flip"""
+        pixels = np.asarray(crop, float)
+        S = len(pixels)
+        w = (pixels[:, -2, 0] - pixels[:, 1, 0]).mean() * S / (S - 3)
+        h = (pixels[-2, :, 1] - pixels[1, :, 1]).mean() * S / (S - 3)
+        return pixels[:, :, 0].mean() - w / 2, pixels[:, :, 1].mean() - h / 2, w, h
+
+    def features(self, boxes):
+        left, top, w, h = np.array(boxes).T
+        return {"area": w * h / self.size[0] / self.size[1], "ratio": np.log(w / h),
+                "x": left + w / 2, "y": top + h / 2}
+
+
+@pytest.fixture(scope="session")
+def places():
+    return Places()

@@ -10,7 +10,9 @@ import subprocess
 
 import pytest
 
-from conftest import ROOT, run
+from conftest import ROOT, read_jsonl, run
+from data.__main__ import tools
+from data.demo import replication
 
 SCRIPTS = ["rewrite_llama.py", "caption_llava.py", "fuse_vicuna.py", "train_clip.py", "eval_zeroshot.py", "eval_retrieval.py"]
 
@@ -82,7 +84,7 @@ def test_no_script_and_no_tool_edits_sys_path():
     assert [path.name for path in sources if "sys.path" in path.read_text()] == []
 
 
-@pytest.mark.parametrize("tool", sorted(path.stem for path in (ROOT / "data").glob("*.py") if "__main__" in path.read_text()))
+@pytest.mark.parametrize("tool", [name for name, _ in tools()])
 def test_a_tool_is_documented(tool):
     """In the table of data/README.md, and with its command in its docstring."""
     assert f"| `{tool}` |" in (ROOT / "data/README.md").read_text()
@@ -123,3 +125,19 @@ def test_both_equations_stand_where_readme_says():
     places = {node.name: node.end_lineno for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)}
     names = re.findall(r"`(\w+)`", names)
     assert len(names) == 3 and all(places[name] <= int(count) for name in names), [(name, places[name]) for name in names]
+
+
+def test_the_row_that_readme_follows_is_real_output():
+    shown = [json.loads(line) for line in re.findall(r"^(?:in|rewrite|caption|fuse) +(\{.*\})$", (ROOT / "README.md").read_text(), re.M)]
+    rows = {row["image"]: row for row in read_jsonl(ROOT / "data/demo/example.jsonl")}
+    assert len(shown) == 4
+    row, (first, rewritten, captioned, fused) = rows[shown[0]["image"]], shown
+    assert first == {"image": row["image"], "alt": row["alt"]}
+    assert rewritten == {**first, "rewrite_wording": row["rewrite_wording"]}
+    assert captioned == {**rewritten, "vec": row["vec"]} and fused == {**captioned, "vecap": row["vecap"]}
+
+
+def test_readmes_table_is_made_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    for line in replication.table(replication.read_results(), replication.README_ROWS, replication.README_COLUMNS):
+        assert line in text, f"README.md needs this line of `python -m data.demo.replication readme`: {line}"

@@ -12,11 +12,13 @@ import sys
 
 import torch
 
+from data.common import print_table
 from data.demo.replication import SETS, cell, read_json, read_metrics, read_results
 from data.filter_captions import content_words, plain_words
 
 MODELS = {"clip": "CLIP, noisy AltText", "laclip": "LaCLIP: and rewrites", "veclip": "VeCLIP: and VeCap"}
-# The row of data/replication.jsonl that trains on the same kind of texts, with more images and steps
+# The row of data/replication.jsonl that trains on the same kind of texts, with more images and
+# steps
 REPLICATED = {"clip": "clip-noisy", "laclip": "laclip-noisy", "veclip": "veclip"}
 NOISE = "about half of the AltTexts say nothing true: meaningless file names, names of other icons"
 
@@ -76,14 +78,6 @@ def read_steps(out):
     return steps
 
 
-def print_table(table):
-    rows = [table["columns"], *table["rows"]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    print(f"\n{table['title']}. {table['note']}")
-    for name, *cells in rows:
-        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
-
-
 def summary(rows, settings, right, shuffled):
     return (f"{len(rows)} icons by six teams, with AltText as noisy as the web's: {NOISE}. SmolLM2-135M "
             "rewrote every AltText. A small LLaVA, which learned to speak from four other teams' icons, "
@@ -94,7 +88,7 @@ def summary(rows, settings, right, shuffled):
 
 
 def main(out):
-    rewritten, fused = (read_jsonl(out, f"{name}.jsonl") for name in ("rewritten", "fused"))
+    rewritten, fused = (read_jsonl(out, f"{name}.jsonl") for name in ("filtered", "fused"))
     rows = [{**rewritten_row, **fused_row} for rewritten_row, fused_row in zip(rewritten, fused)]
     complete = [row for row in rows if row["vec"] and row["rewrite_wording"] and row["vecap"]]
     examples = random.Random(0).sample(complete, 24)
@@ -133,7 +127,8 @@ def main(out):
     with open(os.path.join(out, "example.jsonl"), "w", encoding="utf-8") as f:
         for row in examples:
             f.write(json.dumps({field: row[field] for field in ("image", *fields.values())}) + "\n")
-    print_table(table)
+    print(f"\n{table['title']}. {table['note']}")
+    print_table(table["columns"], table["rows"])
     print("\n" + results["summary"][0])
 
 

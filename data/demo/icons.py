@@ -107,7 +107,7 @@ def read_json(out, package, member):
         die(f"{member} of {package} is not JSON: {e}")
 
 
-# === images and names =======================================================================================
+# === images and names =============================================================================
 
 def name_of(glyph, prefix, suffixes):
     """"ic-fluent-zoom-out-24-regular" -> "zoom out"; None for a name without three letters in a row"""
@@ -167,7 +167,7 @@ def draw_team(out, team):
     return rows
 
 
-# === noise: AltText as the web has it =======================================================================
+# === noise: AltText as the web has it =============================================================
 
 BOILERPLATE = ("{} icon free download", "buy {} sticker - 50% off", "{} | icon library | page 12",
                "click to enlarge: {}", "{} vector svg png royalty free", "home > icons > {}")
@@ -192,7 +192,7 @@ def with_noise(row, names, shares, draw=""):
     return {**row, "alt": alt, "name": name, "noise": kind}
 
 
-# === human aliases ==========================================================================================
+# === human aliases ================================================================================
 
 def word_stems(text):
     """The first five letters of every word, so that "paint" and "painting" count as one"""
@@ -230,7 +230,7 @@ def choose_aliases(aliases, labels, named):
     return chosen
 
 
-# === files ==================================================================================================
+# === files ========================================================================================
 
 def draw_all(out):
     drawn = {team: draw_team(out, team) for team in tqdm(TEAMS, desc="drawing icons", unit="team")}
@@ -251,8 +251,10 @@ def draw_all(out):
 
     names = sorted({row["alt"] for row in clean})
     noisy = {level: [with_noise(row, names, shares) for row in clean] for level, shares in NOISE.items()}
-    several = [{**row, "alt": [with_noise(row, names, NOISE["noisy"], draw)["alt"]
-                               for draw in ("", "2", "3")]} for row in clean]
+    several = []
+    for row in clean:
+        alts = [with_noise(row, names, NOISE["noisy"], draw)["alt"] for draw in ("", "2", "3")]
+        several.append({**row, "alt": alts, "alt_first": alts[0]})
     files = {
         "clean": clean, **noisy, "captioner": captioner, "validation": validation, "heldout": heldout,
         "heldout_never": [row for row in heldout if not row["named"]], "heldout_alias": heldout_alias,

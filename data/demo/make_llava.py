@@ -21,9 +21,12 @@ from tokenizers import processors
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from data.common import die, in_one_line, new_parser, number, pick_device
+from data.demo.drawing import augment_drawing
 from data.convert_checkpoint import main as convert
-from data.common import die, new_parser, number, pick_device, read_rows, texts_of
-from train_clip import AUGMENTATIONS, open_image
+from data.rows import read_rows
+from data.texts import texts_of
+from train_clip import open_image, resolve_precision, to_rgb
 
 # The image's tokens, then the start token. The model continues with the caption and the end token.
 TEMPLATE = "{% for message in messages %}{{ '<image><|startoftext|>' }}{% endfor %}"
@@ -62,13 +65,14 @@ def build(checkpoint, device, width=192, layers=3):
     return model.to(device), processor
 
 
-def prepare(processor, config, root, rows, rng):
+def prepare(processor, config, root, rows):
     """-> the model's inputs. A sequence is image tokens, start token, caption, end token.
 
     Only the caption and the end token are learned: the labels of other positions are -100.
     """
     tokenizer, S = processor.tokenizer, config.vision_config.image_size
-    images = np.stack([AUGMENTATIONS["drawing"](open_image(root, row["image"]), S, rng) for row in rows])
+    images = [to_rgb(open_image(root, row["image"])) for row in rows]
+    images = np.stack([augment_drawing(image, S) for image in images])
     mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
     pixels = torch.from_numpy((images / 255 - mean) / std).float().permute(0, 3, 1, 2)  # [N, 3, S, S]
     captions = [tokenizer(texts_of(row["alt"])[0], add_special_tokens=False).input_ids[:20] for row in rows]
@@ -83,6 +87,7 @@ def prepare(processor, config, root, rows, rng):
 
 def train(model, processor, rows, args):
     rng, device = np.random.default_rng(args.seed), model.device
+    has_bf16 = resolve_precision("auto", device) == "bf16"
     tower = list(model.model.vision_tower.parameters())
     projector_and_llm = [p for name, p in model.named_parameters() if "vision_tower" not in name]
     optimizer = torch.optim.AdamW([{"params": projector_and_llm, "peak_lr": 1e-3},
@@ -90,8 +95,8 @@ def train(model, processor, rows, args):
     progress = tqdm(range(args.steps), desc="LLaVA", unit="step")
     for step in progress:
         batch_rows = [rows[i] for i in rng.integers(len(rows), size=args.batch_size)]
-        batch = prepare(processor, model.config, args.image_root, batch_rows, rng)
-        with torch.autocast(device.type, torch.bfloat16):
+        batch = prepare(processor, model.config, args.image_root, batch_rows)
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16):
             loss = model(**{name: x.to(device) for name, x in batch.items()}).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -106,6 +111,7 @@ def train(model, processor, rows, args):
     print(f"{epochs:.1f} epochs of {len(rows)} images, last loss {loss.item():.3f}")
 
 
+@in_one_line
 def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument

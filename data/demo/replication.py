@@ -27,7 +27,8 @@ RESULTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 SETS = {"heldout_never": "never named", "heldout_alias": "aliases", "heldout": "all classes"}
 CLASSES = {"heldout_never": 1376, "heldout_alias": 369, "heldout": 2379}  # data/demo/icons.py draws them
 COLUMNS = [(name, f"top{k}") for name in SETS for k in (1, 5, 10) if (name, k) != ("heldout", 5)]
-# row -> (name, the paper's finding; a decimal is ImageNet top-1). A group's first row is its baseline.
+# row -> (name, the paper's finding; a decimal is ImageNet top-1). A group's first row is its
+# baseline.
 GROUPS = {
     "LaCLIP: AltText = the name": {
         "clip": ("CLIP", "40.2 (CC12M)"), "laclip": ("LaCLIP", "48.4"), "laclip-mt": ("LaCLIP-MT", "49.0"),
@@ -147,7 +148,8 @@ def add(row, run, llm):
     settings = read_json(run, "settings.json")
     metrics = {name: {k: round(scores[k], 5) for k in ("top1", "top5", "top10")}
                for name, scores in read_metrics(os.path.join(run, "eval.json")).items()}
-    written = {"rewrite_wording", "rewrite_scene", "vecap"} & set(settings["text"])  # by the language model
+    settings["text"] = dict(settings["text"])  # field: weight
+    written = {"rewrite_wording", "rewrite_scene", "vecap"} & set(settings["text"])  # by the LLM
     result = {"row": row, "seed": settings["seed"], "llm": llm if written else "none",
               "settings": {name: settings[name] for name in RECIPE}, "metrics": metrics,
               "versions": {"python": platform.python_version(), "torch": torch.__version__,

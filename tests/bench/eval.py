@@ -46,15 +46,15 @@ zeroshot_classification.accuracy = lambda output, target, topk: [
 AIMS = {"zeroshot": 1.5, "retrieval": 1.5, "probe": 1.0}
 
 
-def models():
+def models(folder):
     """The same weights twice -> (ours, tokenizer, transform), (open_clip's, tokenizer, transform)"""
     torch.manual_seed(0)
     theirs = open_clip.create_model("ViT-B-32").eval()
     ours = T.CLIP(T.Config(**T.PRESETS["ViT-B/32"])).eval()
     ours.load_state_dict(theirs.state_dict())
     transform = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(size=224), is_train=False)
-    return (ours, T.Tokenizer(openai_tokenizer()), T.EvalTransform(ours.config)), \
-        (theirs, open_clip.get_tokenizer("ViT-B-32"), transform)
+    T.save_checkpoint(str(folder / "clip.pt"), ours, T.Tokenizer(openai_tokenizer()))
+    return T.load_checkpoint(str(folder / "clip.pt")), (theirs, open_clip.get_tokenizer("ViT-B-32"), transform)
 
 
 def zeroshot(args, folder):
@@ -64,7 +64,7 @@ def zeroshot(args, folder):
     for i in range(args.images or 500):
         (folder / "images" / names[i % 10]).mkdir(parents=True, exist_ok=True)
         photograph(rng, 500, 375).save(folder / "images" / names[i % 10] / f"{i}.jpg", quality=88)
-    ours, (theirs, their_tokenizer, their_transform) = models()
+    ours, (theirs, their_tokenizer, their_transform) = models(folder)
     encoder, spec = eval_zeroshot.Encoder(*ours, batch_size=64, workers=args.workers), f"imagefolder:{folder / 'images'}"
     options = Namespace(dataset=[spec], train=None, templates=folder / "templates.txt", classes=None, protocol=["zeroshot"])
 
@@ -99,7 +99,7 @@ def pairs_of(batch):
 
 
 def retrieval(args, folder):
-    rng, (ours, (theirs, their_tokenizer, their_transform)) = np.random.default_rng(0), models()
+    rng, (ours, (theirs, their_tokenizer, their_transform)) = np.random.default_rng(0), models(folder)
     (folder / "images").mkdir()
     rows = []
     for i in range(args.images or 200):

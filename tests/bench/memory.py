@@ -8,7 +8,7 @@ presets: bf16 autocast, one text of 16 tokens an image. The tensors that autogra
 sizes; the difference is what an image costs, whatever the batch. What weights, gradients and AdamW cost beside it is 16 bytes a
 parameter. Left out are the temporary tensors of the largest operation, a few hundred MB at 1,024 images.
 
-step: the similarity matrix of 32,768 x 32,768 alone would be 4 GiB, and multi-text has five of them one way and one the other.
+step: the similarity matrix of 32,768 x 32,768 alone is 4 GiB, and multi-text has five of them one way and one the other.
 """
 import argparse
 import resource
@@ -32,11 +32,11 @@ def kept(model, n):
         storages[x.untyped_storage().data_ptr()] = x  # held, so that no other tensor gets its address
         return x
 
-    size, eot_id = model.config.image_size, model.config.eot_id
+    size = model.config.image_size
     images = torch.zeros(n, 1, 3, size, size, dtype=torch.uint8)
-    tokens = torch.full((n, 16), eot_id).index_fill(1, torch.arange(15), 5)
+    texts = T.pack([torch.full((16,), 5)] * n)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        outputs = model(images, T.pack(tokens, eot_id, "cpu"))
+        outputs = model(images, texts)
     found = sum(x.untyped_storage().nbytes() for pointer, x in storages.items() if pointer not in weights)
     del outputs
     return found
@@ -48,7 +48,7 @@ def presets(args):
         costs = []
         for checkpointing in (False, True):
             model = T.CLIP(T.Config(**T.PRESETS[name]))
-            model.visual.transformer.grad_checkpointing = model.transformer.grad_checkpointing = checkpointing
+            T.Transformer.twice = checkpointing
             costs.append((kept(model, 6) - kept(model, 2)) / 4)
             parameters = sum(p.numel() for p in model.parameters())
             del model

@@ -28,7 +28,7 @@ def torchvision_transform(size):
 class Pairs(torch.utils.data.Dataset):
     def __init__(self, folder, fields, size, tokenize):
         self.folder, self.fields, self.tokenize, self.transform = folder, fields, tokenize, torchvision_transform(size)
-        self.rows = list(read_rows(f"{folder}/short.jsonl"))
+        self.rows = [row for _, row in read_rows(f"{folder}/short.jsonl")]
 
     def __len__(self):
         return len(self.rows)

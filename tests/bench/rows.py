@@ -7,8 +7,8 @@ ours        Rows and Samples of train_clip.py: rows stay in the file and are fou
 open_clip   its CsvDataset: pandas.read_csv, a list of paths, a list of texts (one text a row)
 lists       as LaCLIP's loader holds them: a list of paths, a list of lists of five texts
 
-index s     making the byte offsets, once for a file
-first s     from making the data set to the first batch, with the offsets made; all files are still in the page cache
+index s     finding the byte offsets, at the start of every run
+first s     from making the data set to the first batch, which finds them again; all files are in the page cache
 main MB     what the main process grew by in that time and the reads (Rss)
 worker MB   a worker's own memory (Private_Clean + Private_Dirty, mean of both), at the first batch and after --reads
             rows. It begins as a copy that shares all pages. Reading a Python string writes its reference count, so the
@@ -56,20 +56,26 @@ class Lists(torch.utils.data.Dataset):
 
 
 def collate(samples):
-    return torch.stack([image for image, _ in samples]), T.pad([text.tolist() for _, text in samples])
+    images, texts = zip(*samples)
+    return torch.stack(images), torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
 
 
 def make_loader(side, folder, tokenizer):
     """A DataLoader as the side's trainer makes it"""
     if side == "ours":
-        rows = T.Rows([str(folder / "rows.jsonl")])
-        steps = len(rows) // BATCH
-        samples = T.Samples(rows, str(folder), dict.fromkeys(FIELDS, 1.0), "random", T.augment_crop, SIZE, tokenizer,
-                            seed=0, per_epoch=steps * BATCH, multitext=False, ssl=False)
-        return torch.utils.data.DataLoader(samples, batch_sampler=T.Pieces(0, steps, BATCH, 0, 1), num_workers=2,
-                                           collate_fn=T.collate, worker_init_fn=T.begin_worker)
-    samples = Lists(folder, torchvision_transform(SIZE), tokenizer) if side == "lists" else CsvDataset(
-        folder / "rows.tsv", torchvision_transform(SIZE), "filepath", "title", tokenizer=tokenizer)
+        args = T.parse_args(["--captions", str(folder / "rows.jsonl"), "--image-root", str(folder),
+                             "--text", *FIELDS, "--batch-size", str(BATCH), "--out", "none"])
+        rows = T.Rows(args.captions)
+        return torch.utils.data.DataLoader(
+            T.Samples(args, rows, tokenizer, SIZE), num_workers=2, collate_fn=T.collate,
+            batch_sampler=T.pieces(args, len(rows), 0, len(rows) // BATCH, 1),
+            worker_init_fn=T.begin_worker)
+
+    def tokenize(texts):
+        return [tokenizer.encode(text) for text in texts]
+
+    samples = Lists(folder, torchvision_transform(SIZE), tokenize) if side == "lists" else CsvDataset(
+        folder / "rows.tsv", torchvision_transform(SIZE), "filepath", "title", tokenizer=tokenize)
     return torch.utils.data.DataLoader(samples, BATCH, shuffle=True, num_workers=2, drop_last=True, collate_fn=collate)
 
 
@@ -87,7 +93,7 @@ def measure(side, folder, reads):
     """In a process of its own -> columns of the table"""
     tokenizer, start = T.Tokenizer.load(str(folder / "tokenizer.json")), time.perf_counter()
     if side == "ours":
-        T.index_rows(str(folder / "rows.jsonl"))
+        T.Rows([str(folder / "rows.jsonl")])
     index_s = time.perf_counter() - start if side == "ours" else None
     before, start = memory(os.getpid())["Rss"], time.perf_counter()
     loader = make_loader(side, folder, tokenizer)

@@ -4,10 +4,7 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -16,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import DEVICE, ROOT, assert_mistake
+from conftest import DEVICE, assert_mistake
 from data import baselines
 from tools import run_tool
 from train_clip import draw_texts
@@ -40,8 +37,7 @@ def wordnet(tmp_path_factory):
             pairs = "".join(f"{word} 0 " for word in words)
             data += f"{len(data):08d} 05 {pos[0]} {len(words):02x} {pairs}001 @ 00000042 n 0000 | a gloss; \"dog eat dog\"  \n"
         (folder / f"data.{pos}").write_text(data)
-        lines = [f"{word} {pos[0]} {len(at)} 2 @ ~ {len(at)} 0 {' '.join(f'{i:08d}' for i in at)}  \n"
-                 for word, at in sorted(index.items())]
+        lines = [f"{word} {pos[0]} {len(at)} 2 @ ~ {len(at)} 0 {' '.join(f'{i:08d}' for i in at)}  \n" for word, at in sorted(index.items())]
         (folder / f"index.{pos}").write_text(LICENCE + "".join(lines))
         (folder / f"{pos}.exc").write_text(IRREGULAR[pos])
     return folder
@@ -103,14 +99,6 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_bytes().splitlines()]  # a str's would split at U+2028, too
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "data.baselines", *map(str, arguments)]
-
-
-def as_a_user(*arguments, env=None):
-    return run_tool("baselines", *arguments, fresh=True, env=env)
-
-
 def baseline(*arguments):
     """The same in this process."""
     streams, status = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)], 0
@@ -128,8 +116,6 @@ def run_eda(rows, out, wordnet, *more):
     return done
 
 
-# --- WordNet ----------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("word, synonyms", [
     ("dog", ["chase", "frank", "hot dog", "hound"]),  # all senses, all parts of speech
     ("Dogs,", ["chase", "frank", "hot dog", "hound"]), ("geese", ["honker"]), ("honker", ["goose"]), ("cities", ["town"]),
@@ -138,8 +124,6 @@ def run_eda(rows, out, wordnet, *more):
 def test_synonyms(wordnet, word, synonyms):
     assert list(baselines.WordNet(wordnet).synonyms(word)) == synonyms
 
-
-# --- the operations: Wei & Zou 2019, section 2 ------------------------------------------------------------------------
 
 WORDS = [f"w{i}" for i in range(30)]
 
@@ -188,16 +172,6 @@ def test_deletion_drops_every_word_with_probability_alpha():
     assert all(new == [word for word in WORDS if word in new] for new in left)
 
 
-def test_eda_draws_the_four_operations_equally_and_never_the_original():
-    text, kinds = " ".join(WORDS), Counter()
-    for new, why in baselines.eda(text, 2000, 0.1, synonyms, random.Random(0)):
-        words = new.split()
-        kinds["insert" if len(words) > 30 else "delete" if len(words) < 30 else
-              "swap" if sorted(words) == sorted(WORDS) else "replace"] += 1
-        assert new != text and why is None
-    assert all(kinds[kind] == pytest.approx(500, abs=100) for kind in ("insert", "delete", "swap", "replace"))
-
-
 @pytest.mark.parametrize("words, alpha, n", [(5, 0.1, 1), (19, 0.1, 1), (20, 0.1, 2), (20, 0.5, 10)])
 def test_n_is_alpha_of_the_words(words, alpha, n, monkeypatch):
     monkeypatch.setattr(baselines, "OPERATIONS", [baselines.insert_synonyms] * 4)
@@ -205,10 +179,8 @@ def test_n_is_alpha_of_the_words(words, alpha, n, monkeypatch):
     assert len(new.split()) == words + n
 
 
-# --- EDA as a command -------------------------------------------------------------------------------------------------
-
 def test_eda_keeps_the_contract(rows, wordnet, tmp_path):
-    done = as_a_user("eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet)
+    done = run_tool("baselines", "eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet)
     assert done.returncode == 0 and "8 rows" in done.stdout, done.stderr
     out = read_jsonl(tmp_path / "out.jsonl")
     fields = [f"rewrite_eda_{i}" for i in range(1, 5)]
@@ -245,40 +217,6 @@ def test_eda_depends_on_seed_source_and_place_alone(many, wordnet, tmp_path):
     run_eda(tmp_path / "c.jsonl", tmp_path / "d.jsonl", wordnet, "--source", "eda2", "--n", 2)  # beside the first
     assert {"rewrite_eda_1", "rewrite_eda2_1", "rewrite_eda2_2"} <= set(read_jsonl(tmp_path / "d.jsonl")[0])
 
-
-# --- restarts ---------------------------------------------------------------------------------------------------------
-
-def test_a_torn_part_is_cut_back_to_whole_blocks(many, wordnet, tmp_path):
-    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-    run_eda(many, out, wordnet)
-    whole = out.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    for tail in (b"", b'{"alt": "torn', b"".join(lines[512:600]), b"\0" * 50):
-        part.write_bytes(b"".join(lines[:512]) + tail)
-        out.unlink()
-        done = run_eda(many, out, wordnet)
-        assert out.read_bytes() == whole and "288 rows after 512" in done.stdout and not part.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["many.jsonl", "out.jsonl", "out.jsonl.settings.json"]
-    assert "is finished" in run_eda(many, out, wordnet).stdout and out.read_bytes() == whole
-
-
-def test_sigkill_changes_no_byte(many, marians, tmp_path):
-    arguments = ["back-translation", many, "--there", marians[0], "--back", marians[1], "--n", 2, "--device", DEVICE, "--max-new-tokens", 20]
-    done = run_tool("baselines", *arguments[:2], tmp_path / "whole.jsonl", *arguments[2:])
-    assert done.returncode == 0, done.stderr
-    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
-    process = subprocess.Popen(command(*arguments[:2], out, *arguments[2:]), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.time() + 300
-    while time.time() < until and process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") >= baselines.BLOCK):
-        time.sleep(0.01)  # a block takes several writes, and one of which a row is missing is made again
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not out.exists()
-    done = run_tool("baselines", *arguments[:2], out, *arguments[2:])
-    assert done.returncode == 0 and "of an earlier launch" in done.stdout, done.stderr
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-
-
-# --- back-translation -------------------------------------------------------------------------------------------------
 
 def one_by_one(text, folders):
     """The naive twin: transformers' own greedy search, one text at a time, there and back again."""
@@ -339,38 +277,6 @@ def test_the_original_again_is_null():
     assert made == [(None, "identical"), (None, "empty input"), ("hound", None)]
 
 
-def test_long_and_endless_texts_are_null(marians, tmp_path):
-    (rows := tmp_path / "rows.jsonl").write_text(json.dumps({"alt": ["bike " * 300, "a red bike by the old wall"]}))
-    done = baseline("back-translation", rows, tmp_path / "out.jsonl", "--there", marians[0], "--back", marians[1], "--device", DEVICE,
-                    "--max-new-tokens", 1, "--seed", 3)
-    assert done.returncode == 0, done.stderr
-    row, = read_jsonl(tmp_path / "out.jsonl")
-    reasons = [row["error"][f"rewrite_backtranslation_{i}"] for i in (1, 2, 3, 4)]
-    assert {pair[0] for pair in reasons} == {"over 256 tokens"} and "no end within --max-new-tokens" in {pair[1] for pair in reasons}
-
-
-def test_a_real_marian_tokenizer(tmp_path):
-    spm = pytest.importorskip("sentencepiece")
-    from transformers import MarianTokenizer
-    (tmp_path / "c.txt").write_text("\n".join(f"a {c} {t} by the {w}" for c in ("red", "old") for t in ("bike", "dog") for w in ("sea", "wall")))
-    folder = marian(tmp_path / "model")
-    spm.SentencePieceTrainer.train(input=str(tmp_path / "c.txt"), model_prefix=str(tmp_path / "p"), vocab_size=20, minloglevel=2)
-    pieces = spm.SentencePieceProcessor(model_file=str(tmp_path / "p.model"))
-    names = [name for name in map(pieces.id_to_piece, range(20)) if name not in ("<s>", "</s>", "<unk>")]
-    vocabulary = {name: i for i, name in enumerate(["</s>", "<unk>", *names])}
-    vocabulary |= {f"filler{i}": i for i in range(len(vocabulary), 51)} | {"<pad>": 51}
-    (tmp_path / "v.json").write_text(json.dumps(vocabulary))
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        (folder / name).unlink(missing_ok=True)
-    MarianTokenizer(*(str(tmp_path / name) for name in ("p.model", "p.model", "v.json"))).save_pretrained(folder)
-    (rows := tmp_path / "rows.jsonl").write_text('{"alt": ">>fr<< a red bike </s> by the sea"}\n')
-    done = baseline("back-translation", rows, tmp_path / "out.jsonl", "--there", folder, "--back", folder, "--device", DEVICE)
-    assert done.returncode == 0, done.stderr
-    assert any(read_jsonl(tmp_path / "out.jsonl")[0][f"rewrite_backtranslation_{i}"] for i in (1, 2, 3, 4))
-
-
-# --- faults -----------------------------------------------------------------------------------------------------------
-
 def test_a_wrong_wordnet_folder_is_one_line(rows, wordnet, tmp_path):
     out = tmp_path / "out.jsonl"
     assert_mistake(run_tool("baselines", "eda", rows, out, "--wordnet", tmp_path / "no"), "--wordnet", "index.noun", "wordnet-base")
@@ -383,32 +289,6 @@ def test_a_wrong_wordnet_folder_is_one_line(rows, wordnet, tmp_path):
     (broken / "index.noun").unlink()
     assert_mistake(baseline("eda", rows, out, "--wordnet", broken), "index.noun", "wordnet-base")
     assert not out.exists()
-
-
-def test_a_wrong_marian_folder_is_one_line(rows, marians, tmp_path):
-    out = tmp_path / "out.jsonl"
-    assert_mistake(run_tool("baselines", "back-translation", rows, out, "--there", tmp_path / "no", "--back", marians[1]), "--there", "Marian")
-    (tmp_path / "empty").mkdir()
-    assert_mistake(baseline("back-translation", rows, out, "--there", tmp_path / "empty", "--back", marians[1]), "--there", "Marian")
-    assert_mistake(baseline("back-translation", rows, out, "--there", marians[0], "--back", marians[1], "--temperature", 0), "--n 1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in.jsonl"]
-
-
-def test_no_sentencepiece_is_one_line(rows, marians, tmp_path):
-    folder = shutil.copytree(marians[0], tmp_path / "marian")
-    for path in folder.glob("*token*"):
-        path.unlink()
-    for name in ("source.spm", "target.spm"):
-        (folder / name).write_bytes(b"")
-    (folder / "vocab.json").write_text('{"<unk>": 0}')
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "MarianTokenizer"}')
-    (tmp_path / "hide").mkdir()  # an environment without it, whatever this one has
-    (tmp_path / "hide" / "sitecustomize.py").write_text(
-        "import importlib.util as u, sys\nfind = u.find_spec\nsys.modules['sentencepiece'] = None\n"
-        "u.find_spec = lambda name, *a: None if name == 'sentencepiece' else find(name, *a)\n")
-    done = as_a_user("back-translation", rows, tmp_path / "out.jsonl", "--there", folder, "--back", folder,
-                     env={"PYTHONPATH": str(tmp_path / "hide")})
-    assert_mistake(done, "--there", "pip install sentencepiece")
 
 
 def test_users_mistakes_are_one_line(rows, wordnet, tmp_path):
@@ -434,15 +314,3 @@ def test_users_mistakes_are_one_line(rows, wordnet, tmp_path):
     (tmp_path / "out.jsonl.settings.json").unlink()
     assert_mistake(eda(), "nothing says")
     assert out.read_bytes() == before
-
-
-def test_two_launches_at_once_are_one(rows, wordnet, tmp_path):
-    from data.rows import lock
-    held = lock(str(tmp_path / "out.jsonl.lock"), "test")
-    assert_mistake(run_tool("baselines", "eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet), "another launch")
-    held.close()
-
-
-def test_the_help_teaches():
-    done = run_tool("baselines", "--help")
-    assert done.returncode == 0 and "python -m data.baselines eda" in done.stdout

@@ -12,7 +12,7 @@ from PIL import ImageFont
 from tools import run_tool
 
 sys.path.insert(0, str(ROOT))
-from data.demo import collect, icons, replication  # noqa: E402
+from data.demo import icons, replication  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -41,75 +41,6 @@ def drawn(tmp_path_factory):
     return out
 
 
-def test_a_name_is_what_is_left_of_the_file_name():
-    assert icons.name_of("ic-fluent-zoom-out-24-regular", "ic-fluent-", "regular|filled") == "zoom out"
-    assert icons.name_of("account_box", "", "outlined?") == "account box"
-    assert icons.name_of("eva-wifi-off-outline", "eva-", "outline") == "wifi off"
-    assert icons.name_of("4k", "", "") is None
-    assert icons.glyphs({"ic-fluent-add-16-regular": "1", "ic-fluent-add-24-regular": "2", "ic-fluent-add-28-regular": "3"},
-                        "ic-fluent-", "regular") == {2: "add"}
-    assert icons.glyphs({"add": "1", "mdi-add": "1", "plus": "2"}, "mdi-", "") == {1: "add", 2: "plus"}
-
-
-def test_nothing_held_out_is_trained_on(drawn):
-    rows = {name: read_jsonl(drawn / f"{name}.jsonl") for name in ("clean", "captioner", "validation", "heldout", "heldout_never",
-                                                                   "heldout_alias", "oracle", "demo", "noisy")}
-    teams = {name: {row["image"].split("/")[0] for row in found} for name, found in rows.items()}
-    assert teams["clean"] == set(icons.TRAINING) and teams["captioner"] == set(icons.CAPTIONER)
-    assert teams["validation"] == {"eva"} and teams["heldout"] == {"phosphor", "lucide", "typicons"}
-    named = {row["alt"] for row in rows["clean"] + rows["captioner"]}
-    assert all(row["named"] == (row["label"] in named) for row in rows["heldout"])
-    assert {row["label"] for row in rows["heldout_never"]} == {row["label"] for row in rows["heldout"]} - named != set()
-    aliases = {row["label"] for row in rows["heldout_alias"]}
-    assert {row["name"]: row["label"] for row in rows["heldout_alias"]} == {"thing 0": "red berry", "thing 1": "blue berry"}
-    assert not aliases & named  # "things of old" shares a word with the name and is no other wording
-    assert not aliases & {text for row in rows["oracle"] for text in row.get("rewrite_alias", [])}
-    assert len(rows["clean"]) == len(rows["noisy"]) == 8 * 20  # two of the six teams have two fonts
-    assert {row["image"] for row in rows["demo"]} <= {row["image"] for row in rows["noisy"]}
-    assert all((drawn / "images" / row["image"]).is_file() for found in rows.values() for row in found)
-
-
-def test_noise_is_as_documented():
-    names = [f"thing {i}" for i in range(3000)]
-    for shares in icons.NOISE.values():
-        rows = [icons.with_noise({"image": f"google/{i}.png", "alt": name}, names, shares) for i, name in enumerate(names)]
-        assert [row["name"] for row in rows] == names
-        found = [sum(row["noise"] == kind for row in rows) / 3000 for kind in ("file", "boilerplate", "meaningless", "other", "name")]
-        assert found == pytest.approx(shares, abs=0.03) and sum(shares) == pytest.approx(1)
-        for row in rows:
-            assert (row["noise"] in ("boilerplate", "name")) == bool(re.search(rf"\b{row['name']}\b", row["alt"])) or row["noise"] == "other"
-        assert rows == [icons.with_noise({"image": f"google/{i}.png", "alt": name}, names, shares) for i, name in enumerate(names)]
-
-
-def test_every_source_has_as_many_different_pairs():
-    sources = {}
-    for pair in read_jsonl(ROOT / "data/demo/rewrite_pairs.jsonl"):
-        sources.setdefault(pair["source"], []).append(pair["input"])
-    assert len(sources) == 2 and all(len(set(inputs)) == len(inputs) == 24 for inputs in sources.values())
-
-
-@pytest.mark.parametrize("break_it, words", [
-    (lambda out: (out / "packages/tkinter_icons_eva-1.0-py3-none-any.whl").unlink(), "0 wheels of tkinter_icons_eva"),
-    (lambda out: (out / "packages/tkinter_icons_eva-1.0-py3-none-any.whl").write_bytes(b"no zip"), "not a zip"),
-    (lambda out: zipfile.ZipFile(out / "packages/tkinter_icons_eva-1.0-py3-none-any.whl", "w").close(), "has no tkinter_icons_eva"),
-])
-def test_a_package_of_another_layout_is_one_line(drawn, tmp_path, break_it, words):
-    subprocess.run(["cp", "-r", drawn / "packages", tmp_path], check=True)
-    break_it(tmp_path)
-    done = run_tool("demo.icons", "draw", tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert [line for line in done.stderr.splitlines() if "error: " in line and words in line], done.stderr
-
-
-def test_spread_gives_every_row_its_texts(drawn, tmp_path):
-    made = [{"alt": row["alt"], "rewrite_wording": row["alt"] + "!"} for row in read_jsonl(drawn / "names.jsonl")]
-    (tmp_path / "made.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    done = run_tool("demo.icons", "spread", tmp_path / "made.jsonl", drawn / "clean.jsonl", tmp_path / "out.jsonl")
-    assert done.returncode == 0, done.stderr
-    before, after = read_jsonl(drawn / "clean.jsonl"), read_jsonl(tmp_path / "out.jsonl")
-    assert after == [{**row, "rewrite_wording": row["alt"] + "!"} for row in before]
-
-
 def test_the_small_llava_learns_to_name_icons(drawn, tmp_path):
     """Tower, projector and LLM from scratch, then caption_llava.py on the folder: it says the names it was taught."""
     captions = drawn / "few.jsonl"
@@ -129,32 +60,6 @@ def test_the_small_llava_learns_to_name_icons(drawn, tmp_path):
     assert sum(row["vec"] == row["alt"] for row in rows) >= 3, rows
     done = run_tool(*make)
     assert done.returncode == 2 and "exists" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-
-
-def test_captioner_share_counts_content_words():
-    names = ["red apple", "the cat", "a dog", "green apple"] * 100
-    captions = ["an apple in red", "the dog", "the dog", None] * 100  # "the" is no content word; no caption: a row that counts as wrong
-    right, shuffled = collect.captioner_share([{"name": a, "vec": b} for a, b in zip(names, captions)])
-    assert right == 2 / 4
-    assert shuffled == pytest.approx(2 / 4 * 1 / 4 + 1 / 4 * 2 / 4, abs=0.05)  # an apple's caption beside an apple, a dog's beside the dog
-
-
-def test_gains_are_paired_by_seed():
-    metrics = lambda x: {column: x for column in replication.COLUMNS}  # noqa: E731
-    lines = replication.table({"clip": {0: metrics(10.0), 1: metrics(20.0), 2: metrics(30.0)}, "laclip": {0: metrics(11.0), 1: metrics(22.0)}})
-    text = "\n".join(lines)
-    assert "| CLIP | 3 | 20.0 ± 5.8 |" in text and "| LaCLIP | 2 | 16.5 ± 5.5 |" in text
-    assert "| *gain over CLIP* | 2 | +1.5 ± 0.5 |" in text  # 1 and 2, not 16.5 - 20
-    assert "| LaCLIP-MT | not run |" in text
-    assert replication.cell([3.25]) == "3.2"  # one run has no error
-
-
-def test_a_run_that_was_stopped_is_not_evaluated(tmp_path):
-    (tmp_path / "settings.json").write_text('{"steps": 30}')
-    for step, status in ((20, 1), (30, 0)):
-        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 10}}\n{{"step": {step}}}\n')
-        done = run_tool("demo.replication", "finished", tmp_path, fresh=True)
-        assert done.returncode == status and len(done.stderr.splitlines()) == status, done.stderr
 
 
 def replicate(*words):
@@ -179,29 +84,3 @@ def test_results_are_whole_and_name_what_made_them():
     for run in runs:
         assert {"row", "seed", "llm", "settings", "metrics", "versions"} <= set(run)
         assert set(replication.SETS) <= set(run["metrics"])
-
-
-def test_the_row_that_readme_follows_is_real_output():
-    shown = [json.loads(line) for line in re.findall(r"^(?:in|rewrite|caption|fuse) +(\{.*\})$", (ROOT / "README.md").read_text(), re.M)]
-    rows = {row["image"]: row for row in read_jsonl(ROOT / "data/demo/example.jsonl")}
-    assert len(shown) == 4
-    row, (first, rewritten, captioned, fused) = rows[shown[0]["image"]], shown
-    assert first == {"image": row["image"], "alt": row["alt"]}
-    assert rewritten == {**first, "rewrite_wording": row["rewrite_wording"]}
-    assert captioned == {**rewritten, "vec": row["vec"]} and fused == {**captioned, "vecap": row["vecap"]}
-
-
-def test_readmes_table_is_made_of_the_results():
-    text = (ROOT / "README.md").read_text()
-    for line in replication.table(replication.read_results(), replication.README_ROWS, replication.README_COLUMNS):
-        assert line in text, f"README.md needs this line of `python -m data.demo.replication readme`: {line}"
-
-
-@pytest.mark.parametrize("text", [None, "no JSON\n", '{"alt": "a", "vec": "b"}\n' * 9, '{"alt": "a", "vec": "b", "output": "c"}\n'])
-def test_a_file_of_pairs_that_cannot_be_used_is_one_line(tmp_path, text):
-    (tmp_path / "in.jsonl").write_text('{"alt": "a", "vec": "b"}\n')
-    if text:
-        (tmp_path / "pairs.jsonl").write_text(text)
-    done = run("fuse_vicuna.py", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--model", tmp_path,
-                  "--format", "pairs", "--pairs", tmp_path / "pairs.jsonl")
-    assert done.returncode == 2 and "--pairs" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import assert_mistake, train
-from data import plan
-from train_clip import CLIP, PRESETS, Config, backward, clip_loss, multitext_loss, pack, projection_head, simclr_loss
+from data import grad_cache, plan
+from data.slip import projection_head, simclr_loss
+from train_clip import CLIP, PRESETS, Config, clip_loss, multitext_loss, pack
 from tools import run_tool
 
 HOUR = 3600
@@ -54,7 +55,9 @@ def test_a_training_step_within_2_percent(nano, loss, K, views, chunk):
         value = multitext_loss(images, texts, drawn, scale) if loss == "multitext" else clip_loss(images, texts[:, 0], scale)
         return value if views is None else value + simclr_loss(head, views)
 
-    flops = counted(lambda: backward(nano, nano, objective, chunks, torch.zeros(8, dtype=torch.long), nullcontext))
+    drawn = torch.zeros(8, dtype=torch.long)
+    flops = counted(lambda: objective(drawn, *nano(*chunks[0])).backward() if chunk == 8 else
+                    grad_cache.backward(nano, nano, objective, chunks, drawn, nullcontext))
     expected = plan.train_flops(c, 12, batch=8, texts=K, views=views, forwards=3 if chunk == 8 else 4)
     assert flops == pytest.approx(8 * expected, rel=0.02)
 
@@ -68,8 +71,7 @@ def test_a_llama_reads_and_generates():
 
     def generated(n):
         with torch.no_grad():
-            return counted(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False,
-                                                  pad_token_id=0))
+            return counted(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, pad_token_id=0))
     short, long = generated(1), generated(10)
     assert short == pytest.approx(llm.flops(20, 1), rel=0.1)
     rotary = 2 * model.config.head_dim / 2  # angles of a token's position: an outer product, once a step
@@ -86,18 +88,6 @@ def test_the_llms_have_the_published_sizes(name, published):
         (llm.flops(9, 4) - llm._replace(layers=0).flops(9, 4)) / llm.layers)
 
 
-@pytest.mark.parametrize("model, millions", [("ViT-S/16", 62), ("ViT-B/32", 151), ("ViT-B/16", 150), ("ViT-L/14", 428), ("ViT-H/14", 986)])
-def test_parameters_are_the_presets(model, millions):
-    assert round(plan.parameters(Config(**PRESETS[model])) / 1e6) == millions
-
-
-def test_vit_b_16_is_the_published_size():
-    """open_clip's table of its models: 41.1 GFLOP for ViT-B/16 and 14.8 for ViT-B/32 (multiplications and additions), 77 tokens"""
-    for model, gflop in ("ViT-B/16", 41.1), ("ViT-B/32", 14.8), ("ViT-L/14", 175.3), ("ViT-H/14", 381.7):
-        c = Config(**PRESETS[model])
-        assert (plan.image_flops(c) + plan.text_flops(c, 77)) / 1e9 == pytest.approx(gflop, rel=0.05)
-
-
 def test_bytes_are_those_of_a_real_run(shapes, tmp_path):
     rows = [{"image": f"{i:03d}.png", "alt": "a red bike", "vec": "one “red” bike"} for i in range(20)]
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -111,8 +101,6 @@ def test_bytes_are_those_of_a_real_run(shapes, tmp_path):
     assert n == sum(x.numel() for x in state["model"].values())
     assert (tmp_path / "run" / "checkpoint.pt").stat().st_size == pytest.approx(plan.checkpoint_bytes(n), rel=0.1)
 
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 def as_json(tmp_path, *arguments):
     plan.main([*map(str, arguments), "--json", str(tmp_path / "plan.json")])
@@ -138,32 +126,6 @@ def test_peak_and_utilisation(tmp_path):
     assert double["bytes"]["images"] == 2e6 * 30e3
 
 
-def test_published_rates_are_reachable():
-    for gpu in plan.PEAKS:
-        for rate, note in plan.published(gpu).values():
-            # else a count is wrong by a factor. The least is rewrite_llama.py's 3.6 %, which launching kernels bounds
-            assert 0.03 < rate / (plan.PEAKS[gpu] * 1e12) < 1.0, note
-
-
-def test_the_loader_can_be_the_bottleneck(tmp_path):
-    arguments = ("--rows", 3.6e6, "--epochs", 1, "--rate", "train=10000")
-    fast, = as_json(tmp_path, *arguments, "--cores", 16, "--read", 1000)
-    cores, = as_json(tmp_path, *arguments, "--cores", 4, "--decode", 500, "--read", 1000)
-    disk, = as_json(tmp_path, *arguments, "--cores", 16, "--read", 30, "--image-kb", 60)
-    assert [x["stages"]["train"]["limited_by"] for x in (fast, cores, disk)] == ["the GPU", "decoding", "reading"]
-    assert [x["train_images_per_s"] for x in (fast, cores, disk)] == pytest.approx([10000, 2000, 500])
-    assert [x["stages"]["train"]["hours"] for x in (fast, cores, disk)] == pytest.approx([0.1, 0.5, 2])
-
-
-def test_the_bottleneck_moves(tmp_path):
-    short, = as_json(tmp_path, "--rows", 12e6, "--epochs", 1)
-    long, = as_json(tmp_path, "--rows", 12e6, "--epochs", 40)
-    large, = as_json(tmp_path, "--rows", 12e6, "--epochs", 1, "--model", "ViT-H/14", "--image-size", 336, "--grad-checkpointing")
-    assert [x["VeCLIP"]["longest"] for x in (short, long)] == ["caption", "train"]
-    assert large["stages"]["train"]["hours"] > 15 * short["stages"]["train"]["hours"]
-    assert [x["epochs"] for x in as_json(tmp_path)] == [40, 35, 32, 32]
-
-
 def test_as_a_user():
     done = run_tool("plan", "--rows", "3e6", "300e6", "--gpu", "H100", fresh=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -186,7 +148,3 @@ def test_mistakes_are_one_line(arguments, words, capfd):
         plan.main(arguments)
     done = subprocess.CompletedProcess(arguments, leave.value.code, stderr=capfd.readouterr().err)
     assert_mistake(done, *words)
-
-
-def test_a_mistake_as_a_user():
-    assert_mistake(run_tool("plan", "--rate", "sleep=3"), "train")
