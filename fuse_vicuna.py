@@ -282,9 +282,8 @@ class Parts:
             row["error"] = error | {field: reasons if isinstance(value, list) else reasons[0]}
 
     def write(self, path, lines):
-        """Write a file whole or not at all: under another name, synced, then renamed."""
+        """Write a file whole or not at all; not if its folder goes away: then OUT was joined."""
         os.makedirs(self.folder, exist_ok=True)
-        # if the folder goes away meanwhile, another launch or rank has joined all parts to OUT
         with suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder, \
                 open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f:
             f.writelines(lines)

@@ -172,8 +172,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     pairs = [json.loads(line) for line in open(args.pairs, encoding="utf-8")]
     examples = {name: [pair for pair in pairs if pair["source"] == name] for name in args.sources}
-    if few := [name for name in args.sources if len(examples[name]) < max(args.shots, 1)]:
-        die(f"--pairs {args.pairs} has fewer than {args.shots} pairs of {', '.join(few)}")
+    if few := [name for name in args.sources if not 0 <= args.shots <= len(examples[name])]:
+        die(f"--shots {args.shots}: {args.pairs} cannot give them for {', '.join(few)}")
     parts = Parts(args, [TASK, examples], reads={args.field},
                   makes={f"rewrite_{source}" for source in args.sources})
     if parts.join():
@@ -309,9 +309,8 @@ class Parts:
             row["error"] = error | {field: reasons if isinstance(value, list) else reasons[0]}
 
     def write(self, path, lines):
-        """Write a file whole or not at all: under another name, synced, then renamed."""
+        """Write a file whole or not at all; not if its folder goes away: then OUT was joined."""
         os.makedirs(self.folder, exist_ok=True)
-        # if the folder goes away meanwhile, another launch or rank has joined all parts to OUT
         with suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder, \
                 open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f:
             f.writelines(lines)
