@@ -11,87 +11,22 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
 
 import caption_llava
 import fuse_vicuna
 import rewrite_llama
 from conftest import DEVICE, ROOT
-from test_stages import HOSTILE, MODELS, STAGES, TEXTS, make_llava, make_tokenizer, read_jsonl, usual_arguments, write_jsonl
+from test_stages import HOSTILE, MODELS, STAGES, TEXTS, usual_arguments, write_jsonl
+from tiny_models import TEXT, make_model, make_tokenizer, read_jsonl
 
-SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0,
-             eos_token_id=1, pad_token_id=1, tie_word_embeddings=False, max_position_embeddings=4096)
-OLD = dict(num_key_value_heads=4, n_embd=64, n_layer=2, n_head=4, d_model=64, n_layers=2, n_heads=4)  # other names for the same
-GEMMA = dict(head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16)
-TEXT = {  # family: its configuration; windows are smaller than the prompts
-    "Llama": {}, "Qwen2": {}, "Gemma3Text": GEMMA, "Mamba": dict(state_size=8), "GPT2": OLD, "Mistral": dict(sliding_window=16), "Bloom": OLD,
-    "GptOss": dict(head_dim=16, sliding_window=8, num_local_experts=4, num_experts_per_tok=2),  # attention sinks
-    "DeepseekV3": dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16),
-    "Qwen3_5Text": dict(head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
-                        layer_types=["linear_attention", "full_attention"])}
 IMAGE = ["llava", "Qwen2_5_VL", "Gemma3"]
 PROMPT = "Say it again.\n\na red bike => one bike that is red\nold sky => a sky\n"
 
 
 # --- models and pictures ----------------------------------------------------------------------------------------------
-
-def image_families(number):
-    """-> {family: (mark of an image, text, vision and other configuration, image processor, arguments of the processor)}"""
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=7)
-    return {
-        "Qwen2_5_VL": (
-            "<|vision_start|><|image_pad|><|vision_end|>",
-            dict(head_dim=16, rope_parameters=dict(rope_type="default", mrope_section=[2, 3, 3], rope_theta=1e4)),
-            dict(depth=2, num_heads=2, patch_size=14, hidden_size=32, intermediate_size=64, out_hidden_size=64, window_size=56,
-                 fullatt_block_indexes=[1]),
-            dict(vision_start_token_id=number("<|vision_start|>"), image_token_id=number("<|image_pad|>"), video_token_id=number("<|video_pad|>")),
-            transformers.Qwen2VLImageProcessor(size={"shortest_edge": 1568, "longest_edge": 9408}, patch_size=14),
-            dict(video_processor=transformers.Qwen2VLVideoProcessor(patch_size=14))),
-        "Gemma3": ("<boi>", GEMMA, dict(vision, model_type="siglip_vision_model"),
-                   dict({f"{name}_token_index": number(f"<{name}>") for name in ("boi", "eoi", "image")}, mm_tokens_per_image=4),
-                   transformers.Gemma3ImageProcessor(size={"height": 28, "width": 28}), dict(image_seq_length=4))}
-
-
-@torch.no_grad()
-def make_model(family, folder):
-    """test_stages' models for all families: texts that differ, and that end now and then. Their folders ask for sampling."""
-    if family == "llava":
-        return make_llava(folder)
-    tokenizer, parts = make_tokenizer(), []
-    ends = tokenizer.convert_tokens_to_ids(["Ċ", "</s>"])
-    if family in TEXT:
-        config = getattr(transformers, family + "Config")(**{**SIZES, "vocab_size": len(tokenizer) + 4, **TEXT[family]})
-    else:
-        tokenizer.add_tokens([f"<|{name}|>" for name in ("vision_start", "vision_end", "image_pad", "video_pad")] + ["<boi>", "<eoi>"],
-                             special_tokens=True)
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>",
-            extra_special_tokens=dict(boi_token="<boi>", eoi_token="<eoi>", image_token="<image>") if family == "Gemma3" else None)
-        mark, text, vision, more, images, parts = image_families(tokenizer.convert_tokens_to_ids)[family]
-        config = getattr(transformers, family + "Config")(
-            text_config={**SIZES, "vocab_size": len(tokenizer) + 4, **text}, vision_config=vision, tie_word_embeddings=False, **more)
-        template = ("{{ bos_token }}{% for m in messages %}USER: {% for c in m['content'] %}{{ 'MARK\n' if c['type'] == 'image' else c['text'] + ' ' }}"
-                    "{% endfor %}{% endfor %}ASSISTANT:").replace("MARK", mark)
-        tokenizer = getattr(transformers, family + "Processor")(images, tokenizer=tokenizer, chat_template=template, **parts)
-    model = (AutoModelForCausalLM if family in TEXT else AutoModelForImageTextToText).from_config(config)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    for name, p in model.named_parameters():
-        if p.dim() > 1 and "A_log" not in name:
-            p.normal_(0, 1.6 / p[0].numel() ** 0.5)
-    scale = 8 if "gemma" in config.model_type else 1  # it multiplies by this
-    embedding.normal_(0, 1 / scale)
-    if head is not embedding:  # as test_stages.randomise
-        embedding[:, 0] = 3 / scale
-        head.normal_(0, 0.35)
-        head[:, 0] = 0
-        head[ends, 0] = 0.8
-    model.generation_config.update(do_sample=True, temperature=0.9, top_k=1, top_p=0.6)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
@@ -123,11 +58,9 @@ def build(model_folder, pictures, tmp_path):
     """build(stage, family or folder, flags...) -> (the stage's model, its counts)"""
     def build(stage, model, *more):
         model = model_folder(model) if isinstance(model, str) else model
-        rows = write_jsonl(tmp_path / "rows.jsonl", [{"alt": "a"}])
-        args = STAGES[stage].parse_arguments(usual_arguments(pictures.parent, tmp_path)(
-            stage, "--input", rows, "--image-root", pictures, "--model", model, *more) if stage == "caption" else
-            usual_arguments(pictures.parent, tmp_path)(stage, "--input", rows, "--model", model, *more))
-        counts = Counter()
+        more = ["--input", write_jsonl(tmp_path / "rows.jsonl", [{"alt": "a"}]), "--model", model, *more]
+        more += ["--image-root", pictures] * (stage == "caption")
+        args, counts = STAGES[stage].parse_arguments(usual_arguments(tmp_path, tmp_path)(stage, *more)), Counter()
         return getattr(STAGES[stage], MODELS[stage])(args, counts), counts
     return build
 
@@ -306,25 +239,21 @@ def sentencepiece_like(prepend, special=()):
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def byte_level(flagged=(), plain=(), end="</s>"):
+def byte_level(special, end):
     backend = make_tokenizer().backend_tokenizer
-    backend.add_special_tokens(list(flagged))
-    backend.add_tokens([AddedToken(token, normalized=False) for token in ("covid", *plain)])
+    backend.add_special_tokens(special)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=end)
 
 
 TOKENIZERS = {
-    "tiny": make_tokenizer, "LLaMA": lambda: sentencepiece_like(True), "Phi": lambda: byte_level(plain=["<|end|>", "<|user|>"]),
-    "Gemma": lambda: sentencepiece_like(False, ["<start_of_turn>", "<end_of_turn>", "<unused0>", "<table>", "[multimodal]"]),
-    "Qwen": lambda: byte_level(["<|im_start|>", "<|endoftext|>"], ["<think>", "</think>"], end="<|im_end|>"),
-    "MiniMax, Falcon": lambda: byte_level(["]~b]", "[e~[", ">>ANSWER<<"]),
-    **{path.parent.name: lambda path=path: AutoTokenizer.from_pretrained(path.parent) for path in ROOT.glob("out/demo/*/tokenizer.json")}}
+    "LLaMA": lambda: sentencepiece_like(True), "Gemma": lambda: sentencepiece_like(False, ["<start_of_turn>", "<unused0>", "<table>", "[multimodal]"]),
+    "Qwen": lambda: byte_level(["<|im_start|>", "<|endoftext|>"], "<|im_end|>"), "Falcon": lambda: byte_level(["]~b]", "[e~[", ">>ANSWER<<"], "</s>")}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_no_text_holds_a_special_token(name, build, model_folder, tmp_path):
-    """Every added token of a tokenizer, as it is and hidden in others: in rewrite_llama.py's pairs and texts, and in fuse_vicuna.py's
-    whole prompts. What begins the prompt is the tokenizer's own."""
+    """Every special token, as it is and hidden in others: in rewrite_llama.py's pairs and texts, and in fuse_vicuna.py's whole
+    prompts, but for what the tokenizer itself puts first."""
     folder = shutil.copytree(model_folder("Llama"), tmp_path / "model")
     TOKENIZERS[name]().save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

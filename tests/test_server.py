@@ -23,7 +23,8 @@ from PIL import Image
 import caption_llava
 import data.server
 from conftest import DEVICE
-from test_stages import STAGES, assert_one_line, assert_rows_kept, make_llama, make_llava, outputs, read_jsonl, write_jsonl
+from test_stages import STAGES, assert_one_line, assert_rows_kept, outputs, write_jsonl
+from tiny_models import make_llama, make_llava, read_jsonl
 
 FIELDS = {"rewrite": ["rewrite_chatgpt", "rewrite_coco"], "caption": ["vec"], "fuse": ["vecap"]}
 SUBJECTS = {"rewrite": "red bike number {}", "caption": "grey {}", "fuse": "1. red bike number {} 2. {} cats"}  # of a row

@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import zlib
 from collections import Counter
@@ -21,116 +20,26 @@ import pytest
 import torch
 import tqdm
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import caption_llava
 import fuse_vicuna
 import rewrite_llama
 from conftest import DEVICE, ROOT
 from test_images import save_faults, save_pictures
+from tiny_models import make_llama, make_llava, make_tokenizer, read_jsonl, sentence
 
 STAGES = {"rewrite": rewrite_llama, "caption": caption_llava, "fuse": fuse_vicuna}
 MODELS = {"rewrite": "Completer", "caption": "Captioner", "fuse": "Fuser"}
 FORK = multiprocessing.get_context("fork")
-SPECIAL = ["<s>", "</s>", "<image>", "<|im_end|>"]
-WORDS = ("red blue old small photo sale bike house cat dog tree river wall sky boat lamp with near under on "
-         "the a of in and shoes best free 2021 new city").split()
 TEXTS = ["red", "a red bike by the wall", "old boat near the river under a grey sky 2021", "xyz", "\u732b \U0001f431 caf\u00e9",
          "best free shoes sale", "the dog and the cat on the small red house with the tree near the river"]
 tqdm.tqdm.monitor_interval = 0  # no thread beside the forks
-
-
-def sentence(rng, least=1, most=9):
-    return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
 
 
 def write_jsonl(path, rows):
     """Rows, or lines as bytes, into a file whose last line has no newline."""
     path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
     return path
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in Path(path).read_bytes().split(b"\n") if line]
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
-
-def make_tokenizer():
-    """Byte-level BPE that adds its own beginning-of-text token."""
-    from transformers import PreTrainedTokenizerFast
-
-    rng = random.Random(0)
-    corpus = [fuse_vicuna.chat_prompt("a", "b"), fuse_vicuna.chat_prompt("a", ""), rewrite_llama.TASK] * 5
-    corpus += [" ".join(pair.values()) for pair in read_jsonl(ROOT / "data/prompts/fuse_pairs.jsonl")] * 3
-    corpus += [sentence(rng) + " => " + sentence(rng) for _ in range(300)]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=700, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", additional_special_tokens=SPECIAL[2:])
-
-
-def llama_config(tokenizer, **changes):
-    from transformers import LlamaConfig
-
-    return LlamaConfig(vocab_size=len(tokenizer) + 4, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                       num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, eos_token_id=1,
-                       max_position_embeddings=4096, tie_word_embeddings=False, **changes)
-
-
-@torch.no_grad()
-def randomise(language_model, lm_head, ends):
-    """Weights for texts that differ, and that end: one coordinate of every embedding is constant, so that the head's weight there
-    is a bias for the tokens `ends`."""
-    for name, p in language_model.named_parameters():
-        if p.dim() == 2:
-            p.normal_(0, {"embed_tokens": 1.0, "q_proj": 0.4, "k_proj": 0.4}.get(name.split(".")[-2], 0.15))
-    language_model.embed_tokens.weight[:, 0] = 4
-    lm_head.weight.normal_(0, 0.35)
-    lm_head.weight[:, 0] = 0
-    lm_head.weight[ends, 0] = 2.4
-
-
-def make_llama(folder):
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    model = LlamaForCausalLM(llama_config(tokenizer))
-    randomise(model.model, model.lm_head, tokenizer.convert_tokens_to_ids(["\u010a", "</s>"]))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def make_llava(folder, thinks=True):
-    """Its template asks the model to think, unless it is told not to."""
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    tokenizer.pad_token = "</s>"
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28,
-                              patch_size=14, projection_dim=32)
-    config = LlavaConfig(vision_config=vision, text_config=llama_config(tokenizer, pad_token_id=1), vision_feature_layer=-2,
-                         image_seq_length=4, image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
-    processor = LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), tokenizer,
-        patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template="{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}"
-                      "{{ '<image>\n' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}{% endfor %}"
-                      "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-                      + "{% if enable_thinking is not defined or enable_thinking %}{{ ' <think>' }}{% endif %}" * thinks)
-    model = LlavaForConditionalGeneration(config)
-    randomise(model.model.language_model, model.lm_head, tokenizer.convert_tokens_to_ids(["</s>"]))
-    with torch.no_grad():
-        for name, p in model.model.named_parameters():
-            if p.dim() > 1 and "language_model" not in name:
-                p.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -241,21 +150,16 @@ def outputs(row):
     return {key: row[key] for key in row if key in ("vec", "vecap") or key.startswith("rewrite_")}
 
 
-def assert_rows_kept(before, after, like="alt"):
-    """One row for each, in order, the user's keys as they were, a list for a list of the same length, and for everything that is
-    null a reason."""
-    assert len(before) == len(after)
-    for old, new in zip(before, after):
-        made = outputs(new)
-        assert made, new
-        assert {key: new[key] for key in new if key not in made and key != "error"} == \
-            {key: old[key] for key in old if key != "error"}
+def assert_rows_kept(before, after):
+    """One row for each, in order, the user's keys as they were, a list for a list of AltTexts, and for each null a reason."""
+    for old, new in zip(before, after, strict=True):
+        made, errors = outputs(new), new.get("error", {})
+        assert made and {key: new[key] for key in new if key not in made and key != "error"} == {key: old[key] for key in old if key != "error"}
         for field, value in made.items():
-            reason = new.get("error", {}).get(field)
-            if isinstance(old.get(like), list) and (old[like] or value == []) and field != "vec":
-                assert isinstance(value, list) and len(value) == len(old[like])
+            reason, alts = errors.get(field), old.get("alt")
+            if isinstance(alts, list) and (alts or value == []) and field != "vec":
                 reason = reason or [None] * len(value)
-                assert isinstance(reason, list) and len(reason) == len(value)
+                assert isinstance(value, list) and isinstance(reason, list) and len(value) == len(reason) == len(alts)
             else:
                 value, reason = [value], [reason]
             for text, why in zip(value, reason, strict=True):
@@ -530,16 +434,14 @@ def nucleus(logits, temperature, top_p):
 
 
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.95, 1.0])
-@pytest.mark.parametrize("vocabulary", [5, 256, 300, 5000])
+@pytest.mark.parametrize("vocabulary", [5, 300, 5000])
 def test_sample_equals_the_formula(vocabulary, top_p):
     rng = np.random.default_rng([vocabulary, int(100 * top_p)])
     spread = rng.choice([0.1, 1, 4], (200, 1))  # flat rows, whose nucleus is wider than 1,024 tokens, among peaked ones
     logits = rng.permuted(np.tile(np.linspace(-2, 2, vocabulary), (200, 1)), axis=1)  # no ties
-    logits = (logits * spread).astype("f4")
-    uniform = rng.random(200, "f4")
+    logits, uniform = (logits * spread).astype("f4"), rng.random(200, "f4")
     uniform[:2] = 0, 1 - 2**-24  # the ends of the range
-    got = rewrite_llama.sample(torch.from_numpy(logits), torch.from_numpy(uniform), 0.9, top_p)
-    compared = 0
+    got, compared = rewrite_llama.sample(torch.from_numpy(logits), torch.from_numpy(uniform), 0.9, top_p), 0
     for row, u, token in zip(logits.astype("f8"), uniform.astype("f8"), got.tolist()):
         ids, cdf = nucleus(row, 0.9, top_p)
         edge = min(np.abs(cdf / cdf[-1] - u).min(), np.abs(cdf - top_p).min() if top_p < 1 else 1)
@@ -548,22 +450,16 @@ def test_sample_equals_the_formula(vocabulary, top_p):
             compared += 1
         assert token in nucleus(row, 0.9, min(top_p + 1e-5, 1))[0]
     assert compared > 180
+    assert torch.equal(rewrite_llama.sample(torch.from_numpy(logits), None, 0, top_p), torch.from_numpy(logits).argmax(-1))
 
 
-@pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
-def test_sample_has_the_nucleus_frequencies(top_p):
+def test_sample_has_the_nucleus_frequencies():
     logits, n = np.random.default_rng(3).standard_normal(400) * 2, 20_000
-    uniform = (torch.arange(n) + 0.5) / n
-    got = rewrite_llama.sample(torch.from_numpy(logits).float().expand(n, -1), uniform, 0.7, top_p)
-    ids, cdf = nucleus(logits, 0.7, top_p)
+    got = rewrite_llama.sample(torch.from_numpy(logits).float().expand(n, -1), (torch.arange(n) + 0.5) / n, 0.7, 0.9)
+    ids, cdf = nucleus(logits, 0.7, 0.9)
     expected = np.zeros(400)
     expected[ids] = np.diff(cdf / cdf[-1], prepend=0)
     assert np.abs(np.bincount(got, minlength=400) / n - expected).max() <= 1.1 / n + 1e-6
-
-
-def test_sample_at_temperature_zero_is_greedy():
-    logits = torch.randn(50, 700, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(rewrite_llama.sample(logits, torch.rand(50), 0, 0.95), logits.argmax(-1))
 
 
 ANSWERS = [
@@ -616,7 +512,7 @@ def test_hostile_texts_touch_no_other_row(stage, arguments, tmp_path):
     plain = [{"alt": "red bike", "seen": "a wall"} if i % 2 else row for i, row in enumerate(rows)]
     sizes = [max(len(json.dumps(row)) for row in both) for both in zip(rows, plain)]
     got, expected = ([json.loads(line) for line in main(
-        stage, arguments(stage, "--output", tmp_path / name, "--max-new-tokens", 6),
+        stage, arguments(stage, "--output", tmp_path / name, "--max-new-tokens", 6, *["--temperature", 0] * (stage == "rewrite")),
         b"\n".join(json.dumps(row).encode().ljust(size) for row, size in zip(them, sizes))).splitlines()]
         for name, them in (("hostile", rows), ("plain", plain)))
     assert_rows_kept([json.loads(json.dumps(row)) for row in rows], got)
@@ -629,15 +525,12 @@ def test_prompt_of_pairs_and_of_captions_of_one_image():
     entries = read_jsonl(rewrite_llama.PAIRS)
     for source in rewrite_llama.SOURCES:
         examples = [entry for entry in entries if entry["source"] == source]
-        prompt = rewrite_llama.draw_prompt(examples, 3, np.random.default_rng(0))
-        task, empty, *lines = prompt.split("\n")
-        assert task == rewrite_llama.TASK and empty == lines.pop() == "" and len(lines) == 3
-        pairs = [tuple(line.split(" => ")) for line in lines]
-        assert len(examples) == 16 and len(set(pairs)) == 3 and all(len(set(pair)) == 2 for pair in pairs)
-        assert prompt != rewrite_llama.draw_prompt(examples, 3, np.random.default_rng(1))
-    group = [{"captions": ["one", "two => 2", "three\n3"]}]
+        prompts = [rewrite_llama.draw_prompt(examples, 3, np.random.default_rng(i)) for i in range(2)]
+        task, empty, *lines = prompts[0].split("\n")
+        assert len(examples) == 16 and prompts[0] != prompts[1] and task == rewrite_llama.TASK and empty == lines.pop() == ""
+        assert len(lines) == 3 == len(set(lines)) and all(len(set(line.split(" => "))) == 2 for line in lines)
+    group, texts = [{"captions": ["one", "two => 2", "three\n3"]}], ["one", "two 2", "three 3"]
     drawn = {rewrite_llama.draw_prompt(group, 1, np.random.default_rng(i)).split("\n")[2] for i in range(50)}
-    texts = ["one", "two 2", "three 3"]
     assert drawn == {f"{a} => {b}" for a in texts for b in texts if a != b}
 
 
@@ -695,13 +588,12 @@ def test_lists_are_fused_entry_by_entry(alt, vec, pairs, arguments):
 
 
 def test_prompts_of_the_paper():
-    assert fuse_vicuna.chat_prompt("red bike", "a wall") == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-        "answers to the user's questions. USER: Rephrase the following two sentences into one short sentence while adhering to the "
-        "provided instructions: Place attributes before noun entities without introducing new meaning. Do not start with \"The image\". "
-        "1. red bike 2. a wall ASSISTANT:")
-    for texts in (("red bike", ""), ("", "red bike")):
-        assert "following sentence into" in (prompt := fuse_vicuna.chat_prompt(*texts)) and prompt.endswith(" 1. red bike ASSISTANT:")
+    system = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+              "answers to the user's questions. USER: Rephrase the following ")
+    rest = ('into one short sentence while adhering to the provided instructions: Place attributes before noun entities without introducing '
+            'new meaning. Do not start with "The image". 1. red bike ')
+    assert fuse_vicuna.chat_prompt("red bike", "a wall") == f"{system}two sentences {rest}2. a wall ASSISTANT:"
+    assert fuse_vicuna.chat_prompt("red bike", "") == fuse_vicuna.chat_prompt("", "red bike") == f"{system}sentence {rest}ASSISTANT:"
     shots = [{"alt": "a", "vec": "b", "output": "c"}] * 2
     assert fuse_vicuna.pairs_prompt(shots, "red", "wall").endswith("\n\nb + a => c\nb + a => c\nwall + red =>")
     assert fuse_vicuna.pairs_prompt(shots, "", "wall").endswith("c\nwall =>")
@@ -756,7 +648,7 @@ def test_without_any_caption_the_launch_ends(arguments, tmp_path, capfd):
     """As with a wrong --image-root: one line, and no part is made."""
     with pytest.raises(SystemExit) as end:
         main("caption", arguments("caption", "--image-root", tmp_path))
-    assert_one_line(end.value.code, capfd.readouterr().err.split("weights")[-1].partition("\n")[2], "FileNotFoundError", "20 images")
+    assert_one_line(end.value.code, capfd.readouterr().err.split("weights")[-1].partition("\n")[2], "FileNotFoundError", "no caption")
     assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out.jsonl.parts").exists()
 
 
@@ -766,12 +658,11 @@ def test_without_any_caption_the_launch_ends(arguments, tmp_path, capfd):
 def mistake(capfd, tmp_path):
     """mistake(stage, command, words...): one line with these words, exit status 2, and no file touched."""
     def mistake(stage, command, *words):
-        state = lambda: {path: path.read_bytes() for path in sorted(tmp_path.iterdir()) if path.is_file()}
-        before = state()
+        before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
         with pytest.raises(SystemExit) as end:
             STAGES[stage].main(list(map(str, command)))
         assert_one_line(end.value.code, capfd.readouterr().err, *map(str, words))
-        assert state() == before
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     return mistake
 
 
@@ -784,16 +675,12 @@ def test_missing_things_are_named(stage, arguments, mistake, tmp_path):
         mistake(stage, arguments(stage, *flags.split()), flags.split()[0])
     rows = [b"[]", *({"picture": "0.png", "text": "red bike", "alt": None} for _ in range(3))]
     field = {"rewrite": "alt", "caption": "image", "fuse": "seen"}[stage]
-    mistake(stage, arguments(stage, "--input", write_jsonl(tmp_path / "in", rows)), field, "picture", "text")
-    if stage == "caption":
-        mistake(stage, arguments(stage, "--image-root", tmp_path / "absent"), "absent")
-    else:
-        mistake(stage, arguments(stage, "--pairs", tmp_path / "absent"), "absent")
+    mistake(stage, arguments(stage, "--input", write_jsonl(tmp_path / "in", rows)), field)
+    mistake(stage, arguments(stage, "--image-root" if stage == "caption" else "--pairs", tmp_path / "absent"), "absent")
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--sources chatgpt nobody", ["nobody", "pairs"]), ("--shots 17", ["chatgpt", "17"]), ("--shots -1", ["shots"]), ("--temperature -1", ["temperature"]),
-    ("--top-p 0", ["top-p"])])
+    ("--sources chatgpt nobody", ["nobody"]), ("--shots 17", ["chatgpt", "--shots 17"]), ("--shots -1", ["--shots -1"])])
 def test_pairs_and_sampling_that_cannot_be(flags, words, arguments, mistake):
     mistake("rewrite", arguments("rewrite", *flags.split()), *words)
 
@@ -818,26 +705,18 @@ def test_input_that_is_no_jsonl(stage, kind, arguments, mistake, tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_model_folders_that_are_none(stage, folder, arguments, tmp_path, capfd):
-    def ends(*words):
+    def ends(model):
         with pytest.raises(SystemExit) as end:
             main(stage, arguments(stage, "--model", model))
         lines = re.sub(r"[^\r\n]*%\|[^\r\n]*", "", capfd.readouterr().err).split("\n")
-        assert end.value.code == 2 and any("error: --model" in line and all(word in line for word in words) for line in lines), lines
+        assert end.value.code == 2 and any("error: --model" in line and str(model) in line for line in lines), lines
 
-    model = tmp_path / "absent"
-    ends("absent")
     model = shutil.copytree(folder / ("llava" if stage == "caption" else "llama"), tmp_path / "model")
+    ends(tmp_path / "absent")
+    ends(folder / ("llama" if stage == "caption" else "images"))
     os.truncate(model / "model.safetensors", 5000)
-    ends(str(model))
+    ends(model)
     (model / "model.safetensors").unlink()
-    ends(str(model))
+    ends(model)
     (model / "config.json").write_text("{")
-    ends(str(model))
-    model = folder / ("llama" if stage == "caption" else "images")
-    ends(str(model))
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_help(stage):
-    done = subprocess.run([sys.executable, STAGES[stage].__file__, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "Row out:" in done.stdout and "--max-new-tokens" in done.stdout
+    ends(model)
