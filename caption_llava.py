@@ -90,8 +90,8 @@ class Captioner:
                                     add_special_tokens=special, return_tensors="pt")
                      if images else None, reasons)]
         except Exception as e:  # the processor refuses an image: find out which
-            alone = len(names) == 1
-            return [(None, [str(e)])] if alone else sum(map(self.prepare, zip(names)), [])
+            reason = re.sub(r" at 0x\w+", "", str(e))  # an address is another in every run
+            return sum(map(self.prepare, zip(names)), []) if names[1:] else [(None, [reason])]
 
     def answer(self, inputs):
         """Greedy answers to the model's inputs for B images"""
@@ -109,7 +109,7 @@ def read_image(root, name):
     try:
         return to_rgb(open_image(root, name)), None
     except Exception as e:  # Pillow's decoders raise nearly everything, some with a memory address
-        return None, f"{type(e).__name__}: {re.sub(' <_io.*?>| at 0x[0-9a-f]+', '', str(e))}"
+        return None, f"{type(e).__name__}: {re.sub(r' <_io.*?>| at 0x\w+', '', str(e))}"
 
 
 def open_image(root, name):

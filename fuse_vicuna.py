@@ -147,6 +147,8 @@ class Fuser:
 def main(argv=None):
     args = parse_arguments(argv)
     openings = (PROMPTS / "refusals.txt").read_text(encoding="utf-8").splitlines()  # lower case
+    if not os.path.isfile(args.pairs):
+        die(f"--pairs {args.pairs}: no such file")
     pairs = [json.loads(line) for line in open(args.pairs, encoding="utf-8")]
     parts = Parts(args, [SYSTEM, ALONE, openings, pairs],
                   reads={args.alt_field, args.vec_field}, makes={"vecap"})
