@@ -109,7 +109,7 @@ def read_image(root, name):
     try:
         return to_rgb(open_image(root, name)), None
     except Exception as e:  # Pillow's decoders raise nearly everything, some with a memory address
-        return None, f"{type(e).__name__}: {re.sub(r' <_io.*?>| at 0x\w+', '', str(e))}"
+        return None, f"{type(e).__name__}: {re.sub(' <_io.*?>| at 0x[0-9a-fA-F]+', '', str(e))}"
 
 
 def open_image(root, name):
