@@ -173,7 +173,7 @@ def test_an_image_that_the_processor_refuses_is_one_row(build, pictures):
     got = ours.caption(names)
     assert [got[0], got[3]] == expected and got[1][0] is None and "FileNotFound" in got[2][1]
     assert ours.caption(["odd.png"]) == [got[1]] and "mode=RGB" in got[1][1]
-    assert "0x" not in got[1][1]  # an address is another in every run
+    assert " at " not in got[1][1]  # an address is another in every run
 
 
 def test_a_text_follows_the_prompt_as_if_written_there(build, model_folder, tmp_path):
