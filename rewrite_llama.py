@@ -172,8 +172,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     pairs = [json.loads(line) for line in open(args.pairs, encoding="utf-8")]
     examples = {name: [pair for pair in pairs if pair["source"] == name] for name in args.sources}
-    if few := [name for name in args.sources if len(examples[name]) < max(args.shots, 1)]:
-        die(f"--pairs {args.pairs} has fewer than {args.shots} pairs of {', '.join(few)}")
+    if few := [name for name in args.sources if not 0 <= args.shots <= len(examples[name])]:
+        die(f"--shots {args.shots}: {args.pairs} cannot give them for {', '.join(few)}")
     parts = Parts(args, [TASK, examples], reads={args.field},
                   makes={f"rewrite_{source}" for source in args.sources})
     if parts.join():
@@ -252,7 +252,7 @@ def answer_line(answer, reason=None):
 def parse_row(line):
     """The line's JSON object; of any other line, a row that keeps it."""
     with suppress(ValueError, RecursionError):
-        if isinstance(row := json.loads(line), dict):
+        if isinstance(row := json.loads(line.decode("utf-8-sig")), dict):
             return row
     line = line.decode(errors="backslashreplace").rstrip("\r\n")
     return {"error": {"line": "not a JSON object"}, "line": line}
@@ -309,10 +309,10 @@ class Parts:
             row["error"] = error | {field: reasons if isinstance(value, list) else reasons[0]}
 
     def write(self, path, lines):
-        """Write a file whole or not at all: under another name, synced, then renamed."""
+        """Write a file whole or not at all; not if its folder goes away: then OUT was joined."""
         os.makedirs(self.folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder, open(
-                f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f:
+        with suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder, \
+                open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f:
             f.writelines(lines)
             f.flush()
             os.fsync(f.fileno())
@@ -323,13 +323,13 @@ class Parts:
         print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
         missing = sum(not os.path.exists(path) for path in self.paths)
         if not missing and not os.path.exists(self.output):
-            with suppress(FileNotFoundError):  # another rank was faster
-                self.write(self.output + ".settings.json", [json.dumps(self.made)])
-                lines = (line for path in self.paths for line in open(path, encoding="utf-8"))
-                self.write(self.output, lines)
+            self.write(self.output + ".settings.json", [json.dumps(self.made)])
+            lines = (line for path in self.paths for line in open(path, encoding="utf-8"))
+            self.write(self.output, lines)
         if not os.path.exists(self.output):
             return print(f"{self.output}: {missing} of {len(self.paths)} parts are missing")
-        then = json.loads(Path(self.output + ".settings.json").read_text())
+        settings = Path(self.output + ".settings.json")
+        then = json.loads(settings.read_text()) if settings.exists() else {}
         if other := [name for name in self.made if self.made[name] != then.get(name)]:
             die(f"{self.output} was made with other {', '.join(other)}: choose a new --output")
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -601,6 +601,7 @@ def open_image(root, name):
 
 def to_rgb(image):
     """Any PIL image -> RGB, upright; transparency becomes white."""
+    image.load()  # what is broken is told here, for a second attempt would give a part of it
     with suppress(Exception):  # broken metadata says nothing
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "I;16" and image.format == "PNG":  # convert would clip it

@@ -108,12 +108,13 @@ class Server:
             response = endpoint.with_raw_response.create(
                 model=self.args.model, max_tokens=self.args.max_new_tokens, **request)
         except openai.APIStatusError as e:
+            told = f"{e.status_code} {' '.join(e.response.text.split())[:300]}"
             if e.status_code in (400, 413, 422):
-                return None, f"{REFUSED}: {e}"
-            raise
+                return None, f"{REFUSED}: {told}"
+            raise ValueError(told)
         data = json.loads(response.http_response.text)
-        if not data.get("choices"):
-            raise ValueError(f"no choices: {json.dumps(data.get('error') or data)[:300]}")
+        if not isinstance(data, dict) or not data.get("choices"):
+            raise ValueError(f"no choices: {json.dumps(data)[:300]}")
         choice = data["choices"][0]
         if choice.get("finish_reason") == "content_filter":
             return None, f"{REFUSED}: content filter"

@@ -44,6 +44,29 @@ def caption(rng, tokenizer, names):
     return text
 
 
+def captions(rng, n):
+    """As people caption photographs, 6 to 16 words"""
+    who = ["a man", "two women", "a brown dog", "a young girl in a red coat", "several people", "an old couple", "a black and white cat",
+           "a small boat", "a yellow bus", "three children"]
+    does = ["sitting on a bench", "walking along the beach", "standing next to a tree", "lying on a wooden floor", "looking at the camera",
+            "waiting at a crossing", "under a large umbrella", "crossing a bridge", "in front of a brick wall"]
+    where = ["", "in the snow", "at sunset", "on a busy street", "near a lake with mountains behind it", "in a park with many other people",
+             "while it is raining"]
+    return [" ".join(f"{rng.choice(who)} {rng.choice(does)} {rng.choice(where)}".split()) for _ in range(n)]
+
+
+def titles(rng, n):
+    """As web pages title images: a thing, up to three adjectives, up to three phrases that shops and stock photos add"""
+    adjectives = "vintage handmade blue wooden modern antique large soft rustic premium outdoor leather ceramic floral organic".split()
+    things = ["coffee table", "wedding dress", "running shoes", "garden chair", "bedroom with white walls", "mountain lake at sunset",
+              "chocolate cake recipe", "golden retriever puppy", "wrist watch", "red sports car", "city skyline", "birthday card"]
+    phrases = ["for sale in Denver, CO", "with free shipping", "stock photo", "ideas for small spaces", "by John Miller",
+               "- royalty free vector illustration", "2019 model, 2 owners", "how to make it in 5 easy steps", "| Etsy",
+               "and accessories for women, men & kids", "from the 1960s, signed by the artist", "wallpaper HD 1920x1080"]
+    some = lambda words: rng.sample(words, rng.choice([0, 1, 1, 2, 3]))
+    return [" ".join([*some(adjectives), rng.choice(things), *some(phrases)]).capitalize() for _ in range(n)]
+
+
 def make_data(folder, batch_size, warmup, steps):
     """For one pass of a run: images/, tokenizer.json, short.jsonl and mixed.jsonl; short.tsv for open_clip."""
     from open_clip import IMAGENET_CLASSNAMES, tokenize
