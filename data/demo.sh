@@ -58,7 +58,8 @@ laclip_track() {
   step rewrite python rewrite_llama.py --input $out/demo.jsonl --output $out/rewritten.jsonl \
     --model $out/smollm2 --sources wording --pairs data/demo/rewrite_pairs.jsonl --shots 8 --temperature 0.7 \
     --max-new-tokens 20 --batch-size 256 --device $device
-  step filter python -m data.filter_captions $out/rewritten.jsonl $out/filtered.jsonl
+  step filter python -m data.filter_captions $out/rewritten.jsonl $out/filtered.jsonl \
+    --pairs data/demo/rewrite_pairs.jsonl
   step train-laclip $train --captions $out/filtered.jsonl --tokenizer $out/tokenizer.json \
     --text alt rewrite_wording --out $out/laclip
   evaluate clip

@@ -81,7 +81,7 @@ def broken_rule(original, rewrite, before, after, args):
 
 
 def texts_of_pairs(path):
-    """All texts that a prompt of rewrite_llama.py may show: inputs, outputs, captions of an image"""
+    """All texts that a prompt of rewrite_llama.py may show: inputs, outputs, groups of captions"""
     texts = []
     for _, pair in read_rows(path):
         texts += pair.get("captions") or [pair.get("input"), pair.get("output")]

@@ -98,7 +98,7 @@ make_captions() { # make_captions NAME: makes $out/NAME.jsonl, and first the fil
     filtered*)
       source=rewritten${1#filtered}
       make_captions $source
-      python -m data.filter_captions $out/$source.jsonl "$file" ;;
+      python -m data.filter_captions $out/$source.jsonl "$file" --pairs data/demo/rewrite_pairs.jsonl ;;
     noisy_rewritten)
       python rewrite_llama.py --input $out/noisy.jsonl --output "$file" ${rewrite/ scene} ;;
     several_scored)

@@ -80,7 +80,7 @@ class Server:
             if reason:
                 return None, reason
             image.thumbnail((MAX_SIDE, MAX_SIDE))
-            image.save(data := io.BytesIO(), "JPEG", quality=90, subsampling=0)  # colours stay sharp
+            image.save(data := io.BytesIO(), "JPEG", quality=90, subsampling=0)
             url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
             content = [{"type": "image_url", "image_url": {"url": url}},
                        {"type": "text", "text": self.args.prompt}]

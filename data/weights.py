@@ -188,4 +188,4 @@ def load_plain(path, target):
 
 def end_id(tokenizer):
     """The end token, at which our models pool a text"""
-    return tokenizer.encode("a")[-1].item()
+    return tokenizer.tokenizer.encode("a").ids[-1]  # without ftfy

@@ -1,4 +1,5 @@
-"""Write the demo's results to OUT/results.json for the report and print their table. data/demo.sh runs this.
+"""Write the demo's results to OUT/results.json for the report and print their table. data/demo.sh
+runs this.
 
     python -m data.demo.collect out/demo
     python -m data.demo.collect share vec.jsonl     # for data/replicate.sh: how many captions are right
@@ -56,7 +57,8 @@ def zero_shot_table(out):
 
 
 def captioner_share(rows):
-    """The share of captions that have a content word of the right name, and that share for shuffled captions.
+    """The share of captions that have a content word of the right name, and that share for shuffled
+    captions.
 
     A missing caption counts as wrong.
     """
@@ -68,7 +70,8 @@ def captioner_share(rows):
 
 
 def read_steps(out):
-    """The steps that demo.sh ran, in their order: a file per step holds its seconds, then its command"""
+    """The steps that demo.sh ran, in their order: a file per step holds its seconds, then its
+    command"""
     steps = []
     for entry in sorted(os.scandir(os.path.join(out, "steps")), key=lambda entry: entry.stat().st_mtime):
         if "." not in entry.name:  # not a log

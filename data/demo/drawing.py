@@ -10,7 +10,8 @@ def uniform(low, high):
 
 
 def augment_drawing(image, S):
-    """RGB image -> [S, S]: turned, zoomed, shifted and sheared a little; at times with its edges."""
+    """RGB image -> [S, S]: turned, zoomed, shifted and sheared a little; at times with its
+    edges."""
     angle, shear, dx, dy = uniform(-0.105, 0.105), *(uniform(-0.045, 0.045) for _ in range(3))
     zoom = uniform(0.93, 1.07)
     zx, zy = (side / S * zoom * uniform(0.97, 1.03) for side in image.size)

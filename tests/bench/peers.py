@@ -42,7 +42,7 @@ def transformers_clip(c, folder):
     """-> model, tokenize, loss"""
     from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
     text = dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width, num_hidden_layers=c.text_layers,
-                num_attention_heads=c.text_heads, hidden_act="gelu", vocab_size=c.vocab_size, eos_token_id=c.eot_id)
+                num_attention_heads=c.text_heads, hidden_act="gelu", vocab_size=c.vocab_size, eos_token_id=c.vocab_size - 1)
     vision = dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width, num_hidden_layers=c.vision_layers,
                   num_attention_heads=c.vision_heads, hidden_act="gelu", image_size=c.image_size,
                   patch_size=c.patch_size)
