@@ -27,7 +27,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -207,7 +206,7 @@ class CLIP(nn.Module):
             from data.text_model import replace_text_tower
             replace_text_tower(self)
 
-    def encode_image(self, images):  # [B, 3, S, S] of eval_transform -> [B, embed_dim], any length
+    def encode_image(self, images):  # [B, 3, S, S] of eval_transform -> [B, D], not normalised
         return self.visual(images) @ self.visual.proj
 
     def encode_text(self, texts):
@@ -405,7 +404,7 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.lr, settings["warmup"], steps)
         optimizer.zero_grad(set_to_none=True)
-        if args.micro_batch:
+        if args.micro_batch and len(chunks) > 1:
             from data import grad_cache
             loss = grad_cache.backward(model, towers, objective, chunks, drawn, autocast)
         else:
@@ -445,12 +444,11 @@ def train(args):
         if leave or keep or done % args.save_every == 0:
             if not all(parameter.isfinite().all() for parameter in model.parameters()):
                 die(f"a weight is not finite after step {done}; {args.out} keeps the checkpoint")
-            if rank() == 0:
-                save_checkpoint(out("checkpoint.pt"), model, tokenizer, head=head.state_dict(),
-                                optimizer=optimizer.state_dict(), step=done, settings=settings,
-                                logged=os.path.getsize(metrics.name))
-            if rank() == 0 and keep:
-                shutil.copyfile(out("checkpoint.pt"), out(f"checkpoint-{done}.pt"))
+            for name in [f"checkpoint-{done}.pt"] * bool(keep) + ["checkpoint.pt"]:
+                if rank() == 0:
+                    save_checkpoint(out(name), model, tokenizer, head=head.state_dict(), step=done,
+                                    optimizer=optimizer.state_dict(), settings=settings,
+                                    logged=os.path.getsize(metrics.name))
         if leave:
             break
     progress.close()
@@ -549,7 +547,7 @@ class Samples(torch.utils.data.Dataset):
                 views = [v2.functional.pil_to_tensor(view(image, self.size)) for view in self.views]
                 return torch.stack(views), ids, *drawn, bad
             except Exception as e:  # Pillow raises nearly everything; no file may end a month's run
-                bad.append((name, f"{type(e).__name__}: {e}"))
+                bad.append((name, f"{type(e).__name__}: {re.sub(' <_io.*?>', '', str(e))}"))
                 index = int(rng.integers(len(self.rows)))
         raise RuntimeError(f"100 rows in succession are unusable; the last one is {bad[-1]}")
 
@@ -710,11 +708,14 @@ def save_checkpoint(path, model, tokenizer, **more):
 
 def read_checkpoint(path):
     """The checkpoint's dict, mapped, so that ranks of a node share its pages. It runs no code."""
-    with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
-        if damaged := archive.testzip():
-            raise OSError(f"{path} is damaged: {damaged} is not what was written")
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    state["config"].pop("eot_id", None)  # older checkpoints have it; it is every text's last id
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            if damaged := archive.testzip():
+                raise OSError(f"{damaged} is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state["config"].pop("eot_id", None)  # older ones have it: every text's last id
+    except Exception as e:  # torch raises many classes, with pages of advice
+        raise OSError(f"{path}: expected a checkpoint of train_clip.py: {str(e)[:200]}") from None
     return state
 
 def from_state(state):  # a checkpoint's dict -> model, tokenizer
@@ -869,7 +870,7 @@ def main(argv=None):
         train(parse_args(argv))
         if dist.is_initialized():  # else gloo's threads outlive the interpreter, which may abort
             dist.destroy_process_group()
-    except (OSError, zipfile.BadZipFile) as e:  # a missing file, a full disk, no checkpoint
+    except OSError as e:  # a missing file, a full disk, no checkpoint
         die(str(e))
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
