@@ -1,14 +1,13 @@
 """Caption images with LLaVA: VeCLIP's visual-enriched captions, VeC (2310.07699, section 3.2).
 
-The model sees the image and one fixed prompt. No caption field is read: a VeC is independent of the
-AltText, so that it can add what the AltText lacks.
+The model sees the image and one prompt, no caption field: a VeC is independent of the AltText.
 
     python caption_llava.py --input cc3m.jsonl --output cc3m.vec.jsonl --image-root DIR
     torchrun --nproc_per_node 8 caption_llava.py ...the same arguments...  # ranks share the work
 
 Row in:  {"image": "photos/1.jpg", "alt": "IMG_0123 sale!!"}
-Row out: the same and "vec": "a red bicycle leaning on a wall"; null for an unreadable image, with
-the reason in "error". The same command resumes after any interruption.
+Row out: the same and "vec": "a red bicycle leaning on a wall"; null where "error" says why. The
+same command resumes after any kill.
 """
 import hashlib
 import io
@@ -21,7 +20,6 @@ import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 PROMPT = "Describe the image concisely, less than 20 words"  # paper, section 3.2
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()  # no EPS: it runs programs
 
@@ -38,21 +37,18 @@ FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()  # no EPS: it r
 # --- the paper's idea: an image and a prompt ------------------------------------------------------
 class Captioner:
     """LLaVA: captions images, greedily, by the prompt alone."""
-
     def __init__(self, args, counts):
-        from transformers import (AutoConfig, AutoModelForImageTextToText, AutoProcessor,
-                                  GenerationConfig)
-
+        import transformers
         content = [{"type": "image"}, {"type": "text", "text": args.prompt}]
         try:
-            AutoConfig.from_pretrained(args.model)  # its message is the clearest for a wrong folder
-            self.processor = AutoProcessor.from_pretrained(args.model)
+            transformers.AutoConfig.from_pretrained(args.model)  # its message is the clearest for a wrong folder
+            self.processor = transformers.AutoProcessor.from_pretrained(args.model)
             if not hasattr(self.processor, "image_processor"):
                 die(f"--model {args.model} has no vision part: expected a model like LLaVA")
             self.prompt = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True,
                 enable_thinking=False)
-            self.model = AutoModelForImageTextToText.from_pretrained(
+            self.model = transformers.AutoModelForImageTextToText.from_pretrained(
                 args.model, dtype=DTYPES[args.dtype], device_map=args.device).eval()
         except Exception as e:  # transformers raises nearly everything for a folder without a model
             die(f"--model {args.model}: {e}")
@@ -63,8 +59,9 @@ class Captioner:
         config, how = self.model.config.get_text_config(), self.model.generation_config
         named = [x.eos_token_id for x in (config, how, self.tokenizer)]
         self.ends = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None}
-        self.model.generation_config = GenerationConfig(  # greedy, whatever the folder says
-            max_new_tokens=args.max_new_tokens, eos_token_id=[*self.ends], pad_token_id=0)
+        self.model.generation_config = transformers.GenerationConfig(  # greedy, whatever the folder says
+            max_new_tokens=args.max_new_tokens, eos_token_id=[*self.ends],
+            pad_token_id=min(self.ends, default=0))
 
     @torch.inference_mode()
     def caption(self, names):
@@ -84,14 +81,15 @@ class Captioner:
         """-> [(the model's inputs for the images that can be read, each name's reason or None)]"""
         images, reasons = zip(*(read_image(self.args.image_root, name) for name in names))
         images = [[image] for image in images if image]
-        special = not self.prompt.startswith(self.tokenizer.bos_token or "\0")  # not twice
+        special = not self.prompt.startswith(self.tokenizer.bos_token or "\0")  # once is enough
         try:
             return [(self.processor(images=images, text=[self.prompt] * len(images), padding=True,
                                     add_special_tokens=special, return_tensors="pt")
                      if images else None, reasons)]
         except Exception as e:  # the processor refuses an image: find out which
-            reason = re.sub(r" at 0x\w+", "", str(e))  # an address is another in every run
-            return sum(map(self.prepare, zip(names)), []) if names[1:] else [(None, [reason])]
+            if len(names) == 1:
+                return [(None, [re.sub(r" at 0x\w+", "", repr(e))])]
+            return [one for name in names for one in self.prepare([name])]
 
     def answer(self, inputs):
         """Greedy answers to the model's inputs for B images"""
@@ -103,13 +101,13 @@ class Captioner:
         return [thought + self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
 
 
-# --- images, in the DataLoader's workers ----------------------------------------------------------
 def read_image(root, name):
     """-> (RGB image, None), or (None, why it cannot be read)"""
     try:
         return to_rgb(open_image(root, name)), None
     except Exception as e:  # Pillow's decoders raise nearly everything, some with a memory address
-        return None, f"{type(e).__name__}: {re.sub(' <_io.*?>| at 0x[0-9a-fA-F]+', '', str(e))}"
+        text = str(e).replace(os.path.join(os.path.abspath(root), ""), "")
+        return None, f"{type(e).__name__}: {re.sub(' <_io.*?>| at 0x[0-9a-fA-F]+', '', text)}"
 
 
 def open_image(root, name):
@@ -154,15 +152,15 @@ def main(argv=None):
         return print(f"{args.output} is finished")
     if args.server:
         from data.server import Server
-        caption = partial(Server(args, parts.counts).caption, read_image)
+        caption = Server(args, parts.counts, read_image).caption
     else:
         caption = Captioner(args, parts.counts).caption
-    for _, rows in parts.to_make():
-        results = [answer_line(*x) for x in caption([row.get("image") for row in rows])]
-        if rows and not any(text for text, _ in results):
-            die(f"--image-root {args.image_root}: no caption for {len(rows)} rows: {results[0][1]}")
-        for row, result in zip(rows, results):
-            parts.put(row, "vec", None, [result])
+    for place, rows in parts.to_make():
+        answers = caption([row.get("image") for row in rows])
+        if len(rows) > 1 and all(answer is None for answer, _ in answers):  # not the rows' fault
+            die(f"none of {len(rows)} images in succession can be captioned: {answers[0][1]}")
+        for row, answer in zip(rows, answers):
+            parts.put(row, "vec", None, [answer_line(*answer)])
     parts.join()
 
 
@@ -178,18 +176,16 @@ def parse_arguments(argv):
     add("--batch-size", type=int, default=32, help="images at a time (default: %(default)s)")
     add("--workers", type=int, default=4, help="processes that read images (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16 if it is native")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    add("--device", default=DEVICES[0], choices=DEVICES, help="default here: %(default)s")
     add("--server", nargs="+", metavar="URL", help="ask OpenAI-compatible servers (data/server.py)")
-    args = settle(parser.parse_args(argv))
-    if not os.path.isdir(args.image_root):
-        die(f"--image-root {args.image_root}: no such folder")
-    return args
+    return settle(parser.parse_args(argv))
 
 
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    if min(args.batch_size, args.max_new_tokens) < 1 or not os.path.isfile(args.input):
-        die(f"--input {args.input} must be a file, --batch-size and --max-new-tokens 1 or more")
+    paths = [getattr(args, name, ".") for name in ("input", "pairs", "image_root")]
+    if not all(map(os.path.exists, paths)) or min(args.batch_size, args.max_new_tokens) < 1:
+        die(f"no such file or folder in {paths}, or --batch-size, --max-new-tokens under 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda":
@@ -215,7 +211,7 @@ def answer_line(answer, reason=None):
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
     line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    return re.sub("^[\"'“„«]([^\"“”„«»]+)[\"'”“»]$", r"\1", line), None
+    return re.sub("^[\"'“„«‘「]([^\"“”„«»「」]+)[\"'”“»’」]$", r"\1", line).strip(), None
 
 
 def parse_row(line):
@@ -232,49 +228,54 @@ class Parts:
     A part gets its name when it is complete, and the name is a hash of all that its bytes depend
     on. So a part that exists is right, whoever made it; when none is missing, they are joined."""
     def __init__(self, args, prompts, reads, makes):
-        """The first rows must have a field of `reads` and none of `makes`."""
+        """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
         self.settings = {name: value for name, value in vars(args).items() if name not in (
-            "input", "output", "pairs", "workers", "server", "batch_size")}  # they change no text
+            "input", "output", "pairs", "workers", "server", "batch_size")}  # no influence (fp32)
         self.settings |= {"server": bool(args.server), "prompts": prompts,
                           "script": Path(__file__).read_text(encoding="utf-8")}
-        self.counts, self.paths, content = Counter(), [], hashlib.sha256()
-        for path, lines in self.units():
-            if not self.paths:
-                fields = {name for row in map(parse_row, lines) for name in row if row[name]}
-                if not fields & reads or fields & makes:
-                    die(f"{args.input}: expected JSONL with {reads}, not {makes}: {lines[0][:200]}")
+        self.counts, self.paths, content, seen = Counter(), [], hashlib.sha256(), set()
+        for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
+            if not seen & reads:  # as a rule, the first unit is enough
+                seen |= {name for line in lines for name, x in parse_row(line).items() if x}
+        if self.paths and (not seen & reads or seen & makes):
+            seen -= {"error", "line"}
+            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(seen)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):
-        """Yield (path of its part, its lines) for every unit of the input."""
+        """Yield (its place in the input, the path of its part, its lines) for every unit."""
         size = 1 << max(16, os.path.getsize(self.input).bit_length() - 16)  # at most 65,536 units
         with open(self.input, "rb") as f:
             while lines := f.readlines(size):
                 name = hashlib.sha256(repr((self.settings, f.tell(), lines)).encode()).hexdigest()
-                yield os.path.join(self.folder, name), lines
+                yield f.tell(), os.path.join(self.folder, name), lines
 
     def to_make(self):
-        """Yield (number, rows) of this rank's missing parts, and write the rows that come back."""
+        """Yield (place, rows) of this rank's missing parts; write the rows that the caller filled."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0, delay=1)
-        for number, (path, lines) in enumerate(units):
-            if number % world == rank and not os.path.exists(path):
+        for number, (place, path, lines) in enumerate(units):
+            made = os.path.exists(path) or os.path.exists(self.output)
+            if number % world == rank and not made:
                 rows = [parse_row(line) for line in lines]
-                yield number, (todo := [row for row in rows if row.keys() != {"error", "line"}])
+                todo = [row for row in rows if row.keys() != {"error", "line"}]
+                yield place, todo
                 self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
                 self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def put(self, row, field, value, results):
         """Write [(text, None) or (None, reason)], made from `value`: a list's into a list."""
-        self.counts.update(reason or f"texts in {field}" for _, reason in results)
+        if row.get(field) is not None:
+            return self.counts.update([f"{field} was there before"])
+        self.counts.update((reason or f"texts in {field}").split(":")[0] for _, reason in results)
         texts, reasons = [text for text, _ in results], [reason for _, reason in results]
         row[field] = texts if isinstance(value, list) else texts[0]
-        if any(reasons):
-            error = row.get("error") or {}
-            error = error if isinstance(error, dict) else {"row": error}  # the user's own
+        error = row.get("error") or {}
+        error = error if isinstance(error, dict) else {"row": error}  # the user's own
+        if any(reasons) or field in error:  # or what an earlier attempt left
             row["error"] = error | {field: reasons if isinstance(value, list) else reasons[0]}
 
     def write(self, path, lines):

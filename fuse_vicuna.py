@@ -32,11 +32,11 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 INSTRUCTION = ("Rephrase the following two sentences into one short sentence while adhering to the "
                "provided instructions: Place attributes before noun entities without introducing "
                "new meaning. Do not start with \"The image\".")
-ALONE = INSTRUCTION.replace("two sentences", "sentence")
 SHOTS = 4  # pairs in the prompt of --format pairs; ours
 MAX_PROMPT_TOKENS = 1024  # a longer one holds something else than a caption: null; ours
 PROMPTS = Path(__file__).resolve().parent / "data" / "prompts"
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\ufeff\ud800-\udfff]")
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -45,7 +45,9 @@ def chat_prompt(alt, vec, instruction=INSTRUCTION):
     """Vicuna 1.1's conversation around the instruction. Either text may be "": then it has one."""
     texts = [text for text in (alt, vec) if text]
     numbered = " ".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-    return f"{SYSTEM} USER: {instruction if len(texts) == 2 else ALONE} {numbered} ASSISTANT:"
+    if len(texts) == 1:
+        instruction = instruction.replace("two sentences", "sentence")
+    return f"{SYSTEM} USER: {instruction} {numbered} ASSISTANT:"
 
 
 def pairs_prompt(pairs, alt, vec):
@@ -83,13 +85,14 @@ def clean(text):
 
 
 def text_pairs(row, args):
-    """-> the field that the result is like, and its [(AltText, VeC)]: a list's entry by entry, and
-    the one text of the other field with each."""
+    """-> the value whose shape, text or list, the result takes, and its [(AltText, VeC)]: of two
+    lists entry by entry, a single text with each."""
     alt, vec = row.get(args.alt_field) or None, row.get(args.vec_field) or None
-    like = alt if isinstance(alt, list) or not isinstance(vec, list) else vec
-    n = len(like) if isinstance(like, list) else 1
+    lists = [value for value in (alt, vec) if isinstance(value, list)]
+    shape_of = max(lists, key=len, default=alt)
+    n = len(shape_of) if lists else 1
     columns = [(x + [None] * n)[:n] if isinstance(x, list) else [x] * n for x in (alt, vec)]
-    return like, [(clean(alt), clean(vec)) for alt, vec in zip(*columns)]
+    return shape_of, [(clean(alt), clean(vec)) for alt, vec in zip(*columns)]
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -112,7 +115,8 @@ class Fuser:
         named = [x.eos_token_id for x in (config, how, self.tokenizer)]
         self.ends = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None}
         self.model.generation_config = GenerationConfig(  # greedy, whatever the folder says
-            max_new_tokens=args.max_new_tokens, eos_token_id=[*self.ends], pad_token_id=0,
+            max_new_tokens=args.max_new_tokens, eos_token_id=[*self.ends],
+            pad_token_id=min(self.ends, default=0),
             stop_strings=["\n"] if args.format == "pairs" else None)
 
     @torch.inference_mode()
@@ -147,26 +151,26 @@ class Fuser:
 def main(argv=None):
     args = parse_arguments(argv)
     openings = (PROMPTS / "refusals.txt").read_text(encoding="utf-8").splitlines()  # lower case
-    if not os.path.isfile(args.pairs):
-        die(f"--pairs {args.pairs}: no such file")
     pairs = [json.loads(line) for line in open(args.pairs, encoding="utf-8")]
-    parts = Parts(args, [SYSTEM, ALONE, openings, pairs],
+    if len(pairs) < SHOTS:
+        die(f"--pairs {args.pairs}: {len(pairs)} pairs, expected {SHOTS} or more")
+    parts = Parts(args, [SYSTEM, openings, pairs],
                   reads={args.alt_field, args.vec_field}, makes={"vecap"})
     if parts.join():
         return print(f"{args.output} is finished")
     if args.server:
         from data.server import Server
     fuser = (Server if args.server else Fuser)(args, parts.counts)
-    for number, rows in parts.to_make():
+    for place, rows in parts.to_make():
         prompt = partial(chat_prompt, instruction=args.prompt)
         if args.format == "pairs":
-            shots = np.random.default_rng([args.seed, number]).choice(pairs, SHOTS, replace=False)
+            shots = np.random.default_rng([args.seed, place]).choice(pairs, SHOTS, replace=False)
             prompt = partial(pairs_prompt, shots)
         sources = [text_pairs(row, args) for row in rows]
-        texts = [(fuser.cut(alt), vec) for _, texts in sources for alt, vec in texts]
+        texts = [(fuser.cut(alt), vec) for _, own in sources for alt, vec in own]
         results = iter(fuse(fuser.answer, prompt, texts, openings, parts.counts))
-        for row, (like, texts) in zip(rows, sources):
-            parts.put(row, "vecap", like, [next(results) for _ in texts])
+        for row, (shape_of, own) in zip(rows, sources):
+            parts.put(row, "vecap", shape_of, [next(results) for _ in own])
     parts.join()
 
 
@@ -187,15 +191,16 @@ def parse_arguments(argv):
     add("--max-new-tokens", type=int, default=77, help="default: %(default)s, assumed")
     add("--batch-size", type=int, default=32, help="prompts at a time (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16 if it is native")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    add("--device", default=DEVICES[0], choices=DEVICES, help="default here: %(default)s")
     add("--server", nargs="+", metavar="URL", help="ask OpenAI-compatible servers (data/server.py)")
     return settle(parser.parse_args(argv))
 
 
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    if min(args.batch_size, args.max_new_tokens) < 1 or not os.path.isfile(args.input):
-        die(f"--input {args.input} must be a file, --batch-size and --max-new-tokens 1 or more")
+    paths = [getattr(args, name, ".") for name in ("input", "pairs", "image_root")]
+    if not all(map(os.path.exists, paths)) or min(args.batch_size, args.max_new_tokens) < 1:
+        die(f"no such file or folder in {paths}, or --batch-size, --max-new-tokens under 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda":
@@ -221,7 +226,7 @@ def answer_line(answer, reason=None):
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
     line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    return re.sub("^[\"'“„«]([^\"“”„«»]+)[\"'”“»]$", r"\1", line), None
+    return re.sub("^[\"'“„«‘「]([^\"“”„«»「」]+)[\"'”“»’」]$", r"\1", line).strip(), None
 
 
 def parse_row(line):
@@ -238,49 +243,54 @@ class Parts:
     A part gets its name when it is complete, and the name is a hash of all that its bytes depend
     on. So a part that exists is right, whoever made it; when none is missing, they are joined."""
     def __init__(self, args, prompts, reads, makes):
-        """The first rows must have a field of `reads` and none of `makes`."""
+        """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
         self.settings = {name: value for name, value in vars(args).items() if name not in (
-            "input", "output", "pairs", "workers", "server", "batch_size")}  # they change no text
+            "input", "output", "pairs", "workers", "server", "batch_size")}  # no influence (fp32)
         self.settings |= {"server": bool(args.server), "prompts": prompts,
                           "script": Path(__file__).read_text(encoding="utf-8")}
-        self.counts, self.paths, content = Counter(), [], hashlib.sha256()
-        for path, lines in self.units():
-            if not self.paths:
-                fields = {name for row in map(parse_row, lines) for name in row if row[name]}
-                if not fields & reads or fields & makes:
-                    die(f"{args.input}: expected JSONL with {reads}, not {makes}: {lines[0][:200]}")
+        self.counts, self.paths, content, seen = Counter(), [], hashlib.sha256(), set()
+        for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
+            if not seen & reads:  # as a rule, the first unit is enough
+                seen |= {name for line in lines for name, x in parse_row(line).items() if x}
+        if self.paths and (not seen & reads or seen & makes):
+            seen -= {"error", "line"}
+            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(seen)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):
-        """Yield (path of its part, its lines) for every unit of the input."""
+        """Yield (its place in the input, the path of its part, its lines) for every unit."""
         size = 1 << max(16, os.path.getsize(self.input).bit_length() - 16)  # at most 65,536 units
         with open(self.input, "rb") as f:
             while lines := f.readlines(size):
                 name = hashlib.sha256(repr((self.settings, f.tell(), lines)).encode()).hexdigest()
-                yield os.path.join(self.folder, name), lines
+                yield f.tell(), os.path.join(self.folder, name), lines
 
     def to_make(self):
-        """Yield (number, rows) of this rank's missing parts, and write the rows that come back."""
+        """Yield (place, rows) of this rank's missing parts; write the rows that the caller filled."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0, delay=1)
-        for number, (path, lines) in enumerate(units):
-            if number % world == rank and not os.path.exists(path):
+        for number, (place, path, lines) in enumerate(units):
+            made = os.path.exists(path) or os.path.exists(self.output)
+            if number % world == rank and not made:
                 rows = [parse_row(line) for line in lines]
-                yield number, (todo := [row for row in rows if row.keys() != {"error", "line"}])
+                todo = [row for row in rows if row.keys() != {"error", "line"}]
+                yield place, todo
                 self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
                 self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def put(self, row, field, value, results):
         """Write [(text, None) or (None, reason)], made from `value`: a list's into a list."""
-        self.counts.update(reason or f"texts in {field}" for _, reason in results)
+        if row.get(field) is not None:
+            return self.counts.update([f"{field} was there before"])
+        self.counts.update((reason or f"texts in {field}").split(":")[0] for _, reason in results)
         texts, reasons = [text for text, _ in results], [reason for _, reason in results]
         row[field] = texts if isinstance(value, list) else texts[0]
-        if any(reasons):
-            error = row.get("error") or {}
-            error = error if isinstance(error, dict) else {"row": error}  # the user's own
+        error = row.get("error") or {}
+        error = error if isinstance(error, dict) else {"row": error}  # the user's own
+        if any(reasons) or field in error:  # or what an earlier attempt left
             row["error"] = error | {field: reasons if isinstance(value, list) else reasons[0]}
 
     def write(self, path, lines):

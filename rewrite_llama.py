@@ -1,18 +1,17 @@
 """Rewrite captions with LLaMA by in-context learning: LaCLIP's text augmentation (2305.20088).
 
 Section 3.1: people, two chatbots and MSCOCO each give a set of pairs "caption => rewrite". A prompt
-is a task line, three pairs of one set, and a new caption, whose line LLaMA ends. Each set makes one
+is a task line, three pairs of one set, and "red bike =>": LLaMA ends the line. Each set makes one
 rewrite of every caption, so that training can sample one of M + 1 = 5 texts of an image.
 
     python rewrite_llama.py --input cc3m.jsonl --output cc3m.rewritten.jsonl
     torchrun --nproc_per_node 8 rewrite_llama.py ...the same arguments...  # ranks share the work
 
 Row in:  {"image": "photos/1.jpg", "alt": "red bike"}, or a list of captions
-Row out: the same and "rewrite_chatgpt": "...", ...; null where there is no answer, with the reason
-in "error". Every answer is kept, as in the release. The same command resumes after any kill.
+Row out: the same and "rewrite_chatgpt": "...", ...; null where "error" says why. Every answer is
+kept, as in the release. The same command resumes after any kill.
 """
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -31,7 +30,7 @@ from tqdm import tqdm
 SOURCES = ["chatgpt", "bard", "coco", "human"]  # M = 4 rewrites a caption (paper, section 3.1)
 TASK = "Rewrite each image caption in other words, keeping its meaning."  # ours, not the release's
 MAX_CAPTION_TOKENS = 256  # a longer text is cut; ours
-PAIRS = Path(__file__).resolve().parent / "data/prompts/meta_pairs.jsonl"
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BREAKS = re.compile("=>|[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\ufeff\ud800-\udfff]")
 
@@ -53,7 +52,34 @@ def draw_prompt(examples, shots, rng):
     return prompt
 
 
-# --- the model ------------------------------------------------------------------------------------
+def main(argv=None):
+    args = parse_arguments(argv)
+    pairs = [json.loads(line) for line in open(args.pairs, encoding="utf-8")]
+    examples = {name: [pair for pair in pairs if pair["source"] == name] for name in args.sources}
+    few = [name for name in args.sources if not 0 <= args.shots <= len(examples[name])]
+    if few or args.temperature < 0 or args.top_p <= 0:
+        die(f"--pairs has too few of {few} for --shots; or --temperature < 0, or --top-p <= 0")
+    parts = Parts(args, [TASK, examples], reads={args.field},
+                  makes={f"rewrite_{source}" for source in args.sources})
+    if parts.join():
+        return print(f"{args.output} is finished")
+    if args.server:
+        from data.server import Server
+    complete = (Server if args.server else Completer)(args, parts.counts).complete
+    as_list = lambda value: value if isinstance(value, list) else [value]
+    for place, rows in parts.to_make():
+        texts = [[clean(text) for text in as_list(row.get(args.field))] for row in rows]
+        captions = [text for own in texts for text in own if text]
+        for source in args.sources:
+            rng = np.random.default_rng([args.seed, place, *source.encode()])
+            prompt = draw_prompt(examples[source], args.shots, rng)  # release: one for each caption
+            answers = iter(complete(prompt, captions, rng))
+            for row, own in zip(rows, texts):
+                parts.put(row, f"rewrite_{source}", row.get(args.field), [
+                    answer_line(*next(answers)) if text else (None, "no text") for text in own])
+    parts.join()
+
+
 def sample(logits, uniform, temperature, top_p):
     """Nucleus sampling: logits [B, V], uniform [B] in [0, 1) -> ids [B]; temperature 0 is greedy.
     A row's own random number chooses in its own nucleus: rows do not depend on each other."""
@@ -73,7 +99,7 @@ def sample(logits, uniform, temperature, top_p):
 class Completer:
     """LLaMA: ends the lines of many captions behind one prompt."""
     def __init__(self, args, counts):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
         from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
         try:  # split_special_tokens: "</s>" in a caption is plain text
             self.tokenizer = AutoTokenizer.from_pretrained(args.model, split_special_tokens=True)
@@ -90,109 +116,77 @@ class Completer:
         self.forward = self.model
         if args.device == "cuda" and args.compile == "on":  # or launching kernels takes most time
             self.forward = torch.compile(self.model, mode="reduce-overhead", dynamic=False)
+        self.model.generation_config = GenerationConfig(  # by_generate's, whatever the folder says
+            max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, top_p=args.top_p,
+            temperature=args.temperature or None, top_k=0, eos_token_id=[*self.stops])
         layers = DynamicCache(config=config).layers
-        self.window = min(getattr(layer, "sliding_window", sys.maxsize) for layer in layers)
-        known = "position_ids" in inspect.signature(self.model.forward).parameters
-        if not known or {*map(type, layers)} - {DynamicLayer, DynamicSlidingWindowLayer}:
-            self.window = 0  # layers with a state, or attention that asks for no positions
+        plain = {*map(type, layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}  # no states
+        able = self.model._can_compile_fullgraph and config.model_type not in ("bloom", "falcon")
+        window = min(getattr(layer, "sliding_window", sys.maxsize) for layer in layers)
+        self.room = window - args.max_new_tokens - MAX_CAPTION_TOKENS - 9 if plain and able else 0
 
     def complete(self, prompt, captions, rng):
-        """-> [(what follows `prompt` + caption + " =>" up to the end of the line, None)]. Random
-        numbers are a caption's own, so that no text depends on its neighbours."""
+        """-> [(what follows `prompt` + caption + " =>" up to the end of its line, None)]"""
         encode = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
-        n = len(encode("\n"))  # goes before a caption, or LLaMA's tokenizer puts a blank there
+        n = len(encode("\n"))  # stands in front, or LLaMA's tokenizer would put a blank there
         texts = [encode(f"\n{text}")[n:][:MAX_CAPTION_TOKENS] + encode(" =>") for text in captions]
-        uniform = rng.random((len(texts), self.args.max_new_tokens), "f4")
+        uniform = rng.random((len(texts), self.args.max_new_tokens), "f4")  # each caption its own
         prompt = self.tokenizer(prompt).input_ids
-        W = max(map(len, texts), default=0) + self.args.max_new_tokens
-        fits = len(prompt) + W <= self.window
-        new = self.by_slots(prompt, texts, W, uniform) if fits else [
+        new = self.by_slots(prompt, texts, uniform) if len(prompt) <= self.room else [
             self.by_generate(prompt + text, u) for text, u in zip(texts, uniform)]
         self.counts["cut at --max-new-tokens"] += sum(map(self.stops.isdisjoint, new))
         new = [[token for token in ids if token not in self.ends] for ids in new]
         return [(self.tokenizer.decode(ids, skip_special_tokens=True), None) for ids in new]
 
     @torch.inference_mode()
-    def by_slots(self, prompt, texts, W, uniform):
-        """The ids that follow the prompt's and a text's ids until the line ends, for all texts.
-        A step feeds one token to each slot: the next one of its text, or the one drawn last. When
-        its line ends, a slot takes the next text: nobody waits, and all steps have one shape. The
-        cache is a ring of W places behind the prompt. All slots write at the same place; a slot's
-        mask shows the prompt and the places of its own text. A text has at most W tokens, so none
-        that its slot needs is overwritten; what earlier texts left is masked; and since positions
-        are given, the order of the ring means nothing."""
+    def by_slots(self, prompt, texts, uniform):
+        """The ids that follow the prompt and each text until its line ends. Slot b holds text
+        slots[b]. A step feeds it one token: its text's next, or the one drawn last. When its line
+        ends, it takes the next text: nobody waits, and all steps have one shape. The cache is a
+        ring of W places behind the prompt. All slots write at the same place; a slot's mask shows
+        the prompt and the places of its own text. A text has at most W tokens, so the ring
+        overwrites none that is needed; and positions are given, so its order means nothing."""
         from transformers.cache_utils import Cache, DynamicCache, StaticLayer
-        waiting = iter(sorted(range(len(texts)), key=lambda i: -len(texts[i])))
-        slots = [i for _, i in zip(range(self.args.batch_size), waiting)]  # the text of each
-        lines, fed, step = [list(text) for text in texts], [0] * len(slots), 0
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        slots, waiting = order[:self.args.batch_size], iter(order[self.args.batch_size:])
+        P, W = len(prompt), max(map(len, texts), default=0) + uniform.shape[1]
+        lines = [list(text) for text in texts] + [[0] * (W + 1)]  # the last: of idle slots
+        fed, step, one = [0] * len(slots), 0, DynamicCache(config=self.model.config)
         tensor = lambda values: torch.tensor(values, device=self.model.device)
-        P, one = len(prompt), DynamicCache(config=self.model.config)
         self.model(tensor([prompt]), cache=one, logits_to_keep=1)
         shape = len(slots), 1, 1, -(-(P + W) // 64) * 64  # rounded up: a GPU captures few shapes
         if shape != self.shape:
-            layers = [StaticLayer(max_cache_len=shape[3]) for _ in one.layers]
-            self.shape, self.cache = shape, Cache(layers=layers)
+            self.shape, self.cache = shape, Cache([StaticLayer(shape[3]) for _ in one.layers])
         self.cache.reset()
         for ring, layer in zip(self.cache.layers, one.layers):
             ring.update(*(x.expand(len(slots), -1, -1, -1) for x in (layer.keys, layer.values)))
-        hidden = torch.finfo(self.model.dtype).min
-        mask = torch.full(shape, hidden, dtype=self.model.dtype, device=self.model.device)
+        mask = torch.full(shape, -torch.inf, dtype=self.model.dtype, device=self.model.device)
         mask[..., :P] = 0
-        while any(i is not None for i in slots):  # None: no text is left for this slot
+        while any(i < len(texts) for i in slots):
             if step and step % W == 0:
                 self.cache.crop(-W)  # the ring begins again
             mask[..., P + step % W] = 0
-            ids = tensor([0 if i is None else lines[i][n] for i, n in zip(slots, fed)])
+            ids = tensor([lines[i][n] for i, n in zip(slots, fed)])
             logits = self.forward(
                 ids[:, None], position_ids=tensor(fed)[:, None] + P, attention_mask=mask,
                 cache=self.cache, logits_to_keep=1).logits[:, -1]  # [B, V]
-            step, fed = step + 1, [n + (i is not None) for i, n in zip(slots, fed)]
-            drawing = [b for b, i in enumerate(slots) if i is not None and fed[b] == len(lines[i])]
-            u = tensor([uniform[slots[b], fed[b] - len(texts[slots[b]])] for b in drawing])
-            new = sample(logits[drawing], u, self.args.temperature, self.args.top_p).tolist()
-            for b, i, token in zip(drawing, [slots[b] for b in drawing], new):
+            step, fed = step + 1, [n + 1 for n in fed]
+            drawing = [(b, i) for b, i in enumerate(slots) if fed[b] == len(lines[i])]
+            u = tensor([uniform[i, fed[b] - len(texts[i])] for b, i in drawing])
+            logits = logits[[b for b, _ in drawing]]
+            new = sample(logits, u, self.args.temperature, self.args.top_p).tolist()
+            for (b, i), token in zip(drawing, new):
                 lines[i].append(token)
                 if token in self.stops or len(lines[i]) == len(texts[i]) + uniform.shape[1]:
-                    slots[b], fed[b] = next(waiting, None), 0  # the line has ended
-                    mask[b, ..., P:] = hidden
+                    slots[b], fed[b] = next(waiting, len(texts)), 0  # the line has ended
+                    mask[b, ..., P:] = -torch.inf
         return [line[len(text):] for line, text in zip(lines, texts)]
 
     def by_generate(self, ids, uniform):
         """The same for one text by transformers' `generate`, which serves all other models."""
         torch.manual_seed(int(uniform[0] * 2 ** 24))
-        ids, T = torch.tensor([ids], device=self.model.device), self.args.temperature
-        new = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(uniform), do_sample=T > 0,
-            temperature=T or None, top_p=self.args.top_p, top_k=0, eos_token_id=[*self.stops],
-            pad_token_id=0)
-        return new[0, ids.shape[1]:].tolist()
-
-
-def main(argv=None):
-    args = parse_arguments(argv)
-    pairs = [json.loads(line) for line in open(args.pairs, encoding="utf-8")]
-    examples = {name: [pair for pair in pairs if pair["source"] == name] for name in args.sources}
-    if few := [name for name in args.sources if not 0 <= args.shots <= len(examples[name])]:
-        die(f"--shots {args.shots}: {args.pairs} cannot give them for {', '.join(few)}")
-    parts = Parts(args, [TASK, examples], reads={args.field},
-                  makes={f"rewrite_{source}" for source in args.sources})
-    if parts.join():
-        return print(f"{args.output} is finished")
-    if args.server:
-        from data.server import Server
-    complete = (Server if args.server else Completer)(args, parts.counts).complete
-    as_list = lambda value: value if isinstance(value, list) else [value]
-    for number, rows in parts.to_make():
-        texts = [[clean(text) for text in as_list(row.get(args.field))] for row in rows]
-        captions = [text for row_texts in texts for text in row_texts if text]
-        for source in args.sources:
-            rng = np.random.default_rng([args.seed, number, *source.encode()])
-            prompt = draw_prompt(examples[source], args.shots, rng)  # release: one for each caption
-            answers = iter(complete(prompt, captions, rng))
-            for row, own in zip(rows, texts):
-                parts.put(row, f"rewrite_{source}", row.get(args.field), [
-                    answer_line(*next(answers)) if text else (None, "no text") for text in own])
-    parts.join()
+        ids = torch.tensor([ids], device=self.model.device)
+        return self.model.generate(ids, attention_mask=ids >= 0)[0, ids.shape[1]:].tolist()
 
 
 def parse_arguments(argv):
@@ -203,7 +197,7 @@ def parse_arguments(argv):
     add("--model", default="huggyllama/llama-7b", help="folder or hub name (default: %(default)s)")
     add("--field", default="alt", help="field to rewrite, a text or a list (default: %(default)s)")
     add("--sources", nargs="+", default=SOURCES, help="sets of pairs; each makes rewrite_SOURCE")
-    add("--pairs", default=PAIRS, help="JSONL of pairs (default: data/prompts/meta_pairs.jsonl)")
+    add("--pairs", default=Path(__file__).parent / "data/prompts/meta_pairs.jsonl", help="JSONL")
     add("--shots", type=int, default=3, help="pairs in the prompt (default: %(default)s, paper)")
     add("--temperature", type=float, default=0.9, help="0: greedy (default: %(default)s, release)")
     add("--top-p", type=float, default=0.95, help="1: off (default: %(default)s, release)")
@@ -211,7 +205,7 @@ def parse_arguments(argv):
     add("--seed", type=int, default=0, help="of all random draws (default: %(default)s)")
     add("--batch-size", type=int, default=256, help="captions at a time (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16 if it is native")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, mps")
+    add("--device", default=DEVICES[0], choices=DEVICES, help="default here: %(default)s")
     add("--compile", default="on", choices=["on", "off"], help="capture the steps on a GPU")
     add("--server", nargs="+", metavar="URL", help="ask OpenAI-compatible servers (data/server.py)")
     return settle(parser.parse_args(argv))
@@ -219,8 +213,9 @@ def parse_arguments(argv):
 
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    if min(args.batch_size, args.max_new_tokens) < 1 or not os.path.isfile(args.input):
-        die(f"--input {args.input} must be a file, --batch-size and --max-new-tokens 1 or more")
+    paths = [getattr(args, name, ".") for name in ("input", "pairs", "image_root")]
+    if not all(map(os.path.exists, paths)) or min(args.batch_size, args.max_new_tokens) < 1:
+        die(f"no such file or folder in {paths}, or --batch-size, --max-new-tokens under 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda":
@@ -246,7 +241,7 @@ def answer_line(answer, reason=None):
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
     line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    return re.sub("^[\"'“„«]([^\"“”„«»]+)[\"'”“»]$", r"\1", line), None
+    return re.sub("^[\"'“„«‘「]([^\"“”„«»「」]+)[\"'”“»’」]$", r"\1", line).strip(), None
 
 
 def parse_row(line):
@@ -263,49 +258,54 @@ class Parts:
     A part gets its name when it is complete, and the name is a hash of all that its bytes depend
     on. So a part that exists is right, whoever made it; when none is missing, they are joined."""
     def __init__(self, args, prompts, reads, makes):
-        """The first rows must have a field of `reads` and none of `makes`."""
+        """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
         self.settings = {name: value for name, value in vars(args).items() if name not in (
-            "input", "output", "pairs", "workers", "server", "batch_size")}  # they change no text
+            "input", "output", "pairs", "workers", "server", "batch_size")}  # no influence (fp32)
         self.settings |= {"server": bool(args.server), "prompts": prompts,
                           "script": Path(__file__).read_text(encoding="utf-8")}
-        self.counts, self.paths, content = Counter(), [], hashlib.sha256()
-        for path, lines in self.units():
-            if not self.paths:
-                fields = {name for row in map(parse_row, lines) for name in row if row[name]}
-                if not fields & reads or fields & makes:
-                    die(f"{args.input}: expected JSONL with {reads}, not {makes}: {lines[0][:200]}")
+        self.counts, self.paths, content, seen = Counter(), [], hashlib.sha256(), set()
+        for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
+            if not seen & reads:  # as a rule, the first unit is enough
+                seen |= {name for line in lines for name, x in parse_row(line).items() if x}
+        if self.paths and (not seen & reads or seen & makes):
+            seen -= {"error", "line"}
+            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(seen)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):
-        """Yield (path of its part, its lines) for every unit of the input."""
+        """Yield (its place in the input, the path of its part, its lines) for every unit."""
         size = 1 << max(16, os.path.getsize(self.input).bit_length() - 16)  # at most 65,536 units
         with open(self.input, "rb") as f:
             while lines := f.readlines(size):
                 name = hashlib.sha256(repr((self.settings, f.tell(), lines)).encode()).hexdigest()
-                yield os.path.join(self.folder, name), lines
+                yield f.tell(), os.path.join(self.folder, name), lines
 
     def to_make(self):
-        """Yield (number, rows) of this rank's missing parts, and write the rows that come back."""
+        """Yield (place, rows) of this rank's missing parts; write the rows that the caller filled."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0, delay=1)
-        for number, (path, lines) in enumerate(units):
-            if number % world == rank and not os.path.exists(path):
+        for number, (place, path, lines) in enumerate(units):
+            made = os.path.exists(path) or os.path.exists(self.output)
+            if number % world == rank and not made:
                 rows = [parse_row(line) for line in lines]
-                yield number, (todo := [row for row in rows if row.keys() != {"error", "line"}])
+                todo = [row for row in rows if row.keys() != {"error", "line"}]
+                yield place, todo
                 self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
                 self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def put(self, row, field, value, results):
         """Write [(text, None) or (None, reason)], made from `value`: a list's into a list."""
-        self.counts.update(reason or f"texts in {field}" for _, reason in results)
+        if row.get(field) is not None:
+            return self.counts.update([f"{field} was there before"])
+        self.counts.update((reason or f"texts in {field}").split(":")[0] for _, reason in results)
         texts, reasons = [text for text, _ in results], [reason for _, reason in results]
         row[field] = texts if isinstance(value, list) else texts[0]
-        if any(reasons):
-            error = row.get("error") or {}
-            error = error if isinstance(error, dict) else {"row": error}  # the user's own
+        error = row.get("error") or {}
+        error = error if isinstance(error, dict) else {"row": error}  # the user's own
+        if any(reasons) or field in error:  # or what an earlier attempt left
             row["error"] = error | {field: reasons if isinstance(value, list) else reasons[0]}
 
     def write(self, path, lines):

@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import re
+import socket
 from multiprocessing.pool import ThreadPool
 from urllib.parse import urlsplit
 
@@ -36,15 +37,16 @@ RETRIES = 8  # with pauses of 0.5, 1, 2, 4, 8, 8, ... seconds
 TIMEOUT = 600  # seconds for a text
 MAX_SIDE = 1024  # pixels: a larger image takes longer, and gateways refuse it
 CUT, REFUSED = "cut at --max-new-tokens", "refused by the server"
-SPECIAL = re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|\[/?[a-z]*[A-Z_]+\]")
+SPECIAL = re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|"
+                     r"\[/?(?:INST|IMG\w*|SYSTEM_PROMPT|TOOL\w*|AVAILABLE_TOOLS|g?MASK|CLS)\]")
 
 
 class Server:
     """complete, caption, answer: what the stages' models do. Each gives [(answer, None) or (None,
     reason)]. counts: a Counter, which is told how many answers were cut."""
 
-    def __init__(self, args, counts):
-        self.args, self.counts = args, counts
+    def __init__(self, args, counts, read_image=None):
+        self.args, self.counts, self.read_image = args, counts, read_image
         self.turns = itertools.cycle([self.connect(url) for url in args.server])
         self.threads = ThreadPool(args.batch_size * len(args.server))
 
@@ -73,10 +75,10 @@ class Server:
         """fuse_vicuna.py: the text, or about its first --max-alt-tokens tokens"""
         return text.encode()[:4 * self.args.max_alt_tokens].decode(errors="ignore").strip()
 
-    def caption(self, read_image, names):
+    def caption(self, names):
         """caption_llava.py: read_image(root, name) -> (RGB image, None) or (None, reason)"""
         def ask(name):
-            image, reason = read_image(self.args.image_root, name)
+            image, reason = self.read_image(self.args.image_root, name)
             if reason:
                 return None, reason
             image.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -94,7 +96,7 @@ class Server:
         except (openai.OpenAIError, ValueError) as e:
             die(f"--server {' '.join(self.args.server)}: {e} {e.__cause__ or ''}. Nothing is lost: "
                 "the same command goes on from here")
-        if answers and all((reason or "").startswith(REFUSED) for _, reason in answers):
+        if len(answers) > 1 and all((reason or "").startswith(REFUSED) for _, reason in answers):
             die(f"--server {' '.join(self.args.server)}: all {len(answers)} texts of a unit are "
                 f"{answers[0][1]}")
         self.counts[CUT] += sum(reason == CUT for _, reason in answers)
@@ -133,6 +135,7 @@ def is_local(url):
     """Whether a server runs on this machine. Then it is asked directly, whatever proxy is set."""
     host = urlsplit(url).hostname or ""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified  # 0.0.0.0, as servers print it
     except ValueError:  # a name
-        return host == "localhost"
+        return host in ("localhost", socket.gethostname())
