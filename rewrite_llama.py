@@ -115,12 +115,10 @@ class Completer:
     @torch.inference_mode()
     def by_slots(self, prompt, texts, W, uniform):
         """The ids that follow the prompt's and a text's ids until the line ends, for all texts.
-        A step feeds one token to each slot: the next one of its text, or the one drawn last. When
-        its line ends, a slot takes the next text: nobody waits, and all steps have one shape. The
-        cache is a ring of W places behind the prompt. All slots write at the same place; a slot's
-        mask shows the prompt and the places of its own text. A text has at most W tokens, so none
-        that its slot needs is overwritten; what earlier texts left is masked; and since positions
-        are given, the order of the ring means nothing."""
+        A step feeds one token to each slot: the next of its text, or the one drawn last. When its
+        line ends, a slot takes the next text: nobody waits, and all steps have one shape. Behind
+        the prompt, the cache is a ring of W places. All slots write at the same one; a slot's mask
+        shows the prompt and its own text, which has at most W tokens, so none is overwritten."""
         from transformers.cache_utils import Cache, DynamicCache, StaticLayer
         waiting = iter(sorted(range(len(texts)), key=lambda i: -len(texts[i])))
         slots = [i for _, i in zip(range(self.args.batch_size), waiting)]  # the text of each
@@ -219,8 +217,10 @@ def parse_arguments(argv):
 
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    if min(args.batch_size, args.max_new_tokens) < 1 or not os.path.isfile(args.input):
-        die(f"--input {args.input} must be a file, --batch-size and --max-new-tokens 1 or more")
+    files = os.path.isfile(args.input) and os.path.isfile(args.pairs)
+    if min(args.batch_size, args.max_new_tokens) < 1 or not files:
+        die(f"--input {args.input} and --pairs {args.pairs} must be files, --batch-size and "
+            "--max-new-tokens 1 or more")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda":
