@@ -117,8 +117,8 @@ class Completer:
         """The ids that follow the prompt's and a text's ids until the line ends, for all texts.
         A step feeds one token to each slot: the next of its text, or the one drawn last. When its
         line ends, a slot takes the next text: nobody waits, and all steps have one shape. Behind
-        the prompt, the cache is a ring of W places. All slots write at the same one; a slot's mask
-        shows the prompt and its own text, which has at most W tokens, so none is overwritten."""
+        the prompt, the cache is a ring of W places; all slots write at the same one. A slot's mask
+        shows the prompt and its text (at most W tokens: none is lost); positions give the order."""
         from transformers.cache_utils import Cache, DynamicCache, StaticLayer
         waiting = iter(sorted(range(len(texts)), key=lambda i: -len(texts[i])))
         slots = [i for _, i in zip(range(self.args.batch_size), waiting)]  # the text of each
