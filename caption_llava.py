@@ -41,7 +41,7 @@ class Captioner:
         import transformers
         content = [{"type": "image"}, {"type": "text", "text": args.prompt}]
         try:
-            transformers.AutoConfig.from_pretrained(args.model)  # its message is the clearest for a wrong folder
+            transformers.AutoConfig.from_pretrained(args.model)  # tells best what a folder lacks
             self.processor = transformers.AutoProcessor.from_pretrained(args.model)
             if not hasattr(self.processor, "image_processor"):
                 die(f"--model {args.model} has no vision part: expected a model like LLaVA")
@@ -59,7 +59,7 @@ class Captioner:
         config, how = self.model.config.get_text_config(), self.model.generation_config
         named = [x.eos_token_id for x in (config, how, self.tokenizer)]
         self.ends = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None}
-        self.model.generation_config = transformers.GenerationConfig(  # greedy, whatever the folder says
+        self.model.generation_config = transformers.GenerationConfig(  # greedy
             max_new_tokens=args.max_new_tokens, eos_token_id=[*self.ends],
             pad_token_id=min(self.ends, default=0))
 
@@ -254,7 +254,7 @@ class Parts:
                 yield f.tell(), os.path.join(self.folder, name), lines
 
     def to_make(self):
-        """Yield (place, rows) of this rank's missing parts; write the rows that the caller filled."""
+        """Yield (place, rows) of this rank's missing parts, and write the rows that it gets back."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0, delay=1)
         for number, (place, path, lines) in enumerate(units):

@@ -71,7 +71,7 @@ def save_faults(root):
         (root / name).write_bytes(content)
     Image.new("RGB", (6000, 1)).save(root / "line.png")  # 28 pixels high it would be 168,000 wide
     size, no_image = (root / "shard.tar").stat().st_size, "cannot identify"
-    return {"float.tif": "grey of mode F", "32bit.tif": "grey of mode I", "16bit.tif": "grey of mode I;16", "12bit.pgm": "grey of mode I",
+    return {f"{root}-2.png": "outside", "float.tif": "grey of mode F", "32bit.tif": "grey of mode I", "16bit.tif": "grey of mode I;16", "12bit.pgm": "grey of mode I",
             "../outside.png": "outside", "up/../../outside.png": "outside", "../root-2.png": "outside", str(root.parent / "outside.png"): "outside",
             "/etc/passwd": "outside", "../outside.png@0+500": "outside", ".": "Error", "": "no image", None: "no image", 7: "no image",
             "missing.png": "FileNotFound", "empty.png": no_image, "cut.png": "OSError", "text.jpg": no_image, "svg.svg": no_image,
