@@ -254,7 +254,7 @@ class Parts:
                 yield f.tell(), os.path.join(self.folder, name), lines
 
     def to_make(self):
-        """Yield (place, rows) of this rank's missing parts, and write the rows that it gets back."""
+        """Yield (place, rows) of this rank's missing parts, and write the rows it gets back."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0, delay=1)
         for number, (place, path, lines) in enumerate(units):
