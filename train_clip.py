@@ -495,12 +495,11 @@ def epoch_order(n, shuffle, seed, epoch, block=1000, window=256):
     """The order of n rows in an epoch. full: any row at any time, for local disks. blocks: for
     storage with slow random reads, any row of the next 256 blocks, which come in any order."""
     rng, order = np.random.default_rng([seed, epoch]), np.arange(n, dtype=np.uint32)
-    if shuffle == "full":
-        window = n
-    else:
+    if shuffle == "blocks":
         order = np.concatenate([order[at:at + block] for at in rng.permutation(range(0, n, block))])
-    for at in range(0, n, window * block):
-        rng.shuffle(order[at:at + window * block])
+    span = window * block if shuffle == "blocks" else n
+    for at in range(0, n, span):
+        rng.shuffle(order[at:at + span])
     return order
 
 def pieces(args, n, start, steps, world, size=256):
@@ -715,7 +714,8 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state["config"].pop("eot_id", None)  # older ones have it: every text's last id
     except Exception as e:  # torch raises many classes, with pages of advice
-        raise OSError(f"{path}: expected a checkpoint of train_clip.py: {str(e)[:200]}") from None
+        raise OSError(f"{path}: no checkpoint of train_clip.py ({str(e)[:200]}): python -m "
+                      "data.convert_checkpoint makes one of released weights") from None
     return state
 
 def from_state(state):  # a checkpoint's dict -> model, tokenizer
