@@ -28,6 +28,11 @@ step() { # step NAME COMMAND...: print and run it, record its seconds. Skip it i
   echo "[$name: $((SECONDS - start)) s]"
 }
 
+show() { # show FILE: its first three rows
+  echo "--- the first rows of $1"
+  head -n 3 "$1"
+}
+
 # --- set-up -------------------------------------------------------------------------------------------------
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 . .venv/bin/activate
@@ -58,6 +63,7 @@ laclip_track() {
   step rewrite python rewrite_llama.py --input $out/demo.jsonl --output $out/rewritten.jsonl \
     --model $out/smollm2 --sources wording --pairs data/demo/rewrite_pairs.jsonl --shots 8 --temperature 0.7 \
     --max-new-tokens 20 --batch-size 256 --device $device
+  show $out/rewritten.jsonl
   step filter python -m data.filter_captions $out/rewritten.jsonl $out/filtered.jsonl \
     --pairs data/demo/rewrite_pairs.jsonl
   step train-laclip $train --captions $out/filtered.jsonl --tokenizer $out/tokenizer.json \
@@ -76,9 +82,11 @@ veclip_track() { # the captioner learns from other teams' icons and clean names,
   step caption python caption_llava.py --input $out/demo.jsonl --output $out/captioned.jsonl \
     --image-root $out/images --model $out/llava --max-new-tokens 12 --batch-size 256 --workers 1 \
     --device $device
+  show $out/captioned.jsonl
   step fuse torchrun --nproc_per_node $ranks fuse_vicuna.py --input $out/captioned.jsonl \
     --output $out/fused.jsonl --model $out/smollm2 --format pairs --pairs data/demo/fuse_pairs.jsonl \
     --max-new-tokens 20 --batch-size 256 --device $device
+  show $out/fused.jsonl
   step train-veclip $train --captions $out/fused.jsonl --tokenizer $out/tokenizer.json \
     --text alt=0.5 vecap=0.5 --out $out/veclip
   evaluate veclip

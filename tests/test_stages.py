@@ -177,9 +177,11 @@ def test_sizes(stage, most):
 
 
 def test_the_common_block():
-    blocks = {text[text.index("# === from here on the same lines"):] for text in (
-        Path(stage.__file__).read_text() for stage in STAGES.values())}
+    """The block, without what starts the script, and the check of the arguments are the same text in all three."""
+    texts = [Path(stage.__file__).read_text() for stage in STAGES.values()]
+    blocks = {text[text.index("# === from here on the same lines"):text.index("\n\n\nif __name__")] for text in texts}
     assert len(blocks) == 1 and "class Parts" in (block := blocks.pop()) and len(block.splitlines()) <= 110
+    assert len({text[text.index("def settle"):text.index("# === from here")] for text in texts}) == 1
 
 
 # === restart ==========================================================================================================
