@@ -52,7 +52,6 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import RandomResizedCrop, v2
 from tqdm import tqdm
 
-
 # === the text of a step: all that distinguishes LaCLIP and VeCLIP from CLIP =======================
 def draw_texts(row, fields, rng, every=False):
     """LaCLIP's aug_T (eq. 2) and VeCLIP's mix (eq. 2): draw a field by its weight among those that
@@ -92,7 +91,6 @@ def pick(value, place, index_of):
     if usable:
         i = index_of.setdefault(len(entries), usable[int(place * len(usable))])
         return entries[i] if i in usable else None
-
 
 # === losses =======================================================================================
 def info_nce(queries, keys, scale):
@@ -137,7 +135,6 @@ class Gather(torch.autograd.Function):
 
 def gather(x):
     return Gather.apply(x) if dist.is_initialized() else x
-
 
 # === model: OpenAI CLIP's, parameter names included ===============================================
 @dataclass
@@ -343,7 +340,6 @@ def pack(texts):
 def to_device(x, device):  # so that the host does not wait for the copy to a GPU
     return x.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else x.to(device)
 
-
 # === a step, and the run ==========================================================================
 def learning_rate(step, peak, warmup, steps):
     """Linear from peak / 1000, then a cosine to peak / 100 (LaCLIP: 1e-6, 1e-3, 1e-5)"""
@@ -489,7 +485,6 @@ def begin(args, rows, device, world):
           f"ln(batch) = {math.log(args.batch_size):.2f}", file=sys.stderr)
     return state, start, settings, metrics
 
-
 # === samples ======================================================================================
 def epoch_order(n, shuffle, seed, epoch, block=1000, window=256):
     """The order of n rows in an epoch. full: any row at any time, for local disks. blocks: for
@@ -577,7 +572,6 @@ def load_batches(args, rows, tokenizer, config, start, steps, world, device, siz
                   for at in range(0, share, micro)]
         yield chunks, to_device(torch.cat(drawn), device), sum(replaced), sum(bad, [])
 
-
 # === images and rows ==============================================================================
 FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"  # not EPS
 
@@ -630,12 +624,18 @@ def augment_crop(image, S, least=0.5):
 def eval_transform(config):
     """PIL image -> [3, S, S]: shorter side to S, centre crop, normalised. resize: "bicubic" is
     OpenAI's, "bilinear" LaCLIP's, "bilinear-unsmoothed" VeCLIP's: no antialias, and on floats."""
-    mode, _, unsmoothed = config.resize.partition("-")
-    resize = v2.Resize(config.image_size, v2.InterpolationMode(mode), antialias=not unsmoothed)
-    to_floats = v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)])
-    first, second = (to_floats, resize) if unsmoothed else (resize, to_floats)
-    return v2.Compose([to_rgb, first, second, v2.CenterCrop(config.image_size),
-                       v2.Normalize(config.mean, config.std)])
+    S, to_floats = config.image_size, [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    if config.resize == "bilinear-unsmoothed":
+        steps = [*to_floats, partial(resize_unsmoothed, S=S)]
+    else:
+        steps = [v2.Resize(S, v2.InterpolationMode(config.resize)), v2.CenterCrop(S), *to_floats]
+    return v2.Compose([to_rgb, *steps, v2.Normalize(config.mean, config.std)])
+
+def resize_unsmoothed(pixels, S):  # VeCLIP's release: its sizes and crop are rounded in its own way
+    h, w = pixels.shape[1:]
+    h, w = max(S, round(S * h / w)), max(S, round(S * w / h))
+    top, left = (h - S) // 2, (w - S) // 2
+    return F.interpolate(pixels[None], (h, w), mode="bilinear")[0, :, top:top + S, left:left + S]
 
 class Rows:
     """The rows of JSONL files, as if they were one file. Kept is where each begins: 8 bytes."""
@@ -659,7 +659,6 @@ class Rows:
         with open(self.paths[number], "rb") as f:
             f.seek(begin - self.file_begins[number])
             return json.loads(f.read(end - begin))
-
 
 # === tokenizer and checkpoints ====================================================================
 class Tokenizer:
@@ -728,7 +727,6 @@ def load_checkpoint(path, device="cpu"):
     """-> (model in eval mode, tokenizer, transform): all that evaluation needs"""
     model, tokenizer = from_state(read_checkpoint(path))
     return model.eval().to(device), tokenizer, eval_transform(model.config)
-
 
 # === the command, and ranks =======================================================================
 def parse_args(argv=None):
