@@ -524,7 +524,7 @@ def test_hostile_texts_touch_no_other_row(stage, arguments, tmp_path):
 
 
 def test_prompt_of_pairs_and_of_captions_of_one_image():
-    entries = read_jsonl(rewrite_llama.PAIRS)
+    entries = read_jsonl(ROOT / "data/prompts/meta_pairs.jsonl")
     for source in rewrite_llama.SOURCES:
         examples = [entry for entry in entries if entry["source"] == source]
         prompts = [rewrite_llama.draw_prompt(examples, 3, np.random.default_rng(i)) for i in range(2)]

@@ -34,7 +34,7 @@ from inputs import captions, titles  # noqa: E402
 
 LACLIP, NEWLINE, SLOTS = "LaCLIP", "newline", "slots"
 AIMS = {LACLIP: 4, NEWLINE: 2.5}  # the smallest median ratio to be content with
-EXAMPLES = [json.loads(line) for line in open(rewrite_llama.PAIRS, encoding="utf-8")]
+EXAMPLES = [json.loads(line) for line in open(ROOT / "data/prompts/meta_pairs.jsonl", encoding="utf-8")]
 
 
 def draw_prompt(source, rng):

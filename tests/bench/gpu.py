@@ -423,15 +423,15 @@ def check_rewrite(args, folder):
                                  max_new_tokens=new, eos_token_id=ends, pad_token_id=0))
         return (out[:, ids.shape[1]:] != 0).sum().item() / len(texts)
 
-    for n in ([2] if args.tiny else [64, 256]):
+    for n in ([2] if args.tiny else [64, 256, 512, 1024]):
         options = SimpleNamespace(max_new_tokens=new, temperature=0.9, top_p=0.95, batch_size=n)
         stage = stage_of(R.Completer, args=options, model=model, forward=forward, shape=None,
-                         ends={2}, stops={*ends}, window=sys.maxsize)
+                         ends={2}, stops={*ends}, room=sys.maxsize)
         texts = [torch.randint(5, 32000, (12,)).tolist() for _ in range(4 * n)]
 
         def ours():
             uniform = np.random.default_rng(0).random((len(texts), new), "f4")
-            return sum(map(len, stage.by_slots(prompt, texts, 12 + new, uniform))) / len(texts)
+            return sum(map(len, stage.by_slots(prompt, texts, uniform))) / len(texts)
 
         for side, run, rows in (("rewrite_llama.py", ours, 4 * n),
                                 ("newline stop", lambda: theirs(texts[:n], ends), n),
