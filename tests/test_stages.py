@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import zlib
 from collections import Counter
 from functools import partial
@@ -118,6 +119,7 @@ def main(stage, arguments, data=None):
 def start(stage, arguments, rank=0, world=1, before=lambda: None):
     """A stage in a process of its own, a fork of this one: with the fake model where this test has it -> the process"""
     def work():
+        tqdm.tqdm.set_lock(threading.RLock())  # forks would share it with one that is killed while it holds it
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         before()
         STAGES[stage].main(arguments)
