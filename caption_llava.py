@@ -155,10 +155,10 @@ def main(argv=None):
         caption = Server(args, parts.counts, read_image).caption
     else:
         caption = Captioner(args, parts.counts).caption
-    for place, rows in parts.to_make():
+    for number, rows in parts.to_make():
         answers = caption([row.get("image") for row in rows])
         if len(rows) > 1 and all(answer is None for answer, _ in answers):  # not the rows' fault
-            die(f"none of {len(rows)} images in succession can be captioned: {answers[0][1]}")
+            die(f"--image-root {args.image_root}: no caption for {len(rows)} rows: {answers[0][1]}")
         for row, answer in zip(rows, answers):
             parts.put(row, "vec", None, [answer_line(*answer)])
     parts.join()
@@ -183,9 +183,10 @@ def parse_arguments(argv):
 
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    paths = [getattr(args, name, ".") for name in ("input", "pairs", "image_root")]
-    if not all(map(os.path.exists, paths)) or min(args.batch_size, args.max_new_tokens) < 1:
-        die(f"no such file or folder in {paths}, or --batch-size, --max-new-tokens under 1")
+    files, root = [args.input, getattr(args, "pairs", args.input)], getattr(args, "image_root", ".")
+    least = min(args.batch_size, args.max_new_tokens)
+    if not all(map(os.path.isfile, files)) or not os.path.isdir(root) or least < 1:
+        die(f"no file {files}, no folder {root}, or --batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda":
@@ -246,23 +247,22 @@ class Parts:
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):
-        """Yield (its place in the input, the path of its part, its lines) for every unit."""
+        """Yield (its number, the path of its part, its lines) for every unit of the input."""
         size = 1 << max(16, os.path.getsize(self.input).bit_length() - 16)  # at most 65,536 units
         with open(self.input, "rb") as f:
-            while lines := f.readlines(size):
-                name = hashlib.sha256(repr((self.settings, f.tell(), lines)).encode()).hexdigest()
-                yield f.tell(), os.path.join(self.folder, name), lines
+            for number, lines in enumerate(iter(lambda: f.readlines(size), [])):
+                name = hashlib.sha256(repr((self.settings, number, lines)).encode()).hexdigest()
+                yield number, os.path.join(self.folder, name), lines
 
     def to_make(self):
-        """Yield (place, rows) of this rank's missing parts, and write the rows it gets back."""
+        """Yield (number, rows) of this rank's missing parts, and write the rows it gets back."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        units = tqdm(self.units(), total=len(self.paths), unit="unit", disable=rank > 0, delay=1)
-        for number, (place, path, lines) in enumerate(units):
+        for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
             made = os.path.exists(path) or os.path.exists(self.output)
             if number % world == rank and not made:
                 rows = [parse_row(line) for line in lines]
                 todo = [row for row in rows if row.keys() != {"error", "line"}]
-                yield place, todo
+                yield number, todo
                 self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
                 self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

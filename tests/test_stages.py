@@ -323,7 +323,7 @@ def test_other_settings_and_inputs_are_named(stage, arguments, fake, tmp_path, c
         refused(change.split()[0][2:].replace("-", "_"), *change.split())
     refused("input", "--input", path)
     monkeypatch.setattr(STAGES[stage], "__file__", str(script))
-    refused("script")
+    refused("script", *(["--pairs", ROOT / "data/prompts/meta_pairs.jsonl"] if stage == "rewrite" else []))
     monkeypatch.undo()
     assert main(stage, arguments(stage, "--batch-size", 3)) == made
     (tmp_path / "out.jsonl").write_text("mine")

@@ -66,7 +66,7 @@ CANNOT_RUN = {  # rows of the papers that need more than a laptop, with their co
     "LLaMA-7B's rewrites": "bash data/replicate.sh --model huggyllama/llama-7b laclip laclip-unfiltered",
     "ViT-B/16 on CC3M": "README, section 3",
 }
-README_ROWS = ("clip", "laclip", "laclip-mt", "clip-noisy", "laclip-noisy", "veclip")
+README_ROWS = ("clip", "laclip", "laclip-mt", "clip-noisy", "veclip")
 README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"), ("heldout_alias", "top10"),
                   ("heldout", "top1"), ("heldout", "top10")]
 RECIPE = ("rows", "text", "loss", "ssl", "steps", "batch_size", "lr", "wd", "warmup", "augment", "model",
