@@ -81,7 +81,7 @@ class Captioner:
         """-> [(the model's inputs for the images that can be read, each name's reason or None)]"""
         images, reasons = zip(*(read_image(self.args.image_root, name) for name in names))
         images = [[image] for image in images if image]
-        special = not self.prompt.startswith(self.tokenizer.bos_token or "\0")  # once is enough
+        special = not self.prompt.startswith(self.tokenizer.bos_token or "\0")  # else twice
         try:
             return [(self.processor(images=images, text=[self.prompt] * len(images), padding=True,
                                     add_special_tokens=special, return_tensors="pt")
@@ -156,11 +156,11 @@ def main(argv=None):
     else:
         caption = Captioner(args, parts.counts).caption
     for number, rows in parts.to_make():
-        answers = caption([row.get("image") for row in rows])
-        if len(rows) > 1 and all(answer is None for answer, _ in answers):  # not the rows' fault
-            die(f"--image-root {args.image_root}: no caption for {len(rows)} rows: {answers[0][1]}")
-        for row, answer in zip(rows, answers):
-            parts.put(row, "vec", None, [answer_line(*answer)])
+        results = [answer_line(*x) for x in caption([row.get("image") for row in rows])]
+        if (number == 0 or len(rows) > 50) and not any(text for text, _ in results) and rows:
+            die(f"--image-root {args.image_root}: no caption for {len(rows)} rows: {results[0][1]}")
+        for row, result in zip(rows, results):
+            parts.put(row, "vec", None, [result])
     parts.join()
 
 
@@ -189,7 +189,7 @@ def settle(args):
         die(f"no file {files}, no folder {root}, or --batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
-    if args.device == "cuda":
+    if args.device == "cuda" and not args.server:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     args.dtype = args.dtype.replace("auto", "bf16" if native else "fp32")
@@ -232,14 +232,14 @@ class Parts:
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
         self.settings = {name: value for name, value in vars(args).items() if name not in (
-            "input", "output", "pairs", "workers", "server", "batch_size")}  # no influence (fp32)
+            "input", "output", "pairs", "workers", "server", "batch_size")}  # in fp32 no influence
         self.settings |= {"server": bool(args.server), "prompts": prompts,
                           "script": Path(__file__).read_text(encoding="utf-8")}
         self.counts, self.paths, content, seen = Counter(), [], hashlib.sha256(), set()
         for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
-            if not seen & reads:  # as a rule, the first unit is enough
+            if not seen & reads:  # until one is found; `makes` is looked for in these rows alone
                 seen |= {name for line in lines for name, x in parse_row(line).items() if x}
         if self.paths and (not seen & reads or seen & makes):
             seen -= {"error", "line"}
@@ -255,11 +255,11 @@ class Parts:
                 yield number, os.path.join(self.folder, name), lines
 
     def to_make(self):
-        """Yield (number, rows) of this rank's missing parts, and write the rows it gets back."""
+        """Yield (number, rows) of this rank's missing parts, then write the rows, now filled."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
-            made = os.path.exists(path) or os.path.exists(self.output)
-            if number % world == rank and not made:
+            done = os.path.exists(path) or os.path.exists(self.output)
+            if number % world == rank and not done:
                 rows = [parse_row(line) for line in lines]
                 todo = [row for row in rows if row.keys() != {"error", "line"}]
                 yield number, todo

@@ -45,9 +45,9 @@ def draw_prompt(examples, shots, rng):
     """The prompt up to the caption: the task and `shots` pairs of one source (section 3.1)."""
     prompt = TASK + "\n\n"
     for i in rng.choice(len(examples), shots, replace=False):
-        pair = examples[i].get("input"), examples[i].get("output")
+        pair = examples[i].get("captions") or [examples[i]["input"], examples[i]["output"]]
         if "captions" in examples[i]:  # MSCOCO: two captions of one image, in random order
-            pair = rng.choice(examples[i]["captions"], 2, replace=False)
+            pair = rng.choice(pair, 2, replace=False)
         prompt += f"{clean(pair[0])} => {clean(pair[1])}\n"
     return prompt
 
@@ -119,7 +119,7 @@ class Completer:
         self.model.generation_config = GenerationConfig(  # by_generate's, whatever the folder says
             max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, top_p=args.top_p,
             temperature=args.temperature or None, top_k=0, eos_token_id=[*self.stops])
-        layers = DynamicCache(config=config).layers
+        layers = DynamicCache(config=config).layers  # room: by_slots takes prompts up to it
         plain = {*map(type, layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}  # no states
         able = self.model._can_compile_fullgraph and config.model_type not in ("bloom", "falcon")
         window = min(getattr(layer, "sliding_window", sys.maxsize) for layer in layers)
@@ -128,7 +128,7 @@ class Completer:
     def complete(self, prompt, captions, rng):
         """-> [(what follows `prompt` + caption + " =>" up to the end of its line, None)]"""
         encode = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
-        n = len(encode("\n"))  # stands in front, or LLaMA's tokenizer would put a blank there
+        n = len(encode("\n"))  # a caption follows "\n": alone, LLaMA's tokenizer adds a blank
         texts = [encode(f"\n{text}")[n:][:MAX_CAPTION_TOKENS] + encode(" =>") for text in captions]
         uniform = rng.random((len(texts), self.args.max_new_tokens), "f4")  # each caption its own
         prompt = self.tokenizer(prompt).input_ids
@@ -149,7 +149,7 @@ class Completer:
         from transformers.cache_utils import Cache, DynamicCache, StaticLayer
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         slots, waiting = order[:self.args.batch_size], iter(order[self.args.batch_size:])
-        P, W = len(prompt), max(map(len, texts), default=0) + uniform.shape[1]
+        P, W, idle = len(prompt), max(map(len, texts), default=0) + uniform.shape[1], len(texts)
         lines = [list(text) for text in texts] + [[0] * (W + 1)]  # the last: of idle slots
         fed, step, one = [0] * len(slots), 0, DynamicCache(config=self.model.config)
         tensor = lambda values: torch.tensor(values, device=self.model.device)
@@ -162,7 +162,7 @@ class Completer:
             ring.update(*(x.expand(len(slots), -1, -1, -1) for x in (layer.keys, layer.values)))
         mask = torch.full(shape, -torch.inf, dtype=self.model.dtype, device=self.model.device)
         mask[..., :P] = 0
-        while any(i < len(texts) for i in slots):
+        while any(i != idle for i in slots):
             if step and step % W == 0:
                 self.cache.crop(-W)  # the ring begins again
             mask[..., P + step % W] = 0
@@ -178,7 +178,7 @@ class Completer:
             for (b, i), token in zip(drawing, new):
                 lines[i].append(token)
                 if token in self.stops or len(lines[i]) == len(texts[i]) + uniform.shape[1]:
-                    slots[b], fed[b] = next(waiting, len(texts)), 0  # the line has ended
+                    slots[b], fed[b] = next(waiting, idle), 0  # the line has ended
                     mask[b, ..., P:] = -torch.inf
         return [line[len(text):] for line, text in zip(lines, texts)]
 
@@ -219,7 +219,7 @@ def settle(args):
         die(f"no file {files}, no folder {root}, or --batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
-    if args.device == "cuda":
+    if args.device == "cuda" and not args.server:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     args.dtype = args.dtype.replace("auto", "bf16" if native else "fp32")
@@ -262,14 +262,14 @@ class Parts:
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
         self.settings = {name: value for name, value in vars(args).items() if name not in (
-            "input", "output", "pairs", "workers", "server", "batch_size")}  # no influence (fp32)
+            "input", "output", "pairs", "workers", "server", "batch_size")}  # in fp32 no influence
         self.settings |= {"server": bool(args.server), "prompts": prompts,
                           "script": Path(__file__).read_text(encoding="utf-8")}
         self.counts, self.paths, content, seen = Counter(), [], hashlib.sha256(), set()
         for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
-            if not seen & reads:  # as a rule, the first unit is enough
+            if not seen & reads:  # until one is found; `makes` is looked for in these rows alone
                 seen |= {name for line in lines for name, x in parse_row(line).items() if x}
         if self.paths and (not seen & reads or seen & makes):
             seen -= {"error", "line"}
@@ -285,11 +285,11 @@ class Parts:
                 yield number, os.path.join(self.folder, name), lines
 
     def to_make(self):
-        """Yield (number, rows) of this rank's missing parts, and write the rows it gets back."""
+        """Yield (number, rows) of this rank's missing parts, then write the rows, now filled."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
-            made = os.path.exists(path) or os.path.exists(self.output)
-            if number % world == rank and not made:
+            done = os.path.exists(path) or os.path.exists(self.output)
+            if number % world == rank and not done:
                 rows = [parse_row(line) for line in lines]
                 todo = [row for row in rows if row.keys() != {"error", "line"}]
                 yield number, todo

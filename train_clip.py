@@ -67,8 +67,8 @@ def draw_texts(row, fields, rng, every=False):
     weights = weights if weights.any() else present
     drawn = int(rng.choice(len(values), p=weights / weights.sum()))
     place, index_of = rng.random(), {}
-    text, alt = pick(values[drawn], place, index_of), None
-    has_blanks = max(text) < "\u0e00"  # Thai, Chinese and Japanese write none between words
+    text, alt = pick(values[drawn], place, index_of), None  # below: scripts that write no blanks
+    has_blanks = not re.search("[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]", text)
     if len(text.split()) < 2 and has_blanks and list(fields)[drawn] != "alt":
         alt = pick(row.get("alt"), place, index_of)
     if not every:
@@ -808,7 +808,8 @@ def read_settings(args, rows, world):
     warmup = min(per_epoch, steps // 10) if args.warmup is None else args.warmup
     if warmup >= steps:
         die(f"--warmup {warmup} is not less than the {steps} steps of the run (--steps, --epochs)")
-    for i in range(0, len(rows), len(rows) // 1000 or 1):
+    firsts = np.searchsorted(rows.begins[:-1], rows.file_begins)[:, None] + np.arange(100)
+    for i in {*range(0, len(rows), len(rows) // 1000 or 1), *firsts.clip(max=len(rows) - 1).flat}:
         with suppress(ValueError, TypeError):  # no JSON; no object
             row = rows[i]
             found |= {field for field in row if texts_of(row[field])}

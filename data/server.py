@@ -8,7 +8,7 @@ three captioning stages import for --server.
 server; OPENAI_API_KEY is sent if it is set. The official client repeats what may pass (no
 connection, 429, 5xx) and waits as long as the server's Retry-After says. What happens then:
 
-    400, 413, 422, a content filter   the row's error; if a server refuses a whole unit, the end
+    400, 413, 422, a content filter   the row's error; the end if a harmless request fails, too
     any other status, an "error" with status 200, no answer after the client's retries   the end
 
 The end is one line, and nothing is lost: the same command goes on. A second run may give other
@@ -26,6 +26,8 @@ import socket
 from multiprocessing.pool import ThreadPool
 from urllib.parse import urlsplit
 
+from PIL import Image
+
 from data.common import die
 
 try:
@@ -37,7 +39,7 @@ RETRIES = 8  # with pauses of 0.5, 1, 2, 4, 8, 8, ... seconds
 TIMEOUT = 600  # seconds for a text
 MAX_SIDE = 1024  # pixels: a larger image takes longer, and gateways refuse it
 CUT, REFUSED = "cut at --max-new-tokens", "refused by the server"
-SPECIAL = re.compile(r"<[|\uff5c].*?[|\uff5c]>|<</?\w+>>|</?\w+>|"
+SPECIAL = re.compile(r"<[|\uff5c]\S*?[|\uff5c]>|<</?\w+>>|</?\w+>|"
                      r"\[/?(?:INST|IMG\w*|SYSTEM_PROMPT|TOOL\w*|AVAILABLE_TOOLS|g?MASK|CLS)\]")
 
 
@@ -63,13 +65,15 @@ class Server:
         seeds = rng.integers(2 ** 31, size=len(captions)).tolist()
         return self.ask_all(lambda text: self.ask(
             prompt=f"{prompt}{plain(text[0])} =>", seed=text[1], stop=["\n"],
-            temperature=self.args.temperature, top_p=self.args.top_p), zip(captions, seeds))
+            temperature=self.args.temperature, top_p=self.args.top_p),
+            zip(captions, seeds), harmless=("a photo of a dog", 0))
 
     def answer(self, prompts):
         """fuse_vicuna.py: greedy answers to whole prompts"""
         stop = {"stop": ["\n"]} if self.args.format == "pairs" else {}
         return self.ask_all(
-            lambda prompt: self.ask(prompt=plain(prompt), temperature=0, **stop), prompts)
+            lambda prompt: self.ask(prompt=plain(prompt), temperature=0, **stop), prompts,
+            harmless="a photo of a dog")
 
     def cut(self, text):
         """fuse_vicuna.py: the text, or about its first --max-alt-tokens tokens"""
@@ -78,7 +82,9 @@ class Server:
     def caption(self, names):
         """caption_llava.py: read_image(root, name) -> (RGB image, None) or (None, reason)"""
         def ask(name):
-            image, reason = self.read_image(self.args.image_root, name)
+            image, reason = name, None
+            if image is not harmless:
+                image, reason = self.read_image(self.args.image_root, name)
             if reason:
                 return None, reason
             image.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -87,18 +93,21 @@ class Server:
             content = [{"type": "image_url", "image_url": {"url": url}},
                        {"type": "text", "text": self.args.prompt}]
             return self.ask(messages=[{"role": "user", "content": content}], temperature=0)
-        return self.ask_all(ask, names)
+        harmless = Image.new("RGB", (64, 64))
+        return self.ask_all(ask, names, harmless)
 
-    def ask_all(self, ask, items):
-        """[ask(item)], many at a time"""
+    def ask_all(self, ask, items, harmless):
+        """[ask(item)], many at a time. If all are refused, a harmless one shows why."""
+        refused = lambda answer: (answer[1] or "").startswith(REFUSED)
         try:
             answers = list(self.threads.imap(ask, items))
+            at_fault = answers and all(map(refused, answers)) and refused(ask(harmless))
         except (openai.OpenAIError, ValueError) as e:
             die(f"--server {' '.join(self.args.server)}: {e} {e.__cause__ or ''}. Nothing is lost: "
                 "the same command goes on from here")
-        if len(answers) > 1 and all((reason or "").startswith(REFUSED) for _, reason in answers):
-            die(f"--server {' '.join(self.args.server)}: all {len(answers)} texts of a unit are "
-                f"{answers[0][1]}")
+        if at_fault:
+            die(f"--server {' '.join(self.args.server)}: all {len(answers)} texts of a unit, and a "
+                f"harmless one, are {answers[0][1]}")
         self.counts[CUT] += sum(reason == CUT for _, reason in answers)
         return [(text, None if reason == CUT else reason) for text, reason in answers]
 
