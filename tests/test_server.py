@@ -195,6 +195,14 @@ def test_a_refused_row(stage, code, launch):
     assert [request.subject for request in stub.requests].count(subject) == len(FIELDS[stage])
 
 
+def test_a_unit_of_refused_rows(launch):
+    """The server answers a harmless request, so the rows are at fault: they are null, and the launch goes on."""
+    stub = Stub(lambda text, _: None if text == "a photo of a dog" else (400, {"error": {"message": "too long"}}))
+    rows = launch("rewrite", [stub])
+    assert len(rows) == 24 and not any(row[field] for row in rows for field in FIELDS["rewrite"] if not isinstance(row[field], list))
+    assert "too long" in str(rows[8]["error"])
+
+
 @pytest.mark.parametrize("stage, reply, words", [
     ("rewrite", (401, {"error": {"message": "no key"}}), ["401", "no key"]), ("fuse", (403, {"detail": "not you"}), ["403", "not you"]),
     ("caption", (404, {"message": "no such model"}), ["404", "no such model"]), ("fuse", (500, b"CUDA error"), ["500", "CUDA error"]),
