@@ -25,6 +25,8 @@ def filtered(tmp_path, lines, *arguments):
 
 
 RULES = [("A red bike, by the wall!", "a red bike by the wall", "identical"),
+         ("red bike", "red bike => a bike that is red", "copied"),
+         ("mossy steps", "Mossy stone steps!", "copied"),  # a text of data/prompts/meta_pairs.jsonl
          ("red bike", "bike", "short"),
          ("red bike", "...", "short"),
          ("red bike", "bike " + " ".join(f"w{i}" for i in range(30)), "long"),
@@ -46,7 +48,7 @@ def test_filter_has_each_rule_once(tmp_path):
     for i, (line, (alt, rewrite, rule)) in enumerate(zip(lines, RULES, strict=True)):
         expected = {"alt": alt, "rewrite_x": None if rule else rewrite, "id": i}
         assert json.loads(line) == (expected | {"error": {"rewrite_x": rule}} if rule else expected)
-    assert counts == {"rewrite_x": {"kept": 6, "identical": 2, "short": 3, "long": 1, "repeats": 1,
+    assert counts == {"rewrite_x": {"kept": 6, "identical": 2, "copied": 2, "short": 3, "long": 1, "repeats": 1,
                                     "unrelated": 1}}
 
 
@@ -60,7 +62,7 @@ def test_filter_goes_through_lists_entry_by_entry(tmp_path):
         {**rows[1], "rewrite_x": ["one red bike", None, None],
          "error": {"rewrite_y": "empty", "rewrite_x": [None, "short", None]}},
         rows[2]]
-    assert counts == {"rewrite_x": {"kept": 3, "identical": 0, "short": 1, "long": 0, "repeats": 0,
+    assert counts == {"rewrite_x": {"kept": 3, "identical": 0, "copied": 0, "short": 1, "long": 0, "repeats": 0,
                                     "unrelated": 1}}
     assert stdout.startswith("3 rows, 2 with something dropped\n")
 
