@@ -17,7 +17,7 @@ from itertools import islice
 import torch
 
 from data.common import die, in_one_line, progress
-from data.evaluation import all_reduce, parse_args, rank, rows_parser
+from data.evaluation import check_readable, all_reduce, parse_args, rank, rows_parser
 from data.rows import continued, open_rows, parse_row, to_line
 from eval_zeroshot import load_encoder
 from train_clip import open_image
@@ -66,11 +66,12 @@ def add_best(row, field):
     row[field] = max(usable, key=lambda pair: pair[0])[1] if usable else None
 
 
-def settings_of(args):
+def settings_of(args, encoder):
     """What every byte of the output depends on"""
     files = {path: [os.path.getsize(path), os.path.getmtime(path)]
              for path in (args.captions, args.checkpoint)}
-    return {**files, "image_root": args.image_root, "best_field": args.best_field}
+    return {**files, "image_root": args.image_root, "best_field": args.best_field,
+            "precision": encoder.precision}
 
 
 def write_scores(args, encoder):
@@ -78,7 +79,7 @@ def write_scores(args, encoder):
     with ExitStack() as stack:
         out, done = None, 0
         if rank() == 0:  # the other ranks may have other disks
-            out = stack.enter_context(continued(args.output, settings_of(args), CHUNK))
+            out = stack.enter_context(continued(args.output, settings_of(args, encoder), CHUNK))
             done = -1 if out.finished else out.done
         done = int(all_reduce(torch.tensor(done)))
         if done < 0:
@@ -90,6 +91,9 @@ def write_scores(args, encoder):
             rows = [row for row, why in parsed if why is None]
             read = partial(open_image, args.image_root)
             names = [row.get("image") for row in rows]
+            if not done:  # the first of all rows: is --image-root right?
+                check_readable(names, read)
+            done += len(chunk)
             add_scores(rows, encoder.encode_images(names, read, all_may_fail=True),
                        encoder.encode_texts)
             if args.best_field:
