@@ -93,7 +93,7 @@ veclip_track() { # the captioner learns from other teams' icons and clean names,
 }
 
 # --- both papers --------------------------------------------------------------------------------------------
-echo "Two tracks, side by side: about 12 minutes on two quiet cores."
+echo "Two tracks, side by side: 20 to 25 minutes on two cores."
 export OMP_NUM_THREADS=1
 laclip_track &
 other=$!
