@@ -67,7 +67,7 @@ CANNOT_RUN = {  # rows of the papers that need more than a laptop, with their co
     "ViT-B/16 on CC3M": "README, section 3",
 }
 README_ROWS = ("clip", "laclip", "laclip-mt", "clip-noisy", "veclip")
-README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"), ("heldout_alias", "top10"),
+README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"),
                   ("heldout", "top1"), ("heldout", "top10")]
 RECIPE = ("rows", "text", "loss", "ssl", "steps", "batch_size", "lr", "wd", "warmup", "augment", "model",
           "precision")  # the settings that a result keeps
