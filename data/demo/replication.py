@@ -64,7 +64,7 @@ CANNOT_RUN = {  # rows of the papers that need more than a laptop, with their co
     "pre-trained text tower": "python train_clip.py --text-model sentence-transformers/all-MiniLM-L6-v2 "
                               "--text alt ... (and --freeze-text)",
     "LLaMA-7B's rewrites": "bash data/replicate.sh --model huggyllama/llama-7b laclip laclip-unfiltered",
-    "ViT-B/16 on CC3M": "README, section 3",
+    "ViT-B/16 on CC3M": "README, the papers' commands",
 }
 README_ROWS = ("clip", "laclip", "laclip-mt", "clip-noisy", "veclip")
 README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"),
