@@ -390,7 +390,7 @@ def train(args):
     progress = tqdm(total=steps, initial=start, unit="step", disable=rank() > 0)
     stopping = []  # by SIGTERM, when the node is taken back: save after this step and leave
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    counts = torch.zeros(4, dtype=torch.long)  # images, unusable rows, replaced texts, SIGTERMs
+    counts = torch.tensor([*(state if start else {}).get("counts", [0, 0, 0]), 0])
     wait, logged_at, logged_step = 0.0, time.time(), start
     for step in range(start, steps):
         asked_at = time.time()
@@ -420,9 +420,11 @@ def train(args):
             with open(out("bad_images.jsonl"), "a") as f:
                 f.write(json.dumps({"step": done, "image": name, "reason": why}) + "\n")
         counts += all_reduce(torch.tensor([len(drawn), len(unusable), replaced, len(stopping)]))
-        images, bad, words, stopped = counts.tolist()  # of all ranks, which so decide the same
-        too_bad = bad > args.max_bad * max(images + bad, 1000)
-        leave = stopped or too_bad or done == steps
+        images, bad, words, stopped = counts.tolist()  # of the run and all ranks, but stopped: now
+        if bad > args.max_bad * max(images + bad, 1000):  # unsaved: a restart does not get past it
+            progress.close()
+            die(f"{bad} of {images + bad} rows are unusable (--max-bad): {out('bad_images.jsonl')}")
+        leave = stopped or done == steps
         if done in (1, steps) or done % args.log_every == 0:
             loss = all_reduce(loss.detach() / world).item()
             if not math.isfinite(loss):
@@ -431,7 +433,7 @@ def train(args):
             entry = {"step": done, "epoch": round(done / per_epoch, 4), "loss": loss,
                      "lr": optimizer.param_groups[0]["lr"], "samples_per_s": float(f"{speed:.4g}"),
                      "logit_scale": model.logit_scale.exp().item(), "data_wait_s": round(wait, 3),
-                     "bad": bad, "replaced": round(words / images, 4)}  # since the launch
+                     "bad": bad, "replaced": round(words / images, 4)}
             wait, logged_at, logged_step = 0.0, time.time(), done
             progress.set_postfix(loss=f"{loss:.3f}", samples_per_s=entry["samples_per_s"])
             if rank() == 0:
@@ -443,14 +445,12 @@ def train(args):
             for name in [f"checkpoint-{done}.pt"] * bool(keep) + ["checkpoint.pt"]:
                 if rank() == 0:
                     save_checkpoint(out(name), model, tokenizer, head=head.state_dict(), step=done,
-                                    optimizer=optimizer.state_dict(), settings=settings,
-                                    logged=os.path.getsize(metrics.name))
+                                    optimizer=optimizer.state_dict(), counts=[images, bad, words],
+                                    settings=settings, logged=os.path.getsize(metrics.name))
         if leave:
             break
     progress.close()
     all_reduce(torch.zeros(1))  # wait until rank 0 has saved
-    if too_bad:
-        die(f"{bad} of {images + bad} rows are unusable (--max-bad): see {out('bad_images.jsonl')}")
     if done < steps and rank() == 0:
         print(f"stopped at step {done} of {steps}: the same command goes on", file=sys.stderr)
 

@@ -622,6 +622,20 @@ def test_unusable_rows_are_replaced_and_named(shapes, tmp_path):
     assert done.returncode == 2 and "--max-bad" in done.stderr.splitlines()[-1]
 
 
+def test_a_restart_does_not_get_past_too_many_unusable_rows(shapes, tmp_path):
+    """What is counted goes on with the run, and the step that had too many is not saved."""
+    rows = (shapes / "captions.jsonl").read_text() + '{"image": "gone.png", "alt": "no file"}\n' * 16
+    (tmp_path / "captions.jsonl").write_text(rows)
+    arguments = "--captions", tmp_path / "captions.jsonl", "--steps", 40, "--save-every", 1, "--max-bad", 0.06
+    assert train(shapes, tmp_path, *arguments).returncode == 2  # over 60 rows, 6 % of at least 1,000
+    before = load(tmp_path / "checkpoint.pt")
+    images, bad, _ = before["counts"]
+    assert 0 < before["step"] < 40 and bad <= 60 and images == 8 * before["step"]
+    for _ in range(2):
+        assert train(shapes, tmp_path, *arguments).returncode == 2
+        assert load(tmp_path / "checkpoint.pt")["step"] == before["step"]
+
+
 def test_how_many_texts_of_one_word_were_replaced_is_logged(shapes, tmp_path):
     rows = [{**row, "rewrite_a": row["label"]} for row in read_jsonl(shapes / "captions.jsonl")]
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
