@@ -35,7 +35,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BREAKS = re.compile("=>|[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\ufeff\ud800-\udfff]")
 
 
-# --- the paper's idea -----------------------------------------------------------------------------
 def clean(text):
     """The text as one line that cannot break the prompt; "" for what is not a text."""
     return " ".join(BREAKS.sub(" ", text).split()) if isinstance(text, str) else ""
@@ -69,11 +68,13 @@ def main(argv=None):
     as_list = lambda value: value if isinstance(value, list) else [value]
     for number, rows in parts.to_make():
         texts = [[clean(text) for text in as_list(row.get(args.field))] for row in rows]
-        captions = [text for own in texts for text in own if text]
+        captions = [text for own in texts for text in own]
+        asked = [i for i, text in enumerate(captions) if text]
         for source in args.sources:
             rng = np.random.default_rng([args.seed, number, *source.encode()])
             prompt = draw_prompt(examples[source], args.shots, rng)  # release: one for each caption
-            answers = iter(complete(prompt, captions, rng))
+            uniform = rng.random((len(captions), args.max_new_tokens), "f4")[asked]  # a text's own
+            answers = iter(complete(prompt, [captions[i] for i in asked], uniform))
             for row, own in zip(rows, texts):
                 parts.put(row, f"rewrite_{source}", row.get(args.field), [
                     answer_line(*next(answers)) if text else (None, "no text") for text in own])
@@ -125,12 +126,11 @@ class Completer:
         window = min(getattr(layer, "sliding_window", sys.maxsize) for layer in layers)
         self.room = window - args.max_new_tokens - MAX_CAPTION_TOKENS - 9 if plain and able else 0
 
-    def complete(self, prompt, captions, rng):
+    def complete(self, prompt, captions, uniform):
         """-> [(what follows `prompt` + caption + " =>" up to the end of its line, None)]"""
         encode = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
         n = len(encode("\n"))  # a caption follows "\n": alone, LLaMA's tokenizer adds a blank
         texts = [encode(f"\n{text}")[n:][:MAX_CAPTION_TOKENS] + encode(" =>") for text in captions]
-        uniform = rng.random((len(texts), self.args.max_new_tokens), "f4")  # each caption its own
         prompt = self.tokenizer(prompt).input_ids
         new = self.by_slots(prompt, texts, uniform) if len(prompt) <= self.room else [
             self.by_generate(prompt + text, u) for text, u in zip(texts, uniform)]
@@ -174,8 +174,8 @@ class Completer:
             drawing = [(b, i) for b, i in enumerate(slots) if fed[b] == len(lines[i])]
             u = tensor([uniform[i, fed[b] - len(texts[i])] for b, i in drawing])
             logits = logits[[b for b, _ in drawing]]
-            new = sample(logits, u, self.args.temperature, self.args.top_p).tolist()
-            for (b, i), token in zip(drawing, new):
+            new = sample(logits, u, self.args.temperature, self.args.top_p)
+            for (b, i), token in zip(drawing, new.tolist()):
                 lines[i].append(token)
                 if token in self.stops or len(lines[i]) == len(texts[i]) + uniform.shape[1]:
                     slots[b], fed[b] = next(waiting, idle), 0  # the line has ended

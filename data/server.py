@@ -60,9 +60,9 @@ class Server:
             timeout=TIMEOUT, api_key=os.environ.get("OPENAI_API_KEY") or "none",
             http_client=openai.DefaultHttpxClient(trust_env=not is_local(url)))  # its proxies
 
-    def complete(self, prompt, captions, rng):
+    def complete(self, prompt, captions, uniform):
         """rewrite_llama.py: the end of each caption's line"""
-        seeds = rng.integers(2 ** 31, size=len(captions)).tolist()
+        seeds = (uniform[:, 0] * 2 ** 24).astype(int).tolist()
         return self.ask_all(lambda text: self.ask(
             prompt=f"{prompt}{plain(text[0])} =>", seed=text[1], stop=["\n"],
             temperature=self.args.temperature, top_p=self.args.top_p),

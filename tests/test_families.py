@@ -92,6 +92,10 @@ def naive_captions(folder, paths, limit=12):
         yield processor.tokenizer.decode(new, skip_special_tokens=True)
 
 
+def complete(ours, prompt, texts, seed=0):
+    return ours.complete(prompt, texts, np.random.default_rng(seed).random((len(texts), ours.args.max_new_tokens), "f4"))
+
+
 @pytest.mark.parametrize("family", TEXT)
 def test_rewrites(family, build, model_folder, monkeypatch):
     """Greedy, behind a longer prompt than the last one's: LLaMA and Qwen2 in slots."""
@@ -99,19 +103,19 @@ def test_rewrites(family, build, model_folder, monkeypatch):
     if family in ("Llama", "Qwen2"):
         monkeypatch.delattr(rewrite_llama.Completer, "by_generate")
     ours, counts = build("rewrite", family, "--temperature", 0, "--max-new-tokens", 8, "--batch-size", 5)
-    ours.complete("a => b\n", TEXTS[:3], np.random.default_rng(0))
+    complete(ours, "a => b\n", TEXTS[:3])
     counts.clear()
     expected, endless = naive_answers(model_folder(family), [f"{PROMPT}{text} =>" for text in texts], 8, True)
-    assert ours.complete(PROMPT, texts, np.random.default_rng(0)) == [(text, None) for text in expected]
+    assert complete(ours, PROMPT, texts) == [(text, None) for text in expected]
     assert len(set(expected)) > 4 and counts == {"cut at --max-new-tokens": endless}
-    assert ours.complete(PROMPT, [], np.random.default_rng(0)) == []
+    assert complete(ours, PROMPT, []) == []
 
 
 @pytest.mark.parametrize("family", TEXT)
 def test_a_rewrite_depends_on_no_other_text(family, build):
     """Drawn; with other texts beside it, in other batches, and however often it is asked."""
     texts, others = TEXTS * 3, [text if i % 2 else "an old boat" for i, text in enumerate(TEXTS * 3)]
-    drawn = [build("rewrite", family, "--max-new-tokens", 8, "--batch-size", size)[0].complete(PROMPT, given, np.random.default_rng(7))
+    drawn = [complete(build("rewrite", family, "--max-new-tokens", 8, "--batch-size", size)[0], PROMPT, given, 7)
              for size, given in ((4, texts), (64, texts), (5, others), (1, others))]
     assert drawn[0] == drawn[1] and drawn[2] == drawn[3] and drawn[0][1::2] == drawn[2][1::2]
     assert len(set(drawn[0])) > 8 and drawn[0][:7] != drawn[0][7:14]  # the same text twice has random numbers of its own
@@ -125,7 +129,7 @@ def test_a_ring_that_wraps(build, model_folder):
     steps = []
     ours.model.register_forward_pre_hook(lambda *_: steps.append(0))
     expected, _ = naive_answers(model_folder("Llama"), [f"{PROMPT}{text} =>" for text in texts], 8, True)
-    assert ours.complete(PROMPT, texts, rng) == [(text, None) for text in expected]
+    assert complete(ours, PROMPT, texts) == [(text, None) for text in expected]
     ring = 8 + max(len(ours.tokenizer(f"{text} =>").input_ids) for text in texts)
     assert len(steps) > 5 * ring
 
@@ -184,7 +188,7 @@ def test_a_text_follows_the_prompt_as_if_written_there(build, model_folder, tmp_
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     ours, _ = build("rewrite", folder)
     seen = seen_by(ours)
-    ours.complete("a => b\n", ["red bike", "red red red", "red " * 5000], np.random.default_rng(0))
+    complete(ours, "a => b\n", ["red bike", "red red red", "red " * 5000])
     prompt, texts = seen
     assert [prompt + text for text in texts[:2]] == [ours.tokenizer(f"a => b\n{text} =>").input_ids for text in ("red bike", "red red red")]
     assert 250 < len(texts[2]) < 270 and texts[2][256:] == ours.tokenizer(" =>", add_special_tokens=False).input_ids
@@ -205,7 +209,7 @@ def test_an_end_token_ends_the_answer(stage, place, model_folder, build, tmp_pat
     """The model ends its answers with another token than </s>, which one file of the folder names, and no answer holds it."""
     def answers():
         ours, counts = build(stage, folder, "--max-new-tokens", 40, *["--temperature", 0] * (stage == "rewrite"))
-        give = {"rewrite": lambda: ours.complete("a => b\n", TEXTS, np.random.default_rng(0)), "fuse": lambda: ours.answer(TEXTS),
+        give = {"rewrite": lambda: complete(ours, "a => b\n", TEXTS), "fuse": lambda: ours.answer(TEXTS),
                 "caption": lambda: ours.caption([f"{i}.png" for i in range(8)])}[stage]
         return [text for text, _ in give()], counts["cut at --max-new-tokens"]
 
@@ -267,8 +271,8 @@ def test_no_text_holds_a_special_token(name, build, model_folder, tmp_path):
         cleaned = list(filter(None, map(STAGES[stage].clean, texts)))
         if stage == "rewrite":
             seen = seen_by(ours)
-            ours.complete(rewrite_llama.draw_prompt([{"input": text, "output": text} for text in texts], len(texts), np.random.default_rng(0)),
-                          cleaned, np.random.default_rng(0))
+            complete(ours, rewrite_llama.draw_prompt([{"input": text, "output": text} for text in texts], len(texts), np.random.default_rng(0)),
+                     cleaned)
             ids = [seen[0], *seen[1]]
         else:
             ids = ours.tokenizer([fuse_vicuna.chat_prompt(text, text) for text in cleaned]).input_ids

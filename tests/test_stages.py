@@ -72,8 +72,8 @@ class Fake:
     def __init__(self, args, counts):
         pass
 
-    def complete(self, prompt, captions, rng):
-        return [(f" {caption} {zlib.crc32(prompt.encode())} {rng.integers(100)}\n", None) for caption in captions]
+    def complete(self, prompt, captions, uniform):
+        return [(f" {caption} {zlib.crc32(prompt.encode())} {1e6 * own[0]:.0f}\n", None) for caption, own in zip(captions, uniform, strict=True)]
 
     def caption(self, names):
         return [(f"It shows:\n{name}", None) for name in names]
@@ -360,6 +360,17 @@ LONG = json.dumps({"alt": "red " * 2_500_000, "image": "0.png", "seen": "x"}).en
 NESTED = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 BROKEN = [b"{not json", b'["a", "list"]', b'"text"', b"7", b"null", b"", b'{"alt": "\xff\xfe"}', NESTED, b'{"alt": "cut',
           b'{"a": 1} {"b": 2}', b"\xed\xa0\x80", b"\0\0", b'{"n": ' + b"9" * 5000 + b"}"]
+
+
+def test_random_numbers_are_a_texts_own(arguments, fake, tmp_path):
+    """A caption that is missing changes no other text of its unit."""
+    rows = [{"alt": ["red bike", "old boat"]}, {"alt": "a wall"}, {"alt": ["grey sea", "cat"]}]
+    made = []
+    for first in (rows[0], {"alt": ["red bike", None]}):
+        data = b"\n".join(json.dumps(row).encode() for row in [first, *rows[1:]])
+        made.append([json.loads(line)["rewrite_coco"] for line in main("rewrite", arguments("rewrite"), data).splitlines()])
+        [(tmp_path / name).unlink() for name in DONE]
+    assert made[0][1:] == made[1][1:] and made[0][0][0] == made[1][0][0] and made[1][0][1] is None
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -45,7 +45,7 @@ def by_slots(completer, texts, seed):
     """-> answers"""
     rng = np.random.default_rng(seed)
     prompt = draw_prompt(rewrite_llama.SOURCES[seed % 4], rng)
-    return [text for text, _ in completer.complete(prompt, texts, rng)]
+    return [text for text, _ in completer.complete(prompt, texts, rng.random((len(texts), 77), "f4"))]
 
 
 def by_generate(completer, texts, seed, stop):
