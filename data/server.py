@@ -38,6 +38,7 @@ except ImportError as e:
 RETRIES = 8  # with pauses of 0.5, 1, 2, 4, 8, 8, ... seconds
 TIMEOUT = 600  # seconds for a text
 MAX_SIDE = 1024  # pixels: a larger image takes longer, and gateways refuse it
+NO_THOUGHTS = {"chat_template_kwargs": {"enable_thinking": False}}  # the four servers know it
 CUT, REFUSED = "cut at --max-new-tokens", "refused by the server"
 SPECIAL = re.compile(r"<[|\uff5c]\S*?[|\uff5c]>|<</?\w+>>|</?\w+>|"
                      r"\[/?(?:INST|IMG\w*|SYSTEM_PROMPT|TOOL\w*|AVAILABLE_TOOLS|g?MASK|CLS)\]")
@@ -82,9 +83,8 @@ class Server:
     def caption(self, names):
         """caption_llava.py: read_image(root, name) -> (RGB image, None) or (None, reason)"""
         def ask(name):
-            image, reason = name, None
-            if image is not harmless:
-                image, reason = self.read_image(self.args.image_root, name)
+            root = self.args.image_root
+            image, reason = (name, None) if name is harmless else self.read_image(root, name)
             if reason:
                 return None, reason
             image.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -92,7 +92,8 @@ class Server:
             url = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
             content = [{"type": "image_url", "image_url": {"url": url}},
                        {"type": "text", "text": self.args.prompt}]
-            return self.ask(messages=[{"role": "user", "content": content}], temperature=0)
+            return self.ask(messages=[{"role": "user", "content": content}], temperature=0,
+                            extra_body=NO_THOUGHTS)
         harmless = Image.new("RGB", (64, 64))
         return self.ask_all(ask, names, harmless)
 
@@ -106,8 +107,7 @@ class Server:
             die(f"--server {' '.join(self.args.server)}: {e} {e.__cause__ or ''}. Nothing is lost: "
                 "the same command goes on from here")
         if at_fault:
-            die(f"--server {' '.join(self.args.server)}: all {len(answers)} texts of a unit, and a "
-                f"harmless one, are {answers[0][1]}")
+            die(f"--server: all {len(answers)} texts, and a harmless one, are {answers[0][1]}")
         self.counts[CUT] += sum(reason == CUT for _, reason in answers)
         return [(text, None if reason == CUT else reason) for text, reason in answers]
 
