@@ -157,6 +157,7 @@ class Config:
     text_eps: float = 1e-5
     pre_norm: bool = True  # a LayerNorm before the image blocks
     patch_bias: bool = False
+    conv_stem: bool = False  # three convolutions in place of the patches
     qk_norm: bool = False  # a LayerNorm on the queries and keys of every head in the image tower
     mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of the training images, R, G, B in [0, 1]
     std: tuple = (0.26862954, 0.26130258, 0.27577711)
@@ -165,7 +166,7 @@ class Config:
     text_model: dict | None = None  # with --text-model: the configuration of that encoder
 
 PRESETS = {  # as open_clip has them
-    # for the demo's icons. White is 0, or all icons would look the same at first
+    # for the demo's drawings. White is 0, or all of them would look the same at first
     "nano":     dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=2,
                      vision_heads=2, text_width=128, text_layers=2, text_heads=2,
                      mean=(1.0, 1.0, 1.0), std=(0.27, 0.27, 0.27)),
@@ -181,6 +182,8 @@ PRESETS = {  # as open_clip has them
                             text_quick_gelu=True, resize="bilinear",
                             mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
+
+PRESETS["nano-conv"] = {**PRESETS["nano"], "conv_stem": True}  # sees small objects much sooner
 
 class CLIP(nn.Module):
     """Two towers and a temperature (Radford et al. 2021): the model of both papers."""
@@ -232,6 +235,9 @@ class VisionTransformer(nn.Module):
         super().__init__()
         W, patches = c.vision_width, (c.image_size // c.patch_size) ** 2
         self.conv1 = nn.Conv2d(3, W, c.patch_size, c.patch_size, bias=c.patch_bias)
+        if c.conv_stem:
+            from data.demo.stem import conv_stem
+            self.conv1 = conv_stem(W, c.patch_size)
         self.class_embedding = nn.Parameter(torch.randn(W) * W ** -0.5)
         self.positional_embedding = nn.Parameter(torch.randn(patches + 1, W) * W ** -0.5)
         self.ln_pre = nn.LayerNorm(W, c.vision_eps) if c.pre_norm else nn.Identity()
@@ -626,16 +632,11 @@ def eval_transform(config):
     OpenAI's, "bilinear" LaCLIP's, "bilinear-unsmoothed" VeCLIP's: no antialias, and on floats."""
     S, to_floats = config.image_size, [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
     if config.resize == "bilinear-unsmoothed":
+        from data.unsmoothed import resize_unsmoothed
         steps = [*to_floats, partial(resize_unsmoothed, S=S)]
     else:
         steps = [v2.Resize(S, v2.InterpolationMode(config.resize)), v2.CenterCrop(S), *to_floats]
     return v2.Compose([to_rgb, *steps, v2.Normalize(config.mean, config.std)])
-
-def resize_unsmoothed(pixels, S):  # VeCLIP's release: its sizes and crop are rounded in its own way
-    h, w = pixels.shape[1:]
-    h, w = max(S, round(S * h / w)), max(S, round(S * w / h))
-    top, left = (h - S) // 2, (w - S) // 2
-    return F.interpolate(pixels[None], (h, w), mode="bilinear")[0, :, top:top + S, left:left + S]
 
 class Rows:
     """The rows of JSONL files, as if they were one file. Kept is where each begins: 8 bytes."""
@@ -711,7 +712,6 @@ def read_checkpoint(path):
             if damaged := archive.testzip():
                 raise OSError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state["config"].pop("eot_id", None)  # older ones have it: every text's last id
     except Exception as e:  # torch raises many classes, with pages of advice
         raise OSError(f"{path}: no checkpoint of train_clip.py ({str(e)[:200]}): python -m "
                       "data.convert_checkpoint makes one of released weights") from None

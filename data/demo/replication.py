@@ -1,97 +1,214 @@
-"""Store the results of data/replicate.sh in data/replication.jsonl, a line per run, and show them
-as a table.
+"""The papers' methods, and the controls that a reviewer asks for, on the demo's scenes.
 
-    python -m data.demo.replication                       # print the table, write out/replicate/report.html
-    python -m data.demo.replication readme                # print the part of the table that README shows
-    python -m data.demo.replication finished RUN          # exit with status 1 if RUN stopped early
-    python -m data.demo.replication add ROW RUN --llm M   # append the settings and metrics of RUN
+    bash data/replicate.sh                            # README's table: 8 rows, five seeds each
+    bash data/replicate.sh laclip-filtered slip       # other rows
+    bash data/replicate.sh --list                     # all rows with results, settings and commits
 
-replicate.sh asks `finished` before it evaluates a run: train_clip.py exits with 0 after SIGTERM,
-too. """
-import argparse
+A row is a file of captions and the flags of train_clip.py; all rows share the recipe, which was
+chosen on the validation team by plain CLIP alone. Two runs go side by side, one thread each. What is
+done is skipped. Results go to data/replication.jsonl, a line per run.
+
+A gain is the mean difference from the group's first row between runs of one seed, with its standard
+error. The scores, in %, are on scenes by two teams that no row trains on, whose pairs of objects no
+training scene has: recall@1 (mean of text to image and image to text) for the training wording, for
+six other sentence forms and for synonyms, and how often the nearest "a photo of a ..." names either
+object. All were fixed before the first run.
+"""
+import concurrent.futures
 import json
 import math
 import os
 import platform
+import shlex
 import statistics
+import subprocess
 import sys
+from importlib.metadata import version
 
-ABOUT = """Every row trains for the same number of steps with the same batch size; "2 x steps" trains for
-twice as many, "4 x steps" for four times as many. The scores are zero-shot accuracy in % on images by three
-teams that no row trains on. The prompt is the name of the class. The metrics were fixed before the first
-run: top-1, top-5 and top-10 on the classes "never named" (no training set has their name) and on the
-"aliases" (the prompt is another human name of the class). The columns "all classes" stand beside them. A
-cell is the mean over the seeds ± its standard error. A gain is the mean difference between runs with the
-same seed."""
+from data.common import die, new_parser
 
 RESULTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "replication.jsonl")
-SETS = {"heldout_never": "never named", "heldout_alias": "aliases", "heldout": "all classes"}
-CLASSES = {"heldout_never": 1376, "heldout_alias": 369, "heldout": 2379}  # data/demo/icons.py draws them
-COLUMNS = [(name, f"top{k}") for name in SETS for k in (1, 5, 10) if (name, k) != ("heldout", 5)]
-# row -> (name, the paper's finding; a decimal is ImageNet top-1). A group's first row is its
-# baseline.
+TEAMS = ("phosphor", "lucide")  # held out
+COLUMNS = {"alt": "training wording", "other_forms": "other forms", "synonyms": "synonyms",
+           "photo": "\N{LEFT DOUBLE QUOTATION MARK}a photo of a ...\N{RIGHT DOUBLE QUOTATION MARK}"}
+CHANCE = {"alt": 0.4, "other_forms": 0.4, "synonyms": 0.4, "photo": 5.0}  # 240 scenes, 40 objects
+RECIPE = ("--model nano-conv --augment drawing --batch-size 128 --steps 500 --warmup 50 --lr 1e-3 "
+          "--wd 0.1 --workers 0 --save-every 250")
+REWRITES = "rewrite_sentence rewrite_reverse rewrite_detail rewrite_words"
+README_ROWS = ("clip", "laclip", "laclip-mt", "eda", "noise", "clip-noisy", "veclip", "clip-and-clean")
+
+# group: {row: (title, files of captions, flags of train_clip.py, the paper's finding)}. Files: make()
 GROUPS = {
-    "LaCLIP: AltText = the name": {
-        "clip": ("CLIP", "40.2 (CC12M)"), "laclip": ("LaCLIP", "48.4"), "laclip-mt": ("LaCLIP-MT", "49.0"),
-        "laclip-unfiltered": ("LaCLIP, rewrites unfiltered", "as the paper"),
-        "laclip-1": ("one rewrite", "more rewrites, more accuracy"),
-        "laclip-scene": ("the other source alone", ""), "laclip-shots-0": ("no pair in the prompt", ""),
-        "laclip-shots-1": ("one pair", ""), "laclip-shots-3": ("three pairs (the others: eight)", "three"),
-        "laclip-small-llm": ("rewrites by SmolLM2-135M", ""),
-        "oracle": ("oracle: human aliases as rewrites", ""), "oracle-alone": ("oracle alone", ""),
-        "eda": ("EDA", "little gain"), "slip": ("SLIP", ""), "laslip": ("LaSLIP", "gains as LaCLIP does")},
-    "LaCLIP: 2 x steps": {"clip-2x": ("CLIP", ""), "laclip-2x": ("LaCLIP", "")},
-    "LaCLIP: 4 x steps": {"clip-4x": ("CLIP", ""), "laclip-4x": ("LaCLIP", "")},
-    "LaCLIP: a larger model": {
-        "clip-wide": ("CLIP, ViT-S/16", ""), "laclip-wide": ("LaCLIP, ViT-S/16", "gains at every size")},
+    "LaCLIP: clean captions": {
+        "clip": ("CLIP", "clean", "--text alt", "ImageNet 40.2 (CC12M)"),
+        "laclip": ("LaCLIP", "rewritten", f"--text alt {REWRITES}", "48.4"),
+        "laclip-mt": ("LaCLIP-MT", "rewritten", f"--text alt {REWRITES} --loss multitext", "49.0"),
+        "eda": ("EDA, four texts", "eda", "--text alt rewrite_eda_1 rewrite_eda_2 rewrite_eda_3 "
+                "rewrite_eda_4", "far less than LaCLIP"),
+        "noise": ("stop words and swaps at random", "noise", "--text alt rewrite_noise=4", ""),
+        "laclip-filtered": ("LaCLIP, filtered", "filtered", f"--text alt {REWRITES}", ""),
+        "laclip-1": ("one rewrite", "rewritten", "--text alt rewrite_sentence", "less than four"),
+        "laclip-words": ("the source of synonyms alone", "rewritten", "--text alt rewrite_words", ""),
+        "laclip-words-qwen": ("the same by Qwen2.5-0.5B", "rewritten_qwen",
+                              "--text alt rewrite_words", ""),
+        "laclip-shots-1": ("one pair in the prompt", "rewritten_shots_1", f"--text alt {REWRITES}", ""),
+        "laclip-shots-8": ("eight pairs", "rewritten_shots_8", f"--text alt {REWRITES}", ""),
+        "slip": ("SLIP", "clean", "--text alt --ssl", ""),
+        "laslip": ("LaSLIP", "rewritten", f"--text alt {REWRITES} --ssl", "gains as LaCLIP does"),
+        "clip-minilm": ("CLIP, pre-trained text tower (MiniLM)", "clean", "--text alt --minilm", ""),
+        "oracle": ("oracle: other forms with synonyms", "oracle", "--text alt rewrite_oracle=4", "")},
+    "twice the steps": {
+        "clip-2x": ("CLIP", "clean", "--text alt --steps 1000", ""),
+        "laclip-2x": ("LaCLIP", "rewritten", f"--text alt {REWRITES} --steps 1000", "")},
+    "half of the scenes": {
+        "clip-half": ("CLIP", "clean_2", "--text alt", ""),
+        "laclip-half": ("LaCLIP", "rewritten_2", f"--text alt {REWRITES}", "gains at every size")},
+    "an eighth of the scenes": {
+        "clip-eighth": ("CLIP", "clean_8", "--text alt", ""),
+        "laclip-eighth": ("LaCLIP", "rewritten_8", f"--text alt {REWRITES}", "gains at every size")},
     "VeCLIP: half of the AltTexts useless": {
-        "clip-noisy": ("CLIP, AltText", "31.60 (12 M)"), "vec-only": ("VeC alone", "below the mix"),
-        "vecap-only": ("VeCap alone", "below the mix"), "veclip": ("VeCLIP, AltText and VeCap", "38.11"),
-        "veclip-vec": ("AltText and VeC, not fused", ""), "veclip-25-75": ("25 % AltText, 75 % VeCap", ""),
-        "veclip-75-25": ("75 % AltText, 25 % VeCap", ""), "veclip-cut": ("VeCLIP, texts cut to 6 tokens", ""),
-        "laclip-noisy": ("LaCLIP", ""), "veclip-join": ("and a clean set joined", "VeCap + DFN gains")},
-    "VeCLIP: three AltTexts an image": {
-        "alt-random": ("one at random", "best"), "alt-first": ("the first", ""),
-        "alt-best": ("the one of the highest CLIP score", "below random")},
-    "VeCLIP: a quarter of them": {"clip-quarter": ("CLIP, AltText", ""), "veclip-quarter": ("VeCLIP", "")},
-    "half of the images": {"clip-half": ("CLIP", ""), "laclip-half": ("LaCLIP", "gains at every size")},
-    "an eighth of the images": {
-        "clip-eighth": ("CLIP", ""), "laclip-eighth": ("LaCLIP", "gains at every size")},
+        "clip-noisy": ("CLIP, AltText", "noisy", "--text alt", "ImageNet 31.60 (12 M)"),
+        "veclip": ("VeCLIP, AltText and VeCap", "fused", "--text alt=0.5 vecap=0.5", "38.11"),
+        "clip-and-clean": ("CLIP, AltText and the captioner's clean scenes", "noisy captioner",
+                           "--text alt", ""),
+        "vec-only": ("VeC alone", "fused", "--text vec", "below the mix"),
+        "vecap-only": ("VeCap alone", "fused", "--text vecap", "below the mix"),
+        "veclip-vec": ("AltText and VeC, not fused", "fused", "--text alt=0.5 vec=0.5", ""),
+        "veclip-25-75": ("25 % AltText, 75 % VeCap", "fused", "--text alt=0.25 vecap=0.75", ""),
+        "veclip-75-25": ("75 % AltText, 25 % VeCap", "fused", "--text alt=0.75 vecap=0.25", ""),
+        "veclip-cut": ("VeCLIP, texts cut to 6 tokens", "fused",
+                       "--text alt=0.5 vecap=0.5 --context-length 6", ""),
+        "clip-several": ("CLIP, three AltTexts an image", "several", "--text alt", ""),
+        "clip-clean": ("clean captions", "noisy", "--text truth", "")},
 }
-CANNOT_RUN = {  # rows of the papers that need more than a laptop, with their commands
+ROWS = {row: texts for group in GROUPS.values() for row, texts in group.items()}
+CANNOT_RUN = {  # rows of the papers that need more than a package index, with their commands
     "back-translation": "python -m data.baselines back-translation clean.jsonl bt.jsonl "
                         "--there Helsinki-NLP/opus-mt-en-de --back Helsinki-NLP/opus-mt-de-en",
-    "pre-trained text tower": "python train_clip.py --text-model sentence-transformers/all-MiniLM-L6-v2 "
-                              "--text alt ... (and --freeze-text)",
-    "LLaMA-7B's rewrites": "bash data/replicate.sh --model huggyllama/llama-7b laclip laclip-unfiltered",
-    "ViT-B/16 on CC3M": "README, the papers' commands",
-}
-README_ROWS = ("clip", "laclip", "laclip-mt", "clip-noisy", "veclip")
-README_COLUMNS = [("heldout_never", "top1"), ("heldout_never", "top10"),
-                  ("heldout", "top1"), ("heldout", "top10")]
-RECIPE = ("rows", "text", "loss", "ssl", "steps", "batch_size", "lr", "wd", "warmup", "augment", "model",
-          "precision")  # the settings that a result keeps
+    "LLaMA-7B's rewrites": "bash data/replicate.sh --llm huggyllama/llama-7b laclip",
+    "ViT-B/16 on CC3M": "README, the papers' commands"}
 
 
-def read_json(*path):
-    with open(os.path.join(*path), encoding="utf-8") as f:
-        return json.load(f)
+# === captions: the stages make each file once =====================================================
+
+def run(command, log=None):
+    """Run a command of the project; a failure ends this program with the command's own message."""
+    print(f"$ {command}", flush=True)
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    with open(log or os.devnull, "w") as f:
+        status = subprocess.call(words, **({"stdout": f, "stderr": f} if log else {}))
+    if status:
+        sys.exit(f"status {status}: {command}" + (f"\n{log} says why" if log else ""))
 
 
-def read_metrics(path):
-    """The file of eval_zeroshot.py --json -> {name of the set: its metrics}"""
-    return {os.path.splitext(os.path.basename(name))[0]: metrics for name, metrics in read_json(path).items()}
+def make(name, args):
+    """-> the path of a file of captions, which is made if it is not there"""
+    out, path = args.out, os.path.join(args.out, f"{name}.jsonl")
+    if os.path.exists(path):
+        return path
+    kind, _, variant = name.partition("_")
+    if kind in ("clean", "rewritten") and variant in ("2", "8"):  # every second or eighth scene
+        with open(make(kind, args)) as source, open(path + ".tmp", "w") as part:
+            part.writelines(line for i, line in enumerate(source) if i % int(variant) == 0)
+        os.replace(path + ".tmp", path)
+    elif kind == "made":
+        shots = variant[-1] if "shots" in variant else 3
+        llm, sources = (args.larger_llm, "words") if variant == "qwen" else \
+            (args.llm, "sentence reverse detail words")
+        run(f"python rewrite_llama.py --input {out}/captions.jsonl --output {path} --model {llm} "
+            f"--sources {sources} --pairs data/demo/rewrite_pairs.jsonl --shots {shots} "
+            "--max-new-tokens 24 --batch-size 256")
+    elif kind == "rewritten":
+        made = make(name.replace("rewritten", "made"), args)
+        run(f"python -m data.demo.scenes spread {made} {out}/clean.jsonl {path}")
+    elif kind == "filtered":
+        run(f"python -m data.filter_captions {make('rewritten', args)} {path} "
+            "--pairs data/demo/rewrite_pairs.jsonl")
+    elif kind == "eda":
+        run(f"python -m data.baselines eda {out}/clean.jsonl {path} --wordnet {args.wordnet}")
+    elif kind == "fused":
+        run(f"python caption_llava.py --input {out}/noisy.jsonl --output {out}/captioned.jsonl "
+            f"--image-root {out}/images --model {args.llava} --max-new-tokens 12 --workers 0 "
+            "--batch-size 256")
+        run(f"torchrun --nproc_per_node {os.cpu_count()} fuse_vicuna.py "
+            f"--input {out}/captioned.jsonl --output {path} --model {args.llm} --format pairs "
+            "--pairs data/demo/fuse_pairs.jsonl --max-new-tokens 16 --batch-size 256")
+    else:
+        die(f"{path} is missing: bash data/demo.sh draws it")
+    return path
+
+
+# === runs =========================================================================================
+
+def train_and_measure(row, seed, args):
+    """One run: train, evaluate, append the result. A run whose result is there is skipped."""
+    title, files, flags, _ = ROWS[row]
+    folder = os.path.join(args.out, "runs", f"{row}-{seed}")
+    tokenizer = f"--tokenizer {args.out}/tokenizer.json"
+    if "--minilm" in flags:
+        flags, tokenizer = flags.replace("--minilm", f"--text-model {args.minilm}"), ""
+    os.makedirs(folder, exist_ok=True)
+    captions = " ".join(os.path.join(args.out, f"{name}.jsonl") for name in files.split())
+    run(f"python train_clip.py --captions {captions} --image-root {args.out}/images {tokenizer} "
+        f"{RECIPE} {flags} --seed {seed} --out {folder}", os.path.join(folder, "train.log"))
+    run(f"python -m data.demo.replication --out {args.out} --measure {folder}",
+        os.path.join(folder, "measure.log"))
+    with open(os.path.join(folder, "measured.json")) as f, \
+            open(os.path.join(folder, "settings.json")) as g:
+        metrics, settings = json.load(f), json.load(g)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    result = {"row": row, "seed": seed, "llm": os.path.basename(args.llm), "metrics": metrics,
+              "settings": {name: settings[name] for name in ("text", "steps", "rows", "precision")},
+              "flags": f"{RECIPE} {flags}", "commit": commit.stdout.strip(), "torch": version("torch"),
+              "python": platform.python_version(), "transformers": version("transformers")}
+    with open(RESULTS, "a") as f:
+        f.write(json.dumps(result) + "\n")
+
+
+def measure(folder, out):
+    """Evaluate a run by the two evaluation scripts, as a user would, and write measured.json."""
+    import eval_retrieval
+    import eval_zeroshot
+    path, metrics = os.path.join(folder, "part.json"), {}
+    common = ["--checkpoint", f"{folder}/checkpoint.pt", "--image-root", f"{out}/images", "--workers",
+              "0", "--json", path]
+
+    def scores():
+        with open(path) as f:
+            return json.load(f)
+
+    for team in ("validation", *TEAMS):
+        metrics[team] = {}
+        for field in ("alt", "other_forms", "synonyms"):
+            eval_retrieval.main([*common, "--captions", f"{out}/{team}.jsonl", "--field", field])
+            metrics[team][field] = {k: round(value, 5) for k, value in scores().items() if "2" in k}
+        eval_zeroshot.main([*common, "--dataset", f"jsonl:{out}/{team}_objects.jsonl",
+                            "--templates", "data/demo/templates.txt"])
+        (sets,) = scores().values()  # every image stands there twice, once for either object
+        metrics[team]["photo"] = {"top1": round(2 * sets["top1"], 5)}
+    with open(os.path.join(folder, "measured.json"), "w") as f:
+        json.dump(metrics, f)
+
+
+# === tables =======================================================================================
+
+def scores_of(metrics):
+    """What `measure` found -> {column: percent}, the mean over the held-out teams"""
+    scores = {}
+    for column in COLUMNS:
+        names = ["top1"] if column == "photo" else ["i2t_r1", "t2i_r1"]
+        scores[column] = 100 * statistics.mean(metrics[team][column][name] for team in TEAMS for name in names)
+    return scores
 
 
 def read_results(path=RESULTS):
-    """-> {row: {seed: {(set, metric): percent}}}; the last run of a row and a seed counts"""
-    results = {}
-    with open(path, encoding="utf-8") as f:
-        for run in map(json.loads, f):
-            results.setdefault(run["row"], {})[run["seed"]] = {
-                (name, metric): 100 * share
-                for name, metrics in run["metrics"].items() for metric, share in metrics.items()}
-    return results
+    """-> {row: {seed: {column: percent}}}, the mean over the held-out teams, and {row: last line}"""
+    results, last = {}, {}
+    with open(path) as f:
+        for line in map(json.loads, f):
+            results.setdefault(line["row"], {})[line["seed"]] = scores_of(line["metrics"])
+            last[line["row"]] = line
+    return results, last
 
 
 def cell(values, sign=""):
@@ -102,98 +219,74 @@ def cell(values, sign=""):
     return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}"
 
 
-def table(results, names=None, columns=COLUMNS):
-    """-> Markdown lines: every row, or those in `names`, with its metrics and its gain over the
-    baseline"""
-    headings = " | ".join(f"{SETS[name]}, top-{metric[3:]}" for name, metric in columns)
-    empty_cells = " |" * len(columns)
-    lines = [f"| | seeds | {headings} | the paper |", "|---|--:|" + "--:|" * len(columns) + "---|"]
-    chance = " | ".join(f"{100 * int(metric[3:]) / CLASSES[name]:.1f}" for name, metric in columns)
-    lines.append(f"| chance | | {chance} | |")
+def table(results, names=None):
+    """-> Markdown lines: every row, or those in `names`, and its gain over the group's first row"""
+    lines = [f"| | seeds | {' | '.join(COLUMNS.values())} | the paper |",
+             "|---|--:|" + "--:|" * len(COLUMNS) + "---|",
+             f"| chance | | {' | '.join(str(CHANCE[column]) for column in COLUMNS)} | |"]
     for group, rows in GROUPS.items():
         rows = {row: texts for row, texts in rows.items() if names is None or row in names}
         if not rows:
             continue
-        baseline, (baseline_name, _) = next(iter(rows.items()))
-        baseline_runs = results.get(baseline, {})
-        lines.append(f"| **{group}** | |{empty_cells} |")
-        for row, (name, paper) in rows.items():
-            runs = results.get(row)
+        lines.append(f"| **{group}** | |{' |' * len(COLUMNS)} |")
+        baseline = results.get(next(iter(rows)), {})
+        for row, (title, _, _, paper) in rows.items():
+            runs = results.get(row, {})
             if not runs:
-                lines.append(f"| {name} | not run |{empty_cells} {paper} |")
+                lines.append(f"| {title} | not run |{' |' * len(COLUMNS)} {paper} |")
                 continue
-            metrics = " | ".join(cell([run[c] for run in runs.values()]) for c in columns)
-            lines.append(f"| {name} | {len(runs)} | {metrics} | {paper} |")
-            pairs = [(runs[seed], baseline_runs[seed]) for seed in runs if seed in baseline_runs]
-            if row != baseline and pairs:
-                gains = " | ".join(cell([run[c] - base[c] for run, base in pairs], "+") for c in columns)
-                lines.append(f"| *gain over {baseline_name}* | {len(pairs)} | {gains} | |")
+            scores = " | ".join(cell([run[c] for run in runs.values()]) for c in COLUMNS)
+            lines.append(f"| {title} | {len(runs)} | {scores} | {paper} |")
+            pairs = [(runs[seed], baseline[seed]) for seed in runs if seed in baseline]
+            if runs is not baseline and pairs:
+                gains = " | ".join(cell([new[c] - old[c] for new, old in pairs], "+") for c in COLUMNS)
+                lines.append(f"| *gain* | {len(pairs)} | {gains} | |")
     return lines
 
 
-def write_page(path, lines):
-    """Write the HTML page: the table of the Markdown lines, what it means, and the rows that are
-    not run."""
-    from data import page  # here, because it imports torch: slow, and the other commands do not need it
-    columns, _, *rows = ([text.strip(" *") for text in line[1:-1].split("|")] for line in lines)
-    not_run = [page.tag("li", f"{name}: ", page.tag("code", call)) for name, call in CANNOT_RUN.items()]
-    page.write(path, page.document(
-        "Replication", page.tag("header", page.tag("h1", "Both papers in miniature"), page.tag("p", ABOUT)),
-        page.tag("main", page.table({"columns": columns, "rows": rows}),
-                 page.tag("h2", "Not run here"), page.tag("ul", *not_run))))
-
-
-def add(row, run, llm):
-    """Append one line to RESULTS: the run's settings, its metrics, and the versions that made
-    them."""
-    import numpy
-    import torch
-    import transformers
-    settings = read_json(run, "settings.json")
-    metrics = {name: {k: round(scores[k], 5) for k in ("top1", "top5", "top10")}
-               for name, scores in read_metrics(os.path.join(run, "eval.json")).items()}
-    settings["text"] = dict(settings["text"])  # field: weight
-    written = {"rewrite_wording", "rewrite_scene", "vecap"} & set(settings["text"])  # by the LLM
-    result = {"row": row, "seed": settings["seed"], "llm": llm if written else "none",
-              "settings": {name: settings[name] for name in RECIPE}, "metrics": metrics,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                           "transformers": transformers.__version__, "numpy": numpy.__version__}}
-    with open(RESULTS, "a", encoding="utf-8") as f:
-        f.write(json.dumps(result) + "\n")
-
-
-def check_finished(run):
-    """Exit with status 1 if the run's last logged step is not its last step."""
-    steps = read_json(run, "settings.json")["steps"]
-    with open(os.path.join(run, "metrics.jsonl"), "rb") as f:
-        step = json.loads(f.readlines()[-1])["step"]
-    if step != steps:
-        sys.exit(f"{run} stopped at step {step} of {steps}: run the same command again to continue")
-
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=f"{__doc__}\n{ABOUT}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command")
-    adding = commands.add_parser("add")
-    adding.add_argument("row")
-    adding.add_argument("run")
-    adding.add_argument("--llm", required=True)
-    commands.add_parser("readme")
-    commands.add_parser("finished").add_argument("run")
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("rows", nargs="*", metavar="ROW", help="default: those of README's table")
+    add("--seeds", help="such as \"0 1\" (default: five for README's rows, three for the others)")
+    add("--llm", default="out/demo/smollm2", help="rewrites and fuses (default: %(default)s)")
+    add("--larger-llm", default="Qwen/Qwen2.5-0.5B-Instruct", help="of laclip-words-qwen")
+    add("--llava", default="out/demo/llava", help="captions (default: %(default)s, data/demo.sh's)")
+    add("--minilm", default="sentence-transformers/all-MiniLM-L6-v2", help="of clip-minilm")
+    add("--wordnet", default="/usr/share/wordnet", help="WordNet's folder, for EDA (Debian: wordnet-base)")
+    add("--out", default="out/demo", help="the folder of the demo (default: %(default)s)")
+    add("--list", action="store_true", help="print all rows and stop")
+    add("--readme", action="store_true", help="print README's table and stop")
+    add("--measure", metavar="RUN", help="evaluate one run and stop")
     args = parser.parse_args(argv)
-    if args.command == "finished":
-        return check_finished(args.run)
-    if args.command == "add":
-        return add(args.row, args.run, args.llm)
-    if args.command == "readme":
-        return print("\n".join(table(read_results(), README_ROWS, README_COLUMNS)))
-    lines = table(read_results())
-    print("\n".join(lines))
-    print("\nNot run here:\n" + "\n".join(f"  {name}: {command}" for name, command in CANNOT_RUN.items()))
-    os.makedirs("out/replicate", exist_ok=True)
-    write_page("out/replicate/report.html", lines)
-    print("\nout/replicate/report.html", file=sys.stderr)
+    if args.measure:
+        return measure(args.measure, args.out)
+    if unknown := set(args.rows) - set(ROWS):
+        die(f"{' '.join(sorted(unknown))}: no such row; --list lists them")
+    results, last = read_results()
+    if args.readme:
+        return print("\n".join(table(results, README_ROWS)))
+    if args.list:
+        print("\n".join(table(results)))
+        for row, (title, files, flags, _) in ROWS.items():
+            print(f"{row}: {files}.jsonl, {flags}" + (f" ({last[row]['commit']})" if row in last else ""))
+        return print("\nNot run here:", *(f"{name}: {command}" for name, command in CANNOT_RUN.items()),
+                     sep="\n  ")
+    jobs = []
+    for row in args.rows or README_ROWS:
+        seeds = args.seeds.split() if args.seeds else range(5 if row in README_ROWS else 3)
+        jobs += [(row, int(seed)) for seed in seeds if int(seed) not in results.get(row, {})]
+    for row in dict.fromkeys(row for row, _ in jobs):
+        for name in ROWS[row][1].split():
+            make(name, args)
+    print(f"{len(jobs)} runs, two at a time: about {round(len(jobs) * 1.3) + 1} minutes on two quiet cores")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    jobs.sort(key=lambda job: job[1])  # seed by seed, so that an early end leaves whole comparisons
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(train_and_measure, *job, args)
+                                                     for job in jobs]):
+            done.result()
+    print("\n".join(table(read_results()[0])))
 
 
 if __name__ == "__main__":
