@@ -42,17 +42,18 @@ step scenes python -m data.demo.scenes draw $out
 step llm python -m data.demo.make_llm $out
 
 train="python train_clip.py --image-root $out/images --tokenizer $out/tokenizer.json --model nano-conv
-  --augment drawing --batch-size 128 --steps 500 --warmup 50 --lr 1e-3 --wd 0.1 --workers 0 --save-every 100"
+  --augment drawing --batch-size 128 --steps 600 --warmup 50 --lr 5e-4 --wd 0.1 --workers 0 --save-every 100"
 
 laclip_track() {
   step rewrite python rewrite_llama.py --input $out/captions.jsonl --output $out/made.jsonl \
-    --model $out/smollm2 --sources sentence reverse detail words --pairs data/demo/rewrite_pairs.jsonl \
-    --max-new-tokens 24 --batch-size 256
+    --model $out/smollm2 --sources sentence reverse detail --pairs data/demo/rewrite_pairs.jsonl \
+    --temperature 0.5 --max-new-tokens 24 --batch-size 256
   show $out/made.jsonl
   step spread python -m data.demo.scenes spread $out/made.jsonl $out/clean.jsonl $out/rewritten.jsonl
   step train-clip $train --captions $out/clean.jsonl --text alt --out $out/clip
   step train-laclip $train --captions $out/rewritten.jsonl --out $out/laclip \
-    --text alt rewrite_sentence rewrite_reverse rewrite_detail rewrite_words
+    --text alt rewrite_sentence rewrite_reverse rewrite_detail
+  step train-clip-noisy $train --captions $out/noisy.jsonl --text alt --out $out/clip-noisy
 }
 
 veclip_track() { # the captioner learns from other teams' scenes and clean captions
@@ -63,7 +64,6 @@ veclip_track() { # the captioner learns from other teams' scenes and clean capti
   step fuse python fuse_vicuna.py --input $out/captioned.jsonl --output $out/fused.jsonl \
     --model $out/smollm2 --format pairs --pairs data/demo/fuse_pairs.jsonl --max-new-tokens 16 --batch-size 256
   show $out/fused.jsonl
-  step train-clip-noisy $train --captions $out/noisy.jsonl --text alt --out $out/clip-noisy
   step train-veclip $train --captions $out/fused.jsonl --text alt=0.5 vecap=0.5 --out $out/veclip
 }
 

@@ -103,7 +103,7 @@ def train(model, processor, rows, args):
         loss.backward()
         cosine = 0.505 + 0.495 * math.cos(math.pi * step / args.steps)  # 1 to 0.01
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 50) * cosine
+            group["lr"] = 5e-4 * min(1, (step + 1) / 50) * cosine
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
@@ -118,7 +118,7 @@ def main(argv=None):
     add("captions", help="JSONL with image and alt")
     add("output", help="the folder to make")
     add("--image-root", required=True)
-    add("--steps", type=number(int, 1), default=600, help="default: %(default)s")
+    add("--steps", type=number(int, 1), default=800, help="default: %(default)s")
     add("--batch-size", type=number(int, 1), default=128, help="default: %(default)s")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--seed", type=number(int, 0), default=0)

@@ -16,7 +16,7 @@ from data.demo.replication import CHANCE, COLUMNS, TEAMS, cell, measure, read_re
 from train_clip import load_checkpoint, open_image
 
 MODELS = {  # folder, which is also the row of data/replication.jsonl: name
-    "clip": "CLIP, clean captions", "laclip": "LaCLIP, and four rewrites",
+    "clip": "CLIP, clean captions", "laclip": "LaCLIP, and three rewrites",
     "clip-noisy": "CLIP, noisy AltText", "veclip": "VeCLIP, and VeCap"}
 STYLE = """.model { display: grid; grid-template-columns: 11rem 1fr; gap: .3rem 1rem; align-items: center;
   padding: .35rem 0 } .image { image-rendering: pixelated; min-width: 96px; min-height: 96px }
@@ -108,7 +108,7 @@ def main(out):
         "Results": [page.table({"columns": columns, "rows": rows})],
         "What each model finds for a query in other words": queries(out, root),
         "LaCLIP: scenes and their rewrites": [examples(rewritten, {
-            "alt": "caption", **{f"rewrite_{name}": name for name in ("sentence", "reverse", "detail", "words")}},
+            "alt": "caption", **{f"rewrite_{name}": name for name in ("sentence", "reverse", "detail")}},
             root)],
         "VeCLIP: scenes, AltText, VeC and VeCap": [examples(fused, {
             "truth": "truth (no stage reads it)", "alt": "AltText", "vec": "VeC", "vecap": "VeCap"}, root)],

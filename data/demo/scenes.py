@@ -168,8 +168,8 @@ def draw_all(out):
         rng.shuffle(scenes)
         return [(one, relation, other) for one, other, relation in scenes]
 
-    def four(rewrite, text):
-        return [rewrite(text, random.Random(f"{text} {i}")) for i in range(4)]
+    def three(rewrite, text):
+        return [rewrite(text, random.Random(f"{text} {i}")) for i in range(3)]
 
     training = scenes_of(seen)[:CAPTIONS]
     clean = draw_set(out, "clip", training * 6, icons, TRAINING)
@@ -182,8 +182,8 @@ def draw_all(out):
         "noisy": [{**row, "alt": first[0], "noise": first[1], "truth": row["alt"]}
                   for row, (first, *_) in zip(clean, alts)],
         "several": [{**row, "alt": [text for text, _ in texts]} for row, texts in zip(clean, alts)],
-        "noise": [{**row, "rewrite_noise": four(queries.random_noise, row["alt"])} for row in clean],
-        "oracle": [{**row, "rewrite_oracle": four(queries.oracle, row["scene"])} for row in clean]}
+        "noise": [{**row, "rewrite_noise": three(queries.random_noise, row["alt"])} for row in clean],
+        "oracle": [{**row, "rewrite_oracle": three(queries.oracle, row["scene"])} for row in clean]}
     for team in (VALIDATION, *HELD_OUT):
         scenes = [scene for scene in scenes_of(unseen)
                   if all((thing, team) in icons for thing in scene[::2])][:TEST_SCENES]

@@ -1,60 +1,104 @@
-"""The demo's own parts: what its icons and noise are, that its LLaVA learns, what its tables count, and what replicate.sh does."""
+"""The demo's own parts: what its scenes, queries and noise are, that its LLaVA learns, what its tables count, what replicate.sh does."""
 import json
 import os
-import re
 import subprocess
 import sys
 import zipfile
 
 import pytest
 from conftest import DEVICE, ROOT, read_jsonl, run
-from PIL import ImageFont
+from PIL import Image, ImageFont
 from tools import run_tool
 
 sys.path.insert(0, str(ROOT))
-from data.demo import icons, replication  # noqa: E402
+from data.demo import queries, replication, scenes  # noqa: E402
+from data.filter_captions import plain_words  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """The demo's data, made of wheels whose fonts are Pillow's own and whose names are ours."""
-    out = tmp_path_factory.mktemp("icons")
+    """The demo's data, made of wheels whose fonts are Pillow's own: a letter for every object."""
+    out = tmp_path_factory.mktemp("scenes")
     (out / "packages").mkdir()
-    font = ImageFont.load_default(40).path.getvalue()
-    wheels = {"home_assistant_frontend": {"hass_frontend/static/mdi/iconList.json": json.dumps(
-        [{"name": "thing-0", "keywords": ["red berry"]}, {"name": "thing-1", "keywords": ["things of old"]},
-         {"name": "only-phosphor-2", "keywords": ["glow worm"]}])},
-        "fontawesomefree": {"fontawesomefree/static/fontawesomefree/metadata/icons.json": json.dumps(
-            {"thing-1": {"search": {"terms": ["red berry", "blue berry"]}}})}}
-    for team, (package, fonts, prefix, suffixes, _) in icons.TEAMS.items():
-        names = [f"thing-{i}" if i < 10 else f"only-{team}-{chr(97 + i - 10)}rest" for i in range(20)]
-        style = "-24-regular" if team == "fluent" else ""
-        for file, charmap in fonts.items():
-            wheels.setdefault(package, {})[f"{package}/{file}"] = font
-            wheels[package][f"{package}/{charmap}"] = json.dumps({prefix + name + style: f"{97 + i:x}" for i, name in enumerate(names)})
+    font, wheels = ImageFont.load_default(40).path.getvalue(), {}
+    for team, styles in scenes.TEAMS.items():
+        for package, file, names, patterns in styles:
+            members = wheels.setdefault(package, {})
+            members[f"{package}/{file}"] = font
+            codes = {patterns[0].format(thing): f"{0x41 + i:x}" for i, thing in enumerate(queries.OBJECTS)
+                     if (thing, team) != ("puzzle", "remix")}  # one that a team lacks
+            members.setdefault(f"{package}/{names}", {}).update(codes)
     for package, members in wheels.items():
         with zipfile.ZipFile(out / "packages" / f"{package}-1.0-py3-none-any.whl", "w") as wheel:
             for name, data in members.items():
-                wheel.writestr(name, data)
-    done = run_tool("demo.icons", "draw", out, fresh=True)
+                wheel.writestr(name, data if isinstance(data, bytes) else json.dumps(data))
+    done = run_tool("demo.scenes", "draw", out, fresh=True)
     assert done.returncode == 0, done.stderr
     return out
 
 
-def test_the_small_llava_learns_to_name_icons(drawn, tmp_path):
-    """Tower, projector and LLM from scratch, then caption_llava.py on the folder: it says the names it was taught."""
+def test_no_pair_of_objects_of_a_test_scene_is_in_training(drawn):
+    def pairs(name):
+        return {frozenset(row["scene"][::2]) for row in read_jsonl(drawn / f"{name}.jsonl")}
+    assert not (pairs("clean") | pairs("captioner")) & (pairs("phosphor") | pairs("lucide") | pairs("validation"))
+    assert {thing for pair in pairs("clean") for thing in pair} == set(queries.OBJECTS)
+    clean, noisy = read_jsonl(drawn / "clean.jsonl"), read_jsonl(drawn / "noisy.jsonl")
+    assert [row["truth"] for row in noisy] == [row["alt"] for row in clean[:len(noisy)]]
+    useless = sum(row["noise"] in ("meaningless", "other") for row in noisy) / len(noisy)
+    assert 0.42 < useless < 0.48
+    assert all(row["truth"].replace(" ", "_") in row["alt"].replace(" ", "_") for row in noisy
+               if row["noise"] in ("file", "boilerplate", "clean"))
+    assert Image.open(drawn / "images" / clean[0]["image"]).size == (32, 32)
+
+
+def test_a_relation_is_what_the_picture_shows(drawn):
+    """The first object's ink lies on the side that the caption names."""
+    icons = scenes.draw_icons(str(drawn))
+    for relation, ahead in {"left of": True, "right of": False, "above": True, "below": False}.items():
+        image = scenes.draw(("house", relation, "house"), {("house", "a"): icons["house", "phosphor"]}, ["a"], scenes.random.Random(1))
+        one = scenes.draw(("house", relation, "key"), {**icons, ("key", "phosphor"): [Image.new("L", (9, 9))]}, ["phosphor"],
+                          scenes.random.Random(1))
+        axis = 0 if relation.endswith(" of") else 1
+        box = Image.eval(one.convert("L"), lambda v: 255 * (v < 128)).getbbox()
+        assert (box[axis] + box[axis + 2] < 32) == ahead and image.size == (32, 32)
+
+
+def test_prompts_tell_nothing_of_the_queries():
+    """No pair names an object or a synonym, and no output has the form of a query."""
+    texts = [text for name in ("rewrite_pairs", "fuse_pairs") for row in read_jsonl(ROOT / f"data/demo/{name}.jsonl")
+             for key, text in row.items() if key != "source"]
+    secret = {*queries.OBJECTS, *queries.SYNONYMS.values(), "image", "picture", "photo"}
+    for text in texts:
+        assert not secret & set(plain_words(text)), text
+        words = text.lower().strip(".").split()
+        assert not text.lower().startswith(("there is", "on the", "at the", "which", "an image")), text
+        for relation in queries.OPPOSITE:  # "a bed above a key", "the bed is above the key"
+            assert words[2:-2] != ["is", *relation.split()] and not (len(words) == 4 + len(queries.to_the(relation).split()) and
+                words[0] in ("a", "an") and words[2:-2] == queries.to_the(relation).split()), text
+
+
+def test_queries_say_what_the_scene_is():
+    scene = ("truck", "left of", "envelope")
+    assert queries.caption(scene) == "truck left of envelope" and queries.in_synonyms(scene) == "lorry left of letter"
+    assert queries.other_forms(scene) == [
+        "an envelope to the right of a truck", "on the left a truck, on the right an envelope",
+        "there is a truck to the left of an envelope", "the envelope is right of the truck",
+        "an image with a truck and an envelope", "which picture has the truck to the left of the envelope?"]
+    assert queries.other_forms(("bed", "below", "sun"))[1] == "at the top a sun, at the bottom a bed"
+    assert len(queries.OBJECTS) == len(set(queries.OBJECTS)) == 40
+    assert not set(queries.SYNONYMS.values()) & set(queries.OBJECTS)
+
+
+def test_the_small_llava_learns_to_name_scenes(drawn, tmp_path):
+    """Tower, projector and LLM from scratch, then caption_llava.py on the folder: it says the captions it was taught."""
     captions = drawn / "few.jsonl"
     captions.write_text("".join(json.dumps(row) + "\n" for row in read_jsonl(drawn / "clean.jsonl")[:4]))
-    assert run_tool("make_tokenizer", captions, tmp_path / "t.json", "--vocab-size", 300).returncode == 0
-    done = run("train_clip.py", "--captions", captions, "--image-root", drawn / "images", "--tokenizer", tmp_path / "t.json", "--text", "alt",
-                  "--model", "nano", "--batch-size", 4, "--steps", 2, "--workers", 0, "--device", DEVICE, "--out", tmp_path / "tower")
-    assert done.returncode == 0, done.stderr
-    make = ["demo.make_llava", tmp_path / "tower/checkpoint.pt", captions, tmp_path / "llava", "--image-root", drawn / "images",
-            "--steps", 100, "--batch-size", 8, "--device", DEVICE]
+    make = ["demo.make_llava", captions, tmp_path / "llava", "--image-root", drawn / "images",
+            "--steps", 120, "--batch-size", 8, "--device", DEVICE]
     done = run_tool(*make, fresh=True)
     assert done.returncode == 0, done.stderr
     done = run("caption_llava.py", "--input", captions, "--output", tmp_path / "out.jsonl", "--image-root", drawn / "images",
-                  "--model", tmp_path / "llava", "--max-new-tokens", 12, "--workers", 0, "--device", DEVICE)
+               "--model", tmp_path / "llava", "--max-new-tokens", 12, "--workers", 0, "--device", DEVICE)
     assert done.returncode == 0, done.stderr
     rows = read_jsonl(tmp_path / "out.jsonl")
     assert sum(row["vec"] == row["alt"] for row in rows) >= 3, rows
@@ -62,19 +106,30 @@ def test_the_small_llava_learns_to_name_icons(drawn, tmp_path):
     assert done.returncode == 2 and "exists" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def replicate(*words):
-    return subprocess.run(["bash", "data/replicate.sh", *words], cwd=ROOT, capture_output=True, text=True)
+def test_measure_and_table(drawn, tmp_path):
+    """A trained run measured by the two evaluations: every column, twice the share of objects, and gains paired by seed."""
+    assert run_tool("make_tokenizer", drawn / "clean.jsonl", drawn / "tokenizer.json", "--vocab-size", 400).returncode == 0
+    done = run("train_clip.py", "--captions", drawn / "clean.jsonl", "--image-root", drawn / "images", "--tokenizer",
+               drawn / "tokenizer.json", "--model", "nano-conv", "--augment", "drawing", "--batch-size", 16, "--steps", 2,
+               "--warmup", 1, "--workers", 0, "--device", DEVICE, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    done = run_tool("demo.replication", "--out", drawn, "--measure", tmp_path / "run", fresh=True)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run/measured.json").read_text())
+    assert set(metrics) == {"validation", *replication.TEAMS}
+    assert set(replication.scores_of(metrics)) == set(replication.COLUMNS)
+    results = {"clip": {0: dict.fromkeys(replication.COLUMNS, 10.0), 1: dict.fromkeys(replication.COLUMNS, 20.0)},
+               "laclip": {0: dict.fromkeys(replication.COLUMNS, 15.0), 1: dict.fromkeys(replication.COLUMNS, 27.0), 2: {}}}
+    del results["laclip"][2]
+    lines = replication.table(results, ("clip", "laclip"))
+    assert "15.0 ± 5.0" in lines[4] and "+6.0 ± 1.0" in lines[6]
 
 
 def test_every_row_of_the_table_can_be_run_and_none_else():
-    script = (ROOT / "data/replicate.sh").read_text()
-    rows = set(re.search(r'^rows="(.*?)"', script, re.M | re.S)[1].split())
-    assert rows == {row for group in replication.GROUPS.values() for row in group}
     if os.access(ROOT / ".venv/bin/python", os.X_OK):
-        done = replicate("clip", "no-such-row")
-        assert done.returncode == 2 and done.stderr == "replicate.sh: error: no-such-row: no such row; --list lists them\n"
-    done = replicate("--no-such-flag")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        done = subprocess.run(["bash", "data/replicate.sh", "clip", "no-such-row"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr == "replication.py: error: no-such-row: no such row; --list lists them\n"
+    assert set(replication.README_ROWS) <= set(replication.ROWS)
 
 
 def test_results_are_whole_and_name_what_made_them():
@@ -82,5 +137,5 @@ def test_results_are_whole_and_name_what_made_them():
         runs = [json.loads(line) for line in f]
     assert len({(run["row"], run["seed"], run["llm"]) for run in runs}) == len(runs)
     for run in runs:
-        assert {"row", "seed", "llm", "settings", "metrics", "versions"} <= set(run)
-        assert set(replication.SETS) <= set(run["metrics"])
+        assert {"row", "seed", "llm", "settings", "metrics", "commit", "flags", "torch"} <= set(run)
+        assert set(replication.scores_of(run["metrics"])) == set(replication.COLUMNS)
