@@ -183,7 +183,9 @@ def measure(folder, out):
         metrics[team] = {}
         for field in ("alt", "other_forms", "synonyms"):
             eval_retrieval.main([*common, "--captions", f"{out}/{team}.jsonl", "--field", field])
-            metrics[team][field] = {k: round(value, 5) for k, value in scores().items() if "2" in k}
+            found = scores()
+            metrics[team][field] = {name: round(found[name], 5) for name in
+                                    ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")}
         eval_zeroshot.main([*common, "--dataset", f"jsonl:{out}/{team}_objects.jsonl",
                             "--templates", "data/demo/templates.txt"])
         (sets,) = scores().values()  # every image stands there twice, once for either object
