@@ -236,7 +236,7 @@ class VisionTransformer(nn.Module):
         W, patches = c.vision_width, (c.image_size // c.patch_size) ** 2
         self.conv1 = nn.Conv2d(3, W, c.patch_size, c.patch_size, bias=c.patch_bias)
         if c.conv_stem:
-            from data.demo.stem import conv_stem
+            from data.stem import conv_stem
             self.conv1 = conv_stem(W, c.patch_size)
         self.class_embedding = nn.Parameter(torch.randn(W) * W ** -0.5)
         self.positional_embedding = nn.Parameter(torch.randn(patches + 1, W) * W ** -0.5)
@@ -523,7 +523,7 @@ class Samples(torch.utils.data.Dataset):
         self.args, self.rows, self.tokenizer, self.size = args, rows, tokenizer, size
         self.views = [augment_crop]
         if args.augment == "drawing":
-            from data.demo.drawing import augment_drawing
+            from data.drawing import augment_drawing
             self.views = [augment_drawing]
         if args.ssl:
             from data.slip import augment_slip

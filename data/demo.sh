@@ -42,7 +42,7 @@ step scenes python -m data.demo.scenes draw $out
 step llm python -m data.demo.make_llm $out
 
 train="python train_clip.py --image-root $out/images --tokenizer $out/tokenizer.json --model nano-conv
-  --augment drawing --batch-size 128 --steps 600 --warmup 50 --lr 5e-4 --wd 0.1 --workers 0 --save-every 100"
+  --augment drawing --batch-size 128 --steps 500 --warmup 50 --lr 5e-4 --wd 0.1 --workers 0 --save-every 100"
 
 laclip_track() {
   step rewrite python rewrite_llama.py --input $out/captions.jsonl --output $out/made.jsonl \
@@ -62,7 +62,7 @@ veclip_track() { # the captioner learns from other teams' scenes and clean capti
     --image-root $out/images --model $out/llava --max-new-tokens 12 --batch-size 256 --workers 0
   show $out/captioned.jsonl
   step fuse python fuse_vicuna.py --input $out/captioned.jsonl --output $out/fused.jsonl \
-    --model $out/smollm2 --format pairs --pairs data/demo/fuse_pairs.jsonl --max-new-tokens 16 --batch-size 256
+    --model $out/smollm2 --format pairs --pairs data/demo/fuse_pairs.jsonl --max-new-tokens 12 --batch-size 256
   show $out/fused.jsonl
   step train-veclip $train --captions $out/fused.jsonl --text alt=0.5 vecap=0.5 --out $out/veclip
 }

@@ -23,7 +23,7 @@ from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, Lla
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
 
 from data.common import die, in_one_line, new_parser, number, pick_device
-from data.demo.drawing import augment_drawing
+from data.drawing import augment_drawing
 from data.make_tokenizer import END, START
 from data.make_tokenizer import main as make_tokenizer
 from data.rows import read_rows

@@ -3,7 +3,7 @@ data/demo/scenes.py.
 
 Written before any run, and never shown to a language model: no prompt's pair names an object, one
 of its synonyms, or has the form of a query (tests/data/test_demo.py). A scene is (object, relation,
-object), such as ("lightbulb", "below", "bed").
+object), such as ("lightbulb", "below", "key").
 """
 import random
 
@@ -11,17 +11,13 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 # object: a word that means the same and is no object's name here
 SYNONYMS = {
-    "house": "home", "car": "automobile", "lock": "padlock", "moon": "crescent", "flag": "banner",
-    "phone": "telephone", "umbrella": "parasol", "rocket": "spaceship", "airplane": "aircraft",
-    "cup": "mug", "gift": "present", "trophy": "prize", "scissors": "shears", "lightbulb": "lamp",
-    "fire": "flame", "bus": "coach", "truck": "lorry", "bicycle": "bike", "laptop": "computer",
-    "envelope": "letter", "wallet": "purse", "headphones": "earphones", "wrench": "spanner",
-    "bug": "insect", "puzzle": "jigsaw", "trash": "garbage"}
-OBJECTS = (*SYNONYMS, "heart", "star", "tree", "key", "bell", "cloud", "sun", "camera", "book",
-           "leaf", "clock", "bed", "eye", "shield")
-
-STOP_WORDS = ("a the is and of it on in an with to this that by was here next are has his her one at "
-              "for from").split()
+    "house": "home", "moon": "crescent", "flag": "banner", "phone": "telephone", "bug": "insect",
+    "umbrella": "parasol", "airplane": "aircraft", "cup": "mug", "trophy": "prize",
+    "scissors": "shears", "lightbulb": "lamp", "fire": "flame", "laptop": "computer",
+    "envelope": "letter", "headphones": "earphones", "wrench": "spanner", "trash": "garbage"}
+OBJECTS = (*SYNONYMS, "heart", "star", "key", "bell", "cloud", "camera", "book")
+STOP_WORDS = ("a the is and of it on in an with to this that by was here next are has his her one "
+              "at for from").split()
 
 
 def an(word):
@@ -33,14 +29,16 @@ def to_the(relation):
 
 
 def caption(scene):
-    """The one narrow wording of all training captions: "lightbulb below bed" """
+    """The one narrow wording of all training captions: "lightbulb below key" """
     return " ".join(scene)
 
 
 def other_forms(scene):
     """The same scene in six other sentence forms"""
     one, relation, other = scene
-    places = ("on the left", "on the right") if relation.endswith(" of") else ("at the top", "at the bottom")
+    places = ("at the top", "at the bottom")
+    if relation.endswith(" of"):
+        places = ("on the left", "on the right")
     low, high = (one, other) if relation in ("left of", "above") else (other, one)
     back = OPPOSITE[relation]
     return [f"{an(other)} {to_the(back)} {an(one)}",
@@ -58,13 +56,14 @@ def in_synonyms(scene):
 
 
 def oracle(scene, rng):
-    """A perfect rewrite: a seventh to a twelfth form, in which every second object is called by
-    its synonym. It knows what the queries will ask, and bounds what rewriting could bring."""
+    """A perfect rewrite: a seventh to a twelfth form, in which every second object is called by its
+    synonym. It knows what the queries will ask, and bounds what rewriting could bring."""
     one, relation, other = scene
     one, other = (SYNONYMS.get(name, name) if rng.random() < 0.5 else name for name in (one, other))
     rel, back = to_the(relation), to_the(OPPOSITE[relation])
     return rng.choice([f"the {one} sits {rel} the {other}", f"one {other} shown {back} one {one}",
-                       f"{an(one)} placed {rel} {an(other)}", f"look at the {other}, {back} the {one}",
+                       f"{an(one)} placed {rel} {an(other)}",
+                       f"look at the {other}, {back} the {one}",
                        f"we see {an(one)}, and {an(other)} {back} it",
                        f"the first thing is {an(one)}, the second {an(other)}"])
 

