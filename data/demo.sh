@@ -46,19 +46,20 @@ train="python train_clip.py --image-root $out/images --tokenizer $out/tokenizer.
 
 laclip_track() {
   step rewrite python rewrite_llama.py --input $out/captions.jsonl --output $out/made.jsonl \
-    --model $out/smollm2 --sources sentence reverse detail --pairs data/demo/rewrite_pairs.jsonl \
+    --model $out/smollm2 --sources sentence reverse --pairs data/demo/rewrite_pairs.jsonl \
     --temperature 0.5 --max-new-tokens 24 --batch-size 256
   show $out/made.jsonl
   step spread python -m data.demo.scenes spread $out/made.jsonl $out/clean.jsonl $out/rewritten.jsonl
   step train-clip $train --captions $out/clean.jsonl --text alt --out $out/clip
   step train-laclip $train --captions $out/rewritten.jsonl --out $out/laclip \
-    --text alt rewrite_sentence rewrite_reverse rewrite_detail
-  step train-clip-noisy $train --captions $out/noisy.jsonl --text alt --out $out/clip-noisy
+    --text alt rewrite_sentence rewrite_reverse
+  step train-clip-noisy $train --captions $out/demo.jsonl --text alt --out $out/clip-noisy
 }
 
 veclip_track() { # the captioner learns from other teams' scenes and clean captions
-  step llava python -m data.demo.make_llava $out/captioner.jsonl $out/llava --image-root $out/images
-  step caption python caption_llava.py --input $out/noisy.jsonl --output $out/captioned.jsonl \
+  step llava python -m data.demo.make_llava $out/captioner.jsonl $out/llava --image-root $out/images \
+    --steps 500
+  step caption python caption_llava.py --input $out/demo.jsonl --output $out/captioned.jsonl \
     --image-root $out/images --model $out/llava --max-new-tokens 12 --batch-size 256 --workers 0
   show $out/captioned.jsonl
   step fuse python fuse_vicuna.py --input $out/captioned.jsonl --output $out/fused.jsonl \

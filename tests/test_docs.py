@@ -133,12 +133,12 @@ def test_the_row_that_readme_follows_is_real_output():
     rows = {row["image"]: row for row in read_jsonl(ROOT / "data/demo/example.jsonl")}
     assert len(shown) == 4
     row, (first, rewritten, captioned, fused) = rows[shown[0]["image"]], shown
-    assert first == {"image": row["image"], "alt": row["alt"]}
-    assert rewritten == {**first, "rewrite_wording": row["rewrite_wording"]}
-    assert captioned == {**rewritten, "vec": row["vec"]} and fused == {**captioned, "vecap": row["vecap"]}
+    assert first == {key: row[key] for key in ("image", "alt", "truth", "noise")}
+    assert rewritten == {**first, "rewrite_sentence": row["rewrite_sentence"]}
+    assert captioned == {**first, "vec": row["vec"]} and fused == {**captioned, "vecap": row["vecap"]}
 
 
 def test_readmes_table_is_made_of_the_results():
     text = (ROOT / "README.md").read_text()
-    for line in replication.table(replication.read_results(), replication.README_ROWS, replication.README_COLUMNS):
-        assert line in text, f"README.md needs this line of `python -m data.demo.replication readme`: {line}"
+    for line in replication.table(replication.read_results()[0], replication.README_ROWS):
+        assert line in text, f"README.md needs this line of `python -m data.demo.replication --readme`: {line}"

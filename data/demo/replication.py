@@ -261,6 +261,7 @@ def main(argv=None):
     add("--wordnet", default="/usr/share/wordnet", help="for eda (Debian: wordnet-base)")
     add("--out", default="out/replicate", help="default: %(default)s")
     add("--list", action="store_true", help="print all rows and stop")
+    add("--readme", action="store_true", help="print README's table and stop")
     add("--measure", metavar="RUN", help="evaluate one run and stop")
     args = parser.parse_args(argv)
     if args.measure:
@@ -268,6 +269,8 @@ def main(argv=None):
     if unknown := set(args.rows) - set(ROWS):
         die(f"{' '.join(sorted(unknown))}: no such row; --list lists them")
     results, commits = read_results()
+    if args.readme:
+        return print("\n".join(table(results, README_ROWS)))
     if args.list:
         print("\n".join(table(results)), "\n")
         for row, (_, files, flags, _) in ROWS.items():

@@ -15,10 +15,9 @@ from data.demo.replication import CHANCE, COLUMNS, TEAMS, measure, scores_of
 from data.page import (block, card, document, hit_figure, image_element, table, tag, words, write)
 from train_clip import load_checkpoint, open_image
 
-MODELS = {"clip": "CLIP, clean captions", "laclip": "LaCLIP, and three rewrites",
+MODELS = {"clip": "CLIP, clean captions", "laclip": "LaCLIP, and two rewrites",
           "clip-noisy": "CLIP, noisy AltText", "veclip": "VeCLIP, and VeCap"}
-REWRITES = {"alt": "caption", "rewrite_sentence": "sentence", "rewrite_reverse": "reverse",
-            "rewrite_detail": "detail"}
+REWRITES = {"alt": "caption", "rewrite_sentence": "sentence", "rewrite_reverse": "reverse"}
 CAPTIONS = {"truth": "truth (no stage reads it)", "alt": "AltText", "vec": "VeC", "vecap": "VeCap"}
 STYLE = """.model { display: grid; grid-template-columns: 11rem 1fr; gap: .3rem 1rem;
   align-items: center; padding: .35rem 0 }
@@ -46,8 +45,9 @@ def objects_named(rows):
     """The share of objects that VeC names, and the share that another scene's VeC names, in %"""
     captions = [(row["vec"] or "").split() for row in rows]
     shuffled = random.Random(0).sample(captions, len(captions))
-    return [50 * sum(thing in caption for row, caption in zip(rows, texts)
-                     for thing in row["scene"][::2]) / len(rows) for texts in (captions, shuffled)]
+    truths = [row["truth"].split() for row in rows]
+    return [50 * sum((truth[0] in words) + (truth[-1] in words) for truth, words in zip(truths, said))
+            / len(rows) for said in (captions, shuffled)]
 
 
 @torch.no_grad()

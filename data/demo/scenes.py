@@ -13,7 +13,8 @@ in a training scene. A row is an image of 32 x 32 pixels and its caption:
     noise.jsonl          clean.jsonl with random words as rewrites: a control without any model
     oracle.jsonl         clean.jsonl with perfect rewrites: what rewriting could bring at best
     noisy.jsonl          3,600 of the images, AltText as the web has it: half of it is useless
-    several.jsonl        the same with three AltTexts an image
+    demo.jsonl           the first half of them, for data/demo.sh
+    several.jsonl        noisy.jsonl with three AltTexts an image
     captioner.jsonl      the captioner's training set: scenes by two other teams, clean captions
     validation.jsonl     scenes by a team that nothing is trained on. Settings are chosen here
     phosphor.jsonl, lucide.jsonl   scenes by two more such teams, for final results only
@@ -170,12 +171,13 @@ def draw_all(out):
             for row in clean[:3 * CAPTIONS]]
     files = {
         "clean": clean, "captioner": captioner, "captions": [{"alt": text} for text in captions],
-        "noisy": [{**row, "alt": first[0], "noise": first[1], "truth": row["alt"]}
-                  for row, (first, *_) in zip(clean, alts)],
+        "noisy": [{"image": row["image"], "alt": alt, "truth": row["alt"], "noise": kind}
+                  for row, ((alt, kind), *_) in zip(clean, alts)],
         "several": [{**row, "alt": [text for text, _ in texts]} for row, texts in zip(clean, alts)],
         "noise": [{**row, "rewrite_noise": three(queries.random_noise, row["alt"])}
                   for row in clean],
         "oracle": [{**row, "rewrite_oracle": three(queries.oracle, row["scene"])} for row in clean]}
+    files["demo"] = files["noisy"][:CAPTIONS * 3 // 2]
     for team in (VALIDATION, *HELD_OUT):
         rows = draw_set(out, team, scenes_of(unseen), icons, (team,))
         name = "validation" if team == VALIDATION else team

@@ -106,30 +106,3 @@ def seen_lengths(folder, name, fields, batch_size, warmup, steps):
     order = T.epoch_order(len(rows), "full", 0, 0)
     seen = order[warmup * batch_size:(warmup + steps) * batch_size].tolist()
     return [len(tokenizer.encode(rows[i][field])) for i in seen for field in fields]
-
-
-def make_rows(folder, n, size):
-    """For rows.py: rows.jsonl; the same as rows.tsv (path, alt) and a text file a rewrite; one picture, tokenizer.json.
-
-    Every row has a path of its own, by way of a hundred links from the folder to itself, and but for chance its own
-    texts: a reader might hold equal strings only once."""
-    from open_clip import IMAGENET_CLASSNAMES
-    rng = np.random.default_rng(0)
-    halves = [" and ".join(rng.choice(IMAGENET_CLASSNAMES, 2)) for _ in range(5000)]
-    for i in range(100):
-        (folder / f"{i:02}").symlink_to(".")
-    Image.new("RGB", (size, size)).save(folder / "picture.jpg")
-    (folder / "tokenizer.json").write_text(openai_tokenizer())
-    rows, tsv, *rewrites = (open(folder / name, "w") for name in ("rows.jsonl", "rows.tsv", *FIELDS[1:]))
-    tsv.write("filepath\ttitle\n")
-    for i in range(n):
-        if i % 10000 == 0:
-            drawn = rng.integers(len(halves), size=(10000, len(FIELDS), 2)).tolist()
-        texts = [f"{halves[j]} in front of {halves[k]}" for j, k in drawn[i % 10000]]
-        path = f"{i // 10 ** 6 % 100:02}/{i // 10 ** 4 % 100:02}/{i // 100 % 100:02}/{i % 100:02}/picture.jpg"
-        rows.write(json.dumps({"image": path, **dict(zip(FIELDS, texts))}) + "\n")
-        tsv.write(f"{folder / path}\t{texts[0]}\n")
-        for f, text in zip(rewrites, texts[1:]):
-            f.write(text + "\n")
-    for f in (rows, tsv, *rewrites):
-        f.close()
