@@ -183,6 +183,8 @@ def load_plain(path, target):
     if model.config.text_model:
         kind = model.config.text_model["model_type"]
         die(f"{path}: its text tower is a {kind}, which {target} cannot express")
+    if model.config.conv_stem:
+        die(f"{path}: its image tower begins with convolutions, which {target} cannot express")
     return model, tokenizer
 
 

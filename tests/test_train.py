@@ -124,7 +124,7 @@ def test_attention_on_the_cpu_equals_torchs(L, causal, dtype, tolerance):
 def test_gradients_are_the_same_to_the_bit_in_every_run(dtype):
     """Also with several threads, which must not add a gradient up in the order they come in."""
     torch.manual_seed(0)
-    model = T.CLIP(T.Config(**T.PRESETS["nano"] | {"vocab_size": 500}))
+    model = T.CLIP(T.Config(**T.PRESETS["nano-conv"] | {"vocab_size": 500}))
     texts, threads = T.pack(random_texts(256)), torch.get_num_threads()
     images, seen = torch.randint(0, 256, (64, 1, 3, 32, 32)).float(), []
     torch.set_num_threads(4)
@@ -143,11 +143,15 @@ def test_gradients_are_the_same_to_the_bit_in_every_run(dtype):
         assert all(torch.equal(gradient, other[name]) for other in seen), name
 
 
-def test_a_text_does_not_depend_on_its_neighbours():
+@pytest.mark.parametrize("preset", ["nano", "nano-conv"])
+def test_a_text_and_an_image_do_not_depend_on_their_neighbours(preset):
     torch.manual_seed(0)
-    model, texts = T.CLIP(T.Config(**T.PRESETS["nano"], vocab_size=500)), random_texts(9)
+    model, texts = T.CLIP(T.Config(**T.PRESETS[preset], vocab_size=500)), random_texts(9)
     alone = torch.cat([model.encode_text(T.pack([text])) for text in texts])
     torch.testing.assert_close(model.encode_text(T.pack(texts)), alone, atol=1e-5, rtol=1e-4)
+    images = torch.randn(5, 3, 32, 32)
+    alone = torch.cat([model.encode_image(image[None]) for image in images])
+    torch.testing.assert_close(model.encode_image(images), alone, atol=1e-5, rtol=1e-4)
 
 
 def test_packed_texts():
