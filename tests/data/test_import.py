@@ -357,7 +357,7 @@ def test_folder(tmp_path, out):
 def test_folder_with_metadata(tmp_path, out, fails):
     """Hugging Face's imagefolder: files are named from metadata's own folder; its columns stay; nothing vanishes."""
     photos, table = tmp_path / "photos", tmp_path / "photos" / "in" / "metadata.csv"
-    entries = [{"file_name": "b.jpg", "text": "bee", "boxes": [[1, 2]], "error": "mine"}, {"file_name": "gone.jpg", "text": "lost"},
+    entries = [{"file_name": "b.jpg", "text": "bee", "boxes": [[1, 2]], "error": "own"}, {"file_name": "gone.jpg", "text": "lost"},
                {"file_name": "a.jpg", "text": ["one", "two"]}, {"file_name": "b.jpg", "text": 7}]
     fill(photos, dict.fromkeys(["a.jpg", "b.jpg", "in/c.jpg", "d.jpg"], encoded("red")) | {
         "metadata.jsonl": "".join(json.dumps(entry) + "\n" for entry in entries) + "no json\n", "b.txt": "of a text file",
@@ -436,6 +436,6 @@ def test_killed_halfway(tmp_path, out, number, leftovers):
 
 def test_it_needs_no_torch_and_no_script():
     """So it runs on a machine that only fetches data."""
-    code = "import sys; sys.modules |= dict.fromkeys(['torch', 'train_clip']); from data.import_captions import main; main(['-h'])"
+    code = "import sys; sys.modules |= {'torch': None, 'train_clip': None}; from data.import_captions import main; main(['-h'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "python -m data.import_captions" in done.stdout, done.stderr
