@@ -357,7 +357,7 @@ def test_folder(tmp_path, out):
 def test_folder_with_metadata(tmp_path, out, fails):
     """Hugging Face's imagefolder: files are named from metadata's own folder; its columns stay; nothing vanishes."""
     photos, table = tmp_path / "photos", tmp_path / "photos" / "in" / "metadata.csv"
-    entries = [{"file_name": "b.jpg", "text": "bee", "boxes": [[1, 2]], "error": "own"}, {"file_name": "gone.jpg", "text": "lost"},
+    entries = [{"file_name": "b.jpg", "text": "bee", "boxes": [[1, 2]], "error": "x"}, {"file_name": "gone.jpg", "text": "lost"},
                {"file_name": "a.jpg", "text": ["one", "two"]}, {"file_name": "b.jpg", "text": 7}]
     fill(photos, dict.fromkeys(["a.jpg", "b.jpg", "in/c.jpg", "d.jpg"], encoded("red")) | {
         "metadata.jsonl": "".join(json.dumps(entry) + "\n" for entry in entries) + "no json\n", "b.txt": "of a text file",
