@@ -134,5 +134,6 @@ def test_as_a_user():
     for table in tables:
         lines = [line for line in table.splitlines() if line.split(" ")[0] in ("rewrite", "caption", "fuse", "train")]
         assert len({len(line) for line in lines}) == 1  # aligned
-        assert all(f"[{number}]" in done.stdout.split("\nrates")[1] for line in lines for number in re.findall(r"\[(\d+)\]", line))
+        notes = [note for line in lines for note in re.findall(r"\[\d+\]", line)]
+        assert all(note in done.stdout.split("\nrates")[1] for note in notes)
     assert "SGLang" in done.stdout and "989 TFLOP/s x 40%" in done.stdout
