@@ -24,7 +24,6 @@ from conftest import ROOT, assert_mistake
 from data import convert_checkpoint as C
 from tools import run_tool
 
-
 TEXTS = ["red bar", "a green square that is blue all over", "<|endoftext|> red", ""]
 HALVES, TENTHS = (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)  # a mean and a standard deviation that are nobody's default
 
@@ -51,24 +50,19 @@ def randomise(module, std=0.1):
     return module.eval()
 
 
-def random_texts(length, vocab_size, end, rows=5):
-    """Ids with the end token at different places and other tokens behind it."""
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(3, vocab_size - 2, (rows, length)))
-    tokens[torch.arange(rows), torch.arange(rows) * 3 % length + 1] = end
-    return tokens
-
-
-def assert_equal(ours, theirs, atol=1e-4):
-    assert theirs.std() > 1e-3  # no model of zeros
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
-
-
-def same_features(model, images, tokens, their_images, their_texts):
-    if isinstance(tokens, torch.Tensor):  # of random_texts: ours ends at the end token
-        tokens = T.pack([row[:row.argmax() + 1] for row in tokens])
+def same_features(model, theirs, ours=None, tokens=None):
+    """theirs: images, tokens -> their features of both. ours: the tokens as our model takes them"""
+    c = model.config
+    images = torch.randn(3, 3, c.image_size, c.image_size)
+    if ours is None:  # the end token at different places, other tokens behind it
+        tokens = torch.from_numpy(np.random.default_rng(0).integers(3, c.vocab_size - 2, (5, c.context_length)))
+        tokens[torch.arange(5), torch.arange(5) * 3 % c.context_length + 1] = c.vocab_size - 1
+        ours = T.pack([row[:row.argmax() + 1] for row in tokens])
     with torch.inference_mode():
-        assert_equal(model.encode_image(images), their_images)
-        assert_equal(model.encode_text(tokens), their_texts)
+        got = model.encode_image(images), model.encode_text(ours)
+        for a, b in zip(got, theirs(images, tokens), strict=True):
+            assert b.std() > 1e-3  # no model of zeros
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def ids(tokenizer, texts, length=0):
@@ -104,9 +98,8 @@ def hf_model(folder, tokenizer, vision="gelu", text="quick_gelu", **text_config)
 
 
 def hf_features(hf, images, input_ids, **more):
-    with torch.inference_mode():
-        texts = hf.get_text_features(input_ids=input_ids, **more).pooler_output
-        return hf.get_image_features(pixel_values=images).pooler_output, texts
+    texts = hf.get_text_features(input_ids=input_ids, **more).pooler_output
+    return hf.get_image_features(pixel_values=images).pooler_output, texts
 
 
 def copy_tokenizer(shapes, folder):
@@ -133,8 +126,7 @@ def test_hf_to_ours_and_back(hf_folder, vocabulary, tmp_path, vision, text, eos)
     folder = shutil.copytree(hf_folder, tmp_path / "in")
     hf = hf_model(folder, vocabulary, vision, text, **({} if eos == "real" else {"eos_token_id": 2}))
     model, tokenizer, transform = convert("hf", folder, tmp_path / "ours.pt")
-    images, tokens = torch.randn(3, 3, 32, 32), random_texts(20, vocabulary.vocab_size, vocabulary.eot_id)
-    same_features(model, images, tokens, *hf_features(hf, images, tokens))
+    same_features(model, partial(hf_features, hf))
     torch.testing.assert_close(model.logit_scale, hf.logit_scale)
     assert "eot_id" not in torch.load(tmp_path / "ours.pt", weights_only=True)["config"]
     assert (model.config.mean, model.config.std, model.config.resize) == (HALVES, TENTHS, "bicubic")
@@ -150,7 +142,7 @@ def test_hf_to_ours_and_back(hf_folder, vocabulary, tmp_path, vision, text, eos)
         a, b = ({k: v for k, v in getattr(x.config, tower).to_dict().items() if k not in ignored} for x in (hf, back))
         assert a == b
     batch = AutoTokenizer.from_pretrained(tmp_path / "back")(TEXTS, padding=True, return_tensors="pt")
-    same_features(model, images, tokenizer(TEXTS), *hf_features(back, images, **batch))
+    same_features(model, partial(hf_features, back, attention_mask=batch.attention_mask), tokenizer(TEXTS), batch.input_ids)
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "back")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 40, 3), np.uint8))  # only cropped
     torch.testing.assert_close(processor(picture, return_tensors="pt").pixel_values[0], transform(picture))
@@ -190,8 +182,7 @@ def test_veclip(vocabulary, t5, tmp_path):
     batch = their_tokenizer.encode_batch(texts)
     tokens, mask = (torch.tensor([getattr(row, name) for row in batch]) for name in ("ids", "attention_mask"))
     assert ids(tokenizer, texts).equal(tokens)
-    images = torch.randn(2, 3, 32, 32)
-    same_features(model, images, tokenizer(texts), *hf_features(hf, images, tokens, attention_mask=mask))
+    same_features(model, partial(hf_features, hf, attention_mask=mask), tokenizer(texts), tokens)
     C.main(["to-hf", str(tmp_path / "ours.pt"), str(tmp_path / "back")])
     assert not (tmp_path / "back" / "preprocessor_config.json").exists()  # it would smooth
 
@@ -203,15 +194,8 @@ def open_clip_model(vocab_size, quick_gelu=False):
     return randomise(CLIP(48, vision, text, quick_gelu=quick_gelu), 0.05)
 
 
-def open_clip_features(model, images, tokens):
-    tokens = F.pad(tokens, (0, model.context_length - tokens.shape[1]))
-    with torch.inference_mode():
-        return model.encode_image(images), model.encode_text(tokens)
-
-
-def same_as_open_clip(model, theirs, vocabulary):
-    images, tokens = torch.randn(3, 3, 32, 32), random_texts(16, vocabulary.vocab_size, vocabulary.eot_id)
-    same_features(model, images, tokens, *open_clip_features(theirs, images, tokens))
+def same_as_open_clip(model, theirs):
+    same_features(model, lambda images, tokens: (theirs.encode_image(images), theirs.encode_text(tokens)))
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])
@@ -229,7 +213,7 @@ def test_open_clip(vocabulary, command, form, quick_gelu):
         numbers = {"epoch": np.int64(3), "best_acc1": np.float64(12.3), "lr": np.float32(1), "done": np.bool_(True)}
         torch.save({"state_dict": {prefix + name: x for name, x in state.items()}, **numbers}, path)
     model, tokenizer, _ = convert("openai", path, *command[2:], *["--quick-gelu"] * quick_gelu)
-    same_as_open_clip(model, theirs, vocabulary)
+    same_as_open_clip(model, theirs)
     assert model.config.mean == T.Config.mean and ids(tokenizer, TEXTS).equal(ids(vocabulary, TEXTS))
 
 
@@ -251,7 +235,7 @@ def test_an_open_clip_folder(shapes, vocabulary, tmp_path, shards):
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": pixels}))
     copy_tokenizer(shapes, folder)
     model, _, _ = convert("openai", folder, tmp_path / "ours.pt")
-    same_as_open_clip(model, theirs, vocabulary)
+    same_as_open_clip(model, theirs)
     assert (model.config.mean, model.config.std, model.config.resize) == (HALVES, TENTHS, "bilinear")
     squashed = {"model_cfg": model_cfg, "preprocess_cfg": {"resize_mode": "squash"}}
     (folder / "open_clip_config.json").write_text(json.dumps(squashed))
@@ -270,7 +254,7 @@ def test_ours_to_open_clip(vocabulary, tmp_path, capfd):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "our-own.json").write_text(told[told.index('{"embed_dim"'):].splitlines()[0])
     open_clip.add_model_config(tmp_path / "configs")
-    same_as_open_clip(model, open_clip.create_model("our-own", pretrained=str(tmp_path / "theirs.pt")).eval(), vocabulary)
+    same_as_open_clip(model, open_clip.create_model("our-own", pretrained=str(tmp_path / "theirs.pt")).eval())
 
 
 def test_texts_are_mended_as_open_clip_mends_them(tmp_path):
@@ -306,7 +290,7 @@ def test_openais_archive(vocabulary, command):
     assert done.returncode == 0 and not done.stderr and "QuickGELU in vision and text" in done.stdout, done.stderr
     saved = torch.load(command[2], weights_only=True)["model"]
     assert {x.dtype for x in saved.values()} == {torch.float32}
-    same_as_open_clip(T.load_checkpoint(str(command[2]))[0], theirs, vocabulary)
+    same_as_open_clip(T.load_checkpoint(str(command[2]))[0], theirs)
 
 
 @pytest.mark.parametrize("name", ["ViT-S/16", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-H/14"])
@@ -343,12 +327,9 @@ def test_laclip_and_slip(vocabulary, command, width, heads, qk_norm):
     weights = {f"module.{name}": x for name, x in (state if qk_norm else state | head).items()}
     torch.save({"epoch": 35, "state_dict": weights, "args": argparse.Namespace(model="CLIP_VITB16")}, command[1])
     model, _, _ = convert("laclip", *command[1:])
-    images, tokens = torch.randn(3, 3, 32, 32), random_texts(16, vocabulary.vocab_size, vocabulary.eot_id)
     theirs = open_clip_model(vocabulary.vocab_size, quick_gelu=True)  # the text tower is OpenAI's
     theirs.load_state_dict({name: state.get(name, x) for name, x in theirs.state_dict().items()})
-    with torch.inference_mode():
-        their_images = tower(images) @ state["image_projection"]
-    same_features(model, images, tokens, their_images, open_clip_features(theirs, images, tokens)[1])
+    same_features(model, lambda images, tokens: (tower(images) @ state["image_projection"], theirs.encode_text(tokens)))
     assert model.config.mean == (0.485, 0.456, 0.406) and model.config.std == (0.229, 0.224, 0.225)
     assert (model.config.vision_heads, model.config.vision_eps, model.config.text_eps) == (heads, 1e-6, 1e-5)
 
@@ -473,9 +454,7 @@ def test_longer_contexts(vocabulary, command):
     T.save_checkpoint(str(ours), model, vocabulary)
     longer, tokenizer, _ = convert("ours", ours, out.with_name("long.pt"), "--context-length", 120)
     assert len(longer.positional_embedding) == 120 == len(tokenizer.encode("red " * 500))
-    images = torch.randn(2, 3, longer.config.image_size, longer.config.image_size)
-    with torch.inference_mode():
-        same_features(longer, images, tokenizer(TEXTS), model.encode_image(images), model.encode_text(vocabulary(TEXTS)))
+    same_features(longer, lambda images, _: (model.encode_image(images), model.encode_text(vocabulary(TEXTS))), tokenizer(TEXTS))
     torch.save(open_clip_model(vocabulary.vocab_size).state_dict(), weights)
     assert convert(*command, "--context-length", 40)[0].config.context_length == 40
     assert_refused("ours", weights, out.with_name("no.pt"), "--context-length", 1, words=["--context-length"])
