@@ -157,7 +157,7 @@ def test_labels_that_differ_only_in_white_space_are_one_class(tmp_path, capsys):
     assert "1 classes of --classes are not in the set, left out: cup" in capsys.readouterr().err
 
 
-def test_a_folder_of_links_and_other_files(tmp_path, capsys):
+def test_folders_of_images(tmp_path, capsys):
     root, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
     make_images(elsewhere, ["cat/1.png"])
     make_images(root, [".ipynb_checkpoints/3.png", "__MACOSX/4.png", "dog/._2.png"])  # hidden
@@ -173,15 +173,11 @@ def test_a_folder_of_links_and_other_files(tmp_path, capsys):
     (root / "dog/5.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises((OSError, ValueError)):  # it would run Ghostscript
         part.read("dog/5.png")
-
-
-def test_a_folder_inside_every_class_is_no_class(tmp_path):
-    for name in ("cat", "big/dog"):
-        make_images(tmp_path / name, ["images/1.png"])
-        (tmp_path / name / "annotations").mkdir()
-    part = read_set(f"imagefolder:{tmp_path}")["test"]
-    assert part.labels == ["big/dog", "cat"]
-    assert part.words == {"big/dog": "big dog", "cat": "cat"}
+    for name in ("cat", "big/dog"):  # a folder inside every class is no class
+        make_images(tmp_path / "deep" / name, ["images/1.png"])
+        (tmp_path / "deep" / name / "annotations").mkdir()
+    part = read_set(f"imagefolder:{tmp_path / 'deep'}")["test"]
+    assert part.labels == ["big/dog", "cat"] and part.words == {"big/dog": "big dog", "cat": "cat"}
 
 
 def test_class_names_go_by_what_a_class_is_called(tmp_path, refused):

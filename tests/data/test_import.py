@@ -114,14 +114,8 @@ def test_laclip_header(tmp_path, out, header, options, other, end):
                     {"image": "1.jpg", "alt": "c\r\n1", "url": "http://x.org/1", other: "t1"}]
 
 
-def test_laclip_count_mismatch(tmp_path, out, fails):
-    fill(tmp_path, {"a.csv": 'image,caption\n0.jpg,"a\nb"\n1.jpg,c\n2.jpg,d\n', **{f"{n}.txt": "x\n" * n for n in (2, 3, 4)}})
-    for lines in (2, 4):
-        rewrites = f"bard={tmp_path}/3.txt", f"human={tmp_path}/{lines}.txt"
-        fails("laclip", tmp_path / "a.csv", out, "--rewrites", *rewrites, says=["a.csv has 3 rows", f"{lines}.txt {lines} lines"])
-
-
-CSV, BOX = "image,caption\n0.jpg,x\n", '{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}'
+CSV, TSV = 'image,caption\n0.jpg,"a\nb"\n1.jpg,c\n2.jpg,d\n', "http://x/0\ta\n"
+BOX = '{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}'
 
 
 @pytest.mark.parametrize("command, text, options, says", [
@@ -129,13 +123,13 @@ CSV, BOX = "image,caption\n0.jpg,x\n", '{"images": [], "annotations": [{"image_i
     ("laclip", CSV, ["--caption-column", "nope"], ["nope", "image,caption"]),
     ("laclip", CSV, ["--rewrites", "chatgpt"], ["--rewrites chatgpt", "SOURCE=FILE"]),
     ("laclip", CSV, ["--rewrites", "bard=no/such.txt"], ["no/such.txt", "No such file"]),
+    ("laclip", CSV, ["--rewrites", "bard=3.txt", "human=2.txt"], ["input has 3 rows", "2.txt 2 lines"]),
+    ("laclip", CSV, ["--rewrites", "bard=3.txt", "human=4.txt"], ["input has 3 rows", "4.txt 4 lines"]),
     ("laclip", 'image,caption\n0.jpg,"never closed\n' + "x" * (1 << 24), [], ["input, line", "field limit"]),
     ("laclip", 'image,caption\n0.jpg,"a dog\n1.jpg,a cat\n', [], ["input, line"]),  # the rest of the file is no caption
     ("laclip", "image,caption\n", [], ["no rows"]), ("laclip", "", [], ["first line"]),
-    ("tsv", "http://x/0\ta\n", ["--image-pattern", "{i}.jpg"], ["{i}.jpg"]),
-    ("tsv", "http://x/0\ta\n", ["--image-pattern", "x.jpg"], ["x.jpg"]),
-    ("tsv", "http://x/0\ta\n", ["--image-pattern", "{index[0]}.jpg"], ["{index[0]}.jpg"]),
-    ("tsv", "http://x/0\ta\n".encode("utf-16"), [], ["UTF-16"]),
+    *(("tsv", TSV, ["--image-pattern", name], [name]) for name in ("{i}.jpg", "x.jpg", "{index[0]}.jpg")),
+    ("tsv", TSV.encode("utf-16"), [], ["UTF-16"]),
     *(("coco", text, [], ["input"]) for text in ("{", "[1, 2]", "3", "[" * 100_000, BOX, '{"images": [{"file_name": "0.jpg"}]}')),
     ("coco", '{"images": []}', [], ["no rows"]),
     ("vecap", '{"u0": "a", "u1": "b', [], ["input", "after 1 pairs"]), ("vecap", "", [], ["input", "after 0 pairs"]),
@@ -144,7 +138,8 @@ CSV, BOX = "image,caption\n0.jpg,x\n", '{"images": [], "annotations": [{"image_i
     ("vecap", '[{"url": "u0", "caption": "a"}]', [], ["input", "after 0 pairs"]),
     ("vecap", '{"u0": ' + "[" * 2_000_000, [], ["input", "after 0 pairs"])], ids=lambda value: str(value)[:30])
 def test_mistakes_and_damaged_files(tmp_path, out, fails, command, text, options, says):
-    (tmp_path / "input").write_bytes(text if isinstance(text, bytes) else text.encode())
+    fill(tmp_path, {"input": text, **{f"{lines}.txt": "x\n" * lines for lines in (2, 3, 4)}})
+    options = [re.sub(r"=(\d)", rf"={tmp_path}/\1", option) for option in options]
     fails(command, tmp_path / "input", out, *options, says=says)
 
 
@@ -176,6 +171,7 @@ def test_tsv_images(tmp_path, out, fails):
     assert [row["image"] for row in rows] == ["00000002.jpg"]
     assert (summary["rows"], summary["rows left out"], summary["image: missing file"]) == (1, 2, 1)
     fails(*command, "--drop-errors", says=["all 3 rows"])
+    fails("tsv", tmp_path / "a.tsv", out, says=["out.jsonl exists", "--overwrite"])
     (tmp_path / "000000000.jpg").write_bytes(encoded("red"))
     assert rows_of(*command)[0][0] == {"image": "000000000.jpg", "url": "http://x/0", "alt": "zero"}
 
@@ -405,13 +401,6 @@ def test_a_cell_with_a_list_is_a_list_of_captions(tmp_path, out):
     rows, _ = rows_of("vecap", tmp_path / "a.json", out, "--overwrite")
     assert [(row["vecap"], row.get("error", {}).get("vecap")) for row in rows] == [
         *(CELLS[cell] for cell in values), (None, NUMBER), (None, "a boolean, not a text")]
-
-
-def test_existing_output(tmp_path, out, fails):
-    (tmp_path / "a.tsv").write_text("http://x/0\tnew\n")
-    out.write_text("precious\n")
-    fails("tsv", tmp_path / "a.tsv", out, says=["out.jsonl exists", "--overwrite"])
-    assert rows_of("tsv", tmp_path / "a.tsv", out, "--overwrite")[0] == [{"url": "http://x/0", "alt": "new"}]
 
 
 @pytest.mark.parametrize("number, leftovers", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, 1)])
