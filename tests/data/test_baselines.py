@@ -12,6 +12,7 @@ import torch
 
 from conftest import DEVICE, assert_mistake
 from data import baselines
+from tiny_models import read_jsonl
 from tools import run_tool
 from train_clip import draw_texts
 
@@ -42,36 +43,32 @@ def wordnet(tmp_path_factory):
     return folder
 
 
-def marian(folder, seed=0):
-    """A random Marian whose tokens are words and whose texts end after a few of them."""
+@pytest.fixture(scope="session")
+def marians(tmp_path_factory):
+    """Two random Marians whose tokens are words and whose texts end after a few of them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
+    folders = [tmp_path_factory.mktemp("marian") for _ in range(2)]
     words = ["a", "red", "bike", "by", "the", "old", "wall", "two", "dogs", *map(str, range(40))]
     vocabulary = {word: i for i, word in enumerate(["</s>", "<unk>", *words, "<pad>"])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner, pad = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")), vocabulary["<pad>"]
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
-    torch.manual_seed(seed)
-    pad = len(vocabulary) - 1
-    model = MarianMTModel(MarianConfig(
-        vocab_size=pad + 1, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
-        encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=512, pad_token_id=pad, init_std=1.0,
-        decoder_start_token_id=pad, eos_token_id=0, forced_eos_token_id=0, tie_word_embeddings=False))
-    with torch.no_grad():
-        torch.nn.init.normal_(model.lm_head.weight)
-        model.final_logits_bias[0, 0], model.final_logits_bias[0, 1], model.final_logits_bias[0, pad] = 8, -99, -99
-    model.generation_config.update(num_beams=4, max_length=512, min_new_tokens=3)  # beams as the published; no empty texts
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def marians(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("marian")
-    return marian(folder / "there", 0), marian(folder / "back", 1)
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        model = MarianMTModel(MarianConfig(
+            vocab_size=pad + 1, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
+            encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=512, pad_token_id=pad, init_std=1.0,
+            decoder_start_token_id=pad, eos_token_id=0, forced_eos_token_id=0, tie_word_embeddings=False))
+        with torch.no_grad():
+            torch.nn.init.normal_(model.lm_head.weight)
+            model.final_logits_bias[0, [0, 1, pad]] = torch.tensor([8.0, -99, -99])
+        model.generation_config.update(num_beams=4, max_length=512, min_new_tokens=3)  # beams as the published; no empty texts
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folders
 
 
 ROWS = ['{"image": "1.jpg", "alt": "A red bike by the old wall", "mine": [1, {"a": null}]}',
@@ -92,10 +89,6 @@ def many(tmp_path):
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"alt": f"a red bike {i % 40} by the old wall {i % 7}"}) + "\n" for i in range(800)))
     return path
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_bytes().splitlines()]  # a str's would split at U+2028, too
 
 
 def baseline(*arguments):

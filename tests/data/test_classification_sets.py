@@ -69,13 +69,10 @@ def fill_gtsrb(root):
     (root / "gtsrb/GT-final_test.csv").write_text("Filename;ClassId\n" + rows)
 
 
-def fill_imagenet1k(root):
-    for wnid in ("n01440764", "n02123045"):  # two of the thousand: tench, tabby
-        make_images(root / "imagenet", [f"val/{wnid}/0.JPEG", *(f"train/{wnid}/{i}.JPEG" for i in range(5))])
-
-
 EUROSAT = [f"eurosat/2750/{name}/{name}_{i}.jpg" for name in class_names.EUROSAT for i in range(20)]
 COUNTRIES = [f"country211/{split}/C{i:03}/0.jpg" for split in ("train", "valid", "test") for i in range(211)]
+IMAGENET1K = [f"imagenet/{folder}/{wnid}/{i}.JPEG" for folder, images in (("val", 1), ("train", 5))
+              for wnid in ("n01440764", "n02123045") for i in range(images)]  # two of the thousand: tench, tabby
 IMAGENETV2 = [f"imagenetv2-matched-frequency-format-val/{number}/0.jpeg" for number in range(1000)]
 SETS = {  # name: its images, or what makes it; test, train and validation images; a class's key; its name
     "dtd": (fill_dtd, (2, 2, 2), "0001", "dotted"), "food101": (fill_food101, (4, 16, 4), "0000", "apple pie"),
@@ -83,7 +80,7 @@ SETS = {  # name: its images, or what makes it; test, train and validation image
     "gtsrb": (fill_gtsrb, (43, 34, 9), "0000", "red and white circle 20 kph speed limit"),
     "country211": (COUNTRIES, (211, 211, 211), "0001", "United Arab Emirates"),
     "eurosat": (EUROSAT, None, "AnnualCrop", "annual crop land"),
-    "imagenet1k": (fill_imagenet1k, (2, 8, 2), "n02123045", "tabby cat"),
+    "imagenet1k": (IMAGENET1K, (2, 8, 2), "n02123045", "tabby cat"),
     "imagenetv2": (IMAGENETV2, (1000,), "281", "tabby cat")}
 
 
