@@ -64,7 +64,7 @@ def fill(folder, files):
     """Write {name: bytes or text} below a folder."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder
 
 
@@ -123,24 +123,24 @@ BOX = '{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}'
     ("laclip", CSV, ["--caption-column", "nope"], ["nope", "image,caption"]),
     ("laclip", CSV, ["--rewrites", "chatgpt"], ["--rewrites chatgpt", "SOURCE=FILE"]),
     ("laclip", CSV, ["--rewrites", "bard=no/such.txt"], ["no/such.txt", "No such file"]),
-    ("laclip", CSV, ["--rewrites", "bard=3.txt", "human=2.txt"], ["input has 3 rows", "2.txt 2 lines"]),
-    ("laclip", CSV, ["--rewrites", "bard=3.txt", "human=4.txt"], ["input has 3 rows", "4.txt 4 lines"]),
-    ("laclip", 'image,caption\n0.jpg,"never closed\n' + "x" * (1 << 24), [], ["input, line", "field limit"]),
-    ("laclip", 'image,caption\n0.jpg,"a dog\n1.jpg,a cat\n', [], ["input, line"]),  # the rest of the file is no caption
+    ("laclip", CSV, ["--rewrites", "bard=3.txt", "human=2.txt"], ["a.file has 3 rows", "2.txt 2 lines"]),
+    ("laclip", CSV, ["--rewrites", "bard=3.txt", "human=4.txt"], ["a.file has 3 rows", "4.txt 4 lines"]),
+    ("laclip", 'image,caption\n0.jpg,"never closed\n' + "x" * (1 << 24), [], ["a.file, line", "field limit"]),
+    ("laclip", 'image,caption\n0.jpg,"a dog\n1.jpg,a cat\n', [], ["a.file, line"]),  # the rest of the file is no caption
     ("laclip", "image,caption\n", [], ["no rows"]), ("laclip", "", [], ["first line"]),
     *(("tsv", TSV, ["--image-pattern", name], [name]) for name in ("{i}.jpg", "x.jpg", "{index[0]}.jpg")),
     ("tsv", TSV.encode("utf-16"), [], ["UTF-16"]),
-    *(("coco", text, [], ["input"]) for text in ("{", "[1, 2]", "3", "[" * 100_000, BOX, '{"images": [{"file_name": "0.jpg"}]}')),
+    *(("coco", text, [], ["a.file"]) for text in ("{", "[1, 2]", "3", "[" * 100_000, BOX, '{"images": [{"file_name": "0.jpg"}]}')),
     ("coco", '{"images": []}', [], ["no rows"]),
-    ("vecap", '{"u0": "a", "u1": "b', [], ["input", "after 1 pairs"]), ("vecap", "", [], ["input", "after 0 pairs"]),
-    ("vecap", '{"u0": "a", "u1": "b"', [], ["input", "after 2 pairs"]),
-    ("vecap", '{"u0": "a"} trailing', [], ["input", "after 1 pairs"]),
-    ("vecap", '[{"url": "u0", "caption": "a"}]', [], ["input", "after 0 pairs"]),
-    ("vecap", '{"u0": ' + "[" * 2_000_000, [], ["input", "after 0 pairs"])], ids=lambda value: str(value)[:30])
+    ("vecap", '{"u0": "a", "u1": "b', [], ["a.file", "after 1 pairs"]), ("vecap", "", [], ["a.file", "after 0 pairs"]),
+    ("vecap", '{"u0": "a", "u1": "b"', [], ["a.file", "after 2 pairs"]),
+    ("vecap", '{"u0": "a"} trailing', [], ["a.file", "after 1 pairs"]),
+    ("vecap", '[{"url": "u0", "caption": "a"}]', [], ["a.file", "after 0 pairs"]),
+    ("vecap", '{"u0": ' + "[" * 2_000_000, [], ["a.file", "after 0 pairs"])], ids=lambda value: str(value)[:30])
 def test_mistakes_and_damaged_files(tmp_path, out, fails, command, text, options, says):
-    fill(tmp_path, {"input": text, **{f"{lines}.txt": "x\n" * lines for lines in (2, 3, 4)}})
+    fill(tmp_path, {"a.file": text, **{f"{lines}.txt": "x\n" * lines for lines in (2, 3, 4)}})
     options = [re.sub(r"=(\d)", rf"={tmp_path}/\1", option) for option in options]
-    fails(command, tmp_path / "input", out, *options, says=says)
+    fails(command, tmp_path / "a.file", out, *options, says=says)
 
 
 @pytest.mark.parametrize("header", ["", "caption\turl\n", "url\tcaption\n", "\ufeff"])
@@ -222,7 +222,7 @@ def test_img2dataset_odd_tars(tmp_path, out):
                                      ("0.txt", b"top"), ("./v1.5.jpg", blue), ("x/0.txt", b"below"), ("0.jpg", lime)])
     write_tar(tmp_path / "twice.tar", [("7.jpg", red), ("7.txt", b"first"), ("8.jpg", blue), ("8.txt", b"once"),
                                        ("7.jpg", lime), ("7.txt", b"second")])
-    rows, summary = rows_of("img2dataset", tmp_path, out, "--image-root", tmp_path)
+    rows, _ = rows_of("img2dataset", tmp_path, out, "--image-root", tmp_path)
     found = [(row["alt"], bytes_of(tmp_path, row)) for row in rows if "image" in row]
     assert found[:2] == [("a", red), ("b", lime)] and found[-1] == ("once", blue)
     assert sorted(found[2:-1]) == sorted([("v5", blue), ("v6", lime), ("top", lime), ("below", red)])
