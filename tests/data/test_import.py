@@ -130,7 +130,7 @@ BOX = '{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}'
     ("laclip", "image,caption\n", [], ["no rows"]), ("laclip", "", [], ["first line"]),
     *(("tsv", TSV, ["--image-pattern", name], [name]) for name in ("{i}.jpg", "x.jpg", "{index[0]}.jpg")),
     ("tsv", TSV.encode("utf-16"), [], ["UTF-16"]),
-    *(("coco", text, [], ["a.file"]) for text in ("{", "[1, 2]", "3", "[" * 100_000, BOX, '{"images": [{"file_name": "0.jpg"}]}')),
+    *(("coco", text, [], ["a.file"]) for text in ("{", "[1]", "3", "[" * 100_000, BOX, '{"images": [{"file_name": "0.jpg"}]}')),
     ("coco", '{"images": []}', [], ["no rows"]),
     ("vecap", '{"u0": "a", "u1": "b', [], ["a.file", "after 1 pairs"]), ("vecap", "", [], ["a.file", "after 0 pairs"]),
     ("vecap", '{"u0": "a", "u1": "b"', [], ["a.file", "after 2 pairs"]),
