@@ -1,13 +1,10 @@
 """data/baselines.py: EDA and back-translation as a user runs them, the operations against the paper, restarts, faults."""
-import io
 import json
 import os
 import random
 import shutil
-import subprocess
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +12,15 @@ import torch
 
 from conftest import DEVICE, assert_mistake
 from data import baselines
+from tiny_models import read_jsonl
 from tools import run_tool
 from train_clip import draw_texts
 
 LICENCE = "  1 This is the licence, indented by two blanks\n  2 as WordNet's own files have it\n"
-SYNSETS = {"noun": [["dog", "hound"], ["dog", "frank", "hot_dog"], ["goose", "Honker"], ["bike", "bicycle", "wheel"], ["wall", "barrier"],
-                    ["mosque"], ["city", "town"]],
-           "verb": [["ride", "sit"], ["dog", "chase"]], "adj": [["red(p)", "scarlet"], ["old", "aged"], ["the", "teh"]], "adv": []}
+SYNSETS = {"noun": [["dog", "hound"], ["dog", "frank", "hot_dog"], ["goose", "Honker"], ["bike", "bicycle", "wheel"],
+                    ["wall", "barrier"], ["mosque"], ["city", "town"]],
+           "verb": [["ride", "sit"], ["dog", "chase"]], "adv": [],
+           "adj": [["red(p)", "scarlet"], ["old", "aged"], ["the", "teh"]]}
 IRREGULAR = {"noun": "geese goose\n", "verb": "rode ride\n", "adj": "", "adv": ""}
 
 
@@ -36,43 +35,40 @@ def wordnet(tmp_path_factory):
                 index.setdefault(word.split("(")[0].lower(), []).append(len(data))
             pairs = "".join(f"{word} 0 " for word in words)
             data += f"{len(data):08d} 05 {pos[0]} {len(words):02x} {pairs}001 @ 00000042 n 0000 | a gloss; \"dog eat dog\"  \n"
+        lines = [f"{word} {pos[0]} {len(at)} 2 @ ~ {len(at)} 0 {' '.join(f'{i:08d}' for i in at)}  \n"
+                 for word, at in sorted(index.items())]
         (folder / f"data.{pos}").write_text(data)
-        lines = [f"{word} {pos[0]} {len(at)} 2 @ ~ {len(at)} 0 {' '.join(f'{i:08d}' for i in at)}  \n" for word, at in sorted(index.items())]
         (folder / f"index.{pos}").write_text(LICENCE + "".join(lines))
         (folder / f"{pos}.exc").write_text(IRREGULAR[pos])
     return folder
 
 
-def marian(folder, seed=0):
-    """A random Marian whose tokens are words and whose texts end after a few of them."""
+@pytest.fixture(scope="session")
+def marians(tmp_path_factory):
+    """Two random Marians whose tokens are words and whose texts end after a few of them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
+    folders = [tmp_path_factory.mktemp("marian") for _ in range(2)]
     words = ["a", "red", "bike", "by", "the", "old", "wall", "two", "dogs", *map(str, range(40))]
     vocabulary = {word: i for i, word in enumerate(["</s>", "<unk>", *words, "<pad>"])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner, pad = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")), vocabulary["<pad>"]
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
-    torch.manual_seed(seed)
-    pad = len(vocabulary) - 1
-    model = MarianMTModel(MarianConfig(
-        vocab_size=pad + 1, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, init_std=1.0,
-        encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=512, pad_token_id=pad,
-        decoder_start_token_id=pad, eos_token_id=0, forced_eos_token_id=0, tie_word_embeddings=False))
-    with torch.no_grad():
-        torch.nn.init.normal_(model.lm_head.weight)
-        model.final_logits_bias[0, 0], model.final_logits_bias[0, 1], model.final_logits_bias[0, pad] = 8, -99, -99
-    model.generation_config.update(num_beams=4, max_length=512, min_new_tokens=3)  # beams as the published ones; no empty texts
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def marians(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("marian")
-    return marian(folder / "there", 0), marian(folder / "back", 1)
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        model = MarianMTModel(MarianConfig(
+            vocab_size=pad + 1, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16,
+            encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=512, pad_token_id=pad, init_std=1.0,
+            decoder_start_token_id=pad, eos_token_id=0, forced_eos_token_id=0, tie_word_embeddings=False))
+        with torch.no_grad():
+            torch.nn.init.normal_(model.lm_head.weight)
+            model.final_logits_bias[0, [0, 1, pad]] = torch.tensor([8.0, -99, -99])
+        model.generation_config.update(num_beams=4, max_length=512, min_new_tokens=3)  # beams as the published; no empty texts
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folders
 
 
 ROWS = ['{"image": "1.jpg", "alt": "A red bike by the old wall", "mine": [1, {"a": null}]}',
@@ -95,23 +91,8 @@ def many(tmp_path):
     return path
 
 
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_bytes().splitlines()]  # a str's would split at U+2028, too
-
-
 def baseline(*arguments):
-    """The same in this process."""
-    streams, status = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)], 0
-    with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
-        try:
-            baselines.main([*map(str, arguments)])
-        except SystemExit as leave:
-            status = leave.code
-    return subprocess.CompletedProcess(arguments, status, *(stream.buffer.getvalue().decode() for stream in streams))
-
-
-def run_eda(rows, out, wordnet, *more):
-    done = baseline("eda", rows, out, "--wordnet", wordnet, *more)
+    done = run_tool("baselines", *arguments)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -119,8 +100,8 @@ def run_eda(rows, out, wordnet, *more):
 @pytest.mark.parametrize("word, synonyms", [
     ("dog", ["chase", "frank", "hot dog", "hound"]),  # all senses, all parts of speech
     ("Dogs,", ["chase", "frank", "hot dog", "hound"]), ("geese", ["honker"]), ("honker", ["goose"]), ("cities", ["town"]),
-    ("rode", ["sit"]), ("riding", ["sit"]), ("red", ["scarlet"]), ("older", ["aged"]), ("hot", []), ("mosque", []), ("the", []),
-    ("teh", ["the"]), ("unheard", []), ("!", [])])
+    ("rode", ["sit"]), ("riding", ["sit"]), ("red", ["scarlet"]), ("older", ["aged"]), ("teh", ["the"]),
+    *((word, []) for word in ("hot", "mosque", "the", "unheard", "!"))])
 def test_synonyms(wordnet, word, synonyms):
     assert list(baselines.WordNet(wordnet).synonyms(word)) == synonyms
 
@@ -146,7 +127,7 @@ def test_replacement_changes_n_words_that_have_synonyms():
         chosen.update(new[i][-1] for i in at)
     assert set(places) == set(range(1, 30, 2)) and max(places.values()) < 1.3 * min(places.values())
     assert abs(chosen["+"] - chosen["*"]) < 400
-    assert baselines.replace_synonyms(["(w1,", "w2"], 5, 0.1, lambda word: ("x",) * ("1" in word), random.Random(0)) == ["(x,", "w2"]
+    assert baselines.replace_synonyms(["(a,", "b"], 5, 0.1, {"(a,": ("x",)}.get, random.Random(0)) == ["(x,", "b"]
 
 
 def test_insertion_adds_n_synonyms_anywhere():
@@ -156,14 +137,17 @@ def test_insertion_adds_n_synonyms_anywhere():
         assert len(added) == 3 and [word for word in new if word in WORDS] == WORDS
         places.update(added)
     assert {0, 32} <= set(places)
-    assert baselines.insert_synonyms(["w2", "w4"], 1, 0.1, synonyms, random.Random(0)) == ["w2", "w4"]
 
 
 def test_swap_exchanges_two_words_n_times():
     moved = Counter(sum(a != b for a, b in zip(WORDS, new)) for new in changed(baselines.swap, n=1))
     assert moved == {2: 2000}
     assert all(sorted(new) == sorted(WORDS) for new in changed(baselines.swap))
-    assert baselines.swap(["w1"], 1, 0.1, synonyms, random.Random(0)) == ["w1"]
+
+
+@pytest.mark.parametrize("operation, words", [(baselines.insert_synonyms, ["w2", "w4"]), (baselines.swap, ["w1"])])
+def test_texts_without_such_words_stay(operation, words):
+    assert changed(operation, words, n=1, times=1) == [words]
 
 
 def test_deletion_drops_every_word_with_probability_alpha():
@@ -180,8 +164,7 @@ def test_n_is_alpha_of_the_words(words, alpha, n, monkeypatch):
 
 
 def test_eda_keeps_the_contract(rows, wordnet, tmp_path):
-    done = run_tool("baselines", "eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet)
-    assert done.returncode == 0 and "8 rows" in done.stdout, done.stderr
+    assert "8 rows" in baseline("eda", rows, tmp_path / "out.jsonl", "--wordnet", wordnet).stdout
     out = read_jsonl(tmp_path / "out.jsonl")
     fields = [f"rewrite_eda_{i}" for i in range(1, 5)]
     assert len(out) == len(ROWS) and (tmp_path / "out.jsonl").read_bytes().endswith(b"\n")
@@ -203,18 +186,19 @@ def test_eda_keeps_the_contract(rows, wordnet, tmp_path):
 
 
 def test_eda_depends_on_seed_source_and_place_alone(many, wordnet, tmp_path):
-    run_eda(many, tmp_path / "a.jsonl", wordnet)
     lines = many.read_text().splitlines()
-    lines[300] = lines[300].replace("red", "old")  # another text of the same length
-    many.write_text("\n".join(lines) + "\n")
-    run_eda(many, tmp_path / "b.jsonl", wordnet)
-    a, b = ((tmp_path / name).read_text().splitlines() for name in ("a.jsonl", "b.jsonl"))
+    changed = [*lines[:300], lines[300].replace("red", "old"), *lines[301:]]  # another text of the same length
+    made = []
+    for before, *more in (lines,), (changed,), (lines, "--seed", 1, "--n", 1):
+        many.write_text("\n".join(before) + "\n")
+        out = tmp_path / f"{len(made)}.jsonl"
+        baseline("eda", many, out, "--wordnet", wordnet, *more)
+        made.append(read_jsonl(out))
+    a, b, c = made
     assert [i for i, (one, other) in enumerate(zip(a, b)) if one != other] == [300]
     assert lines[0] == lines[280] and a[0] != a[280]  # the same caption elsewhere
-    run_eda(many, tmp_path / "c.jsonl", wordnet, "--seed", 1, "--n", 1)
-    c = read_jsonl(tmp_path / "c.jsonl")
-    assert sum(row["rewrite_eda_1"] == json.loads(line)["rewrite_eda_1"] for row, line in zip(c, a)) < 200
-    run_eda(tmp_path / "c.jsonl", tmp_path / "d.jsonl", wordnet, "--source", "eda2", "--n", 2)  # beside the first
+    assert sum(one["rewrite_eda_1"] == other["rewrite_eda_1"] for one, other in zip(a, c)) < 200
+    baseline("eda", out, tmp_path / "d.jsonl", "--wordnet", wordnet, "--source", "eda2", "--n", 2)  # beside the first
     assert {"rewrite_eda_1", "rewrite_eda2_1", "rewrite_eda2_2"} <= set(read_jsonl(tmp_path / "d.jsonl")[0])
 
 
@@ -223,8 +207,8 @@ def one_by_one(text, folders):
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
     for folder in folders:
         tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSeq2SeqLM.from_pretrained(folder)
-        ids = model.generate(**tokenizer(text, return_tensors="pt"), num_beams=1, do_sample=False, max_new_tokens=20, max_length=None,
-                             forced_eos_token_id=None)[0]
+        ids = model.generate(**tokenizer(text, return_tensors="pt"), num_beams=1, do_sample=False, max_new_tokens=20,
+                             max_length=None, forced_eos_token_id=None)[0]
         if 0 not in ids[1:].tolist():
             return None
         text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -235,77 +219,55 @@ def test_greedy_is_transformers_own(many, marians, tmp_path):
     lines = many.read_text().splitlines()[:24]
     lines[3] = json.dumps({"alt": ["two dogs", "a red bike by the old wall " * 9]})
     (rows := tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    arguments = ("back-translation", rows, tmp_path / "out.jsonl", "--there", marians[0], "--back", marians[1], "--n", 1,
-                 "--temperature", 0, "--dtype", "fp32", "--device", DEVICE, "--batch-size", 7, "--max-new-tokens", 20)
-    done = baseline(*arguments)
-    assert done.returncode == 0, done.stderr
-    texts = 0
-    for line, row in zip(lines, read_jsonl(tmp_path / "out.jsonl")):
-        values, made = ([x] if isinstance(x, str) or x is None else x for x in (json.loads(line)["alt"], row["rewrite_backtranslation_1"]))
-        assert made == [one_by_one(text, marians) for text in values]
-        texts += sum(text is not None for text in made)
-    assert texts > 12
+    baseline("back-translation", rows, tmp_path / "out.jsonl", "--there", marians[0], "--back", marians[1], "--n", 1,
+             "--temperature", 0, "--dtype", "fp32", "--device", DEVICE, "--batch-size", 7, "--max-new-tokens", 20)
+    texts = [json.loads(line)["alt"] for line in lines]
+    made = [row["rewrite_backtranslation_1"] for row in read_jsonl(tmp_path / "out.jsonl")]
+    assert made == [[one_by_one(entry, marians) for entry in text] if isinstance(text, list) else one_by_one(text, marians)
+                    for text in texts]
+    assert sum(isinstance(text, str) for text in made) > 12
 
 
 def test_sampling_keeps_the_contract(rows, marians, tmp_path):
-    arguments = ("--there", marians[0], "--back", marians[1], "--n", 3, "--device", DEVICE)
     for name, *more in ("a",), ("b",), ("c", "--seed", 1):
-        done = (partial(run_tool, "baselines") if name == "a" else baseline)("back-translation", rows, tmp_path / name, *arguments, *more)
-        assert done.returncode == 0, done.stderr
+        baseline("back-translation", rows, tmp_path / name, "--there", marians[0], "--back", marians[1], "--n", 3,
+                 "--device", DEVICE, *more)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
     first, listed, bad, number, none, *_, broken = read_jsonl(tmp_path / "a")
     fields = [f"rewrite_backtranslation_{i}" for i in (1, 2, 3)]
     assert len({first[field] for field in fields}) > 1
     assert all(len(listed[field]) == 4 and listed[field][1] is listed[field][3] is None for field in fields)
-    assert listed["error"][fields[0]][1] == none["error"][fields[0]] == "empty input" and listed["error"]["vec"] == "no image"
-    assert bad["line"] == "no JSON" and number["line"] == "[1]"
-    assert all(f"{word}" not in json.dumps(broken[field]) for field in fields for word in ("</s>", "<pad>"))
-
-
-class Says:
-    """Stands for a Translator."""
-    def __init__(self, answers):
-        self.answers = answers
-
-    def translate(self, texts):
-        return [(self.answers.get(text, text), None) if text else (text, why) for text, why in texts]
+    assert listed["error"][fields[0]][1] == none["error"][fields[0]] == "empty input"
+    assert listed["error"]["vec"] == "no image" and bad["line"] == "no JSON" and number["line"] == "[1]"
+    assert all(word not in json.dumps(broken[field]) for field in fields for word in ("</s>", "<pad>"))
 
 
 def test_the_original_again_is_null():
-    made = baselines.back_translate([("Red  bike", None), (None, "empty input"), ("dog", None)], Says({"dog": "Hund"}),
-                                    Says({"Red  bike": "red bike", "Hund": "hound"}))
-    assert made == [(None, "identical"), (None, "empty input"), ("hound", None)]
+    model = SimpleNamespace(translate=lambda texts: [(text and "red bike", why) for text, why in texts])
+    made = baselines.back_translate([("Red  bike", None), (None, "empty input"), ("a bike", None)], model, model)
+    assert made == [(None, "identical"), (None, "empty input"), ("red bike", None)]
 
 
-def test_a_wrong_wordnet_folder_is_one_line(rows, wordnet, tmp_path):
-    out = tmp_path / "out.jsonl"
-    assert_mistake(run_tool("baselines", "eda", rows, out, "--wordnet", tmp_path / "no"), "--wordnet", "index.noun", "wordnet-base")
-    assert_mistake(baseline("eda", rows, out), "--wordnet")
-    broken = shutil.copytree(wordnet, tmp_path / "broken")
-    (broken / "data.noun").write_text("shorter by this" + (wordnet / "data.noun").read_text()[20:])
-    assert_mistake(baseline("eda", rows, out, "--wordnet", broken), "data.noun", "synset")
-    (broken / "index.verb").write_text("ride verb\n")
-    assert_mistake(baseline("eda", rows, out, "--wordnet", broken), "index.verb")
-    (broken / "index.noun").unlink()
-    assert_mistake(baseline("eda", rows, out, "--wordnet", broken), "index.noun", "wordnet-base")
-    assert not out.exists()
+@pytest.mark.parametrize("file, content, words", [
+    ("data.noun", "shorter by this {}", ["data.noun", "synset"]), ("index.verb", "ride verb\n", ["index.verb"]),
+    ("index.noun", None, ["--wordnet", "index.noun", "wordnet-base"])])
+def test_a_wrong_wordnet_folder_is_one_line(rows, wordnet, tmp_path, file, content, words):
+    path = shutil.copytree(wordnet, tmp_path / "broken") / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content.format(path.read_text()[20:]))
+    assert_mistake(run_tool("baselines", "eda", rows, tmp_path / "out.jsonl", "--wordnet", path.parent), *words)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_users_mistakes_are_one_line(rows, wordnet, tmp_path):
+def test_other_settings_and_inputs_are_refused(rows, wordnet, tmp_path):
     out = tmp_path / "out.jsonl"
 
     def eda(*more, read=rows, write=out):
-        return baseline("eda", read, write, "--wordnet", wordnet, *more)
-    assert_mistake(baseline("rewrite", rows, out), "eda")
-    assert_mistake(eda(read=tmp_path / "no.jsonl"), "no.jsonl")
-    assert_mistake(eda(write=rows), "is read")
-    assert_mistake(eda(write=tmp_path / "no" / "out.jsonl"), "no such folder")
-    assert_mistake(eda("--field", "vecap"), "vecap", "alt")
-    assert_mistake(eda("--alpha", 1), "--alpha")
-    assert_mistake(eda("--n", 0), "--n")
-    assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
+        return run_tool("baselines", "eda", read, write, "--wordnet", wordnet, *more)
 
-    run_eda(rows, out, wordnet)
+    eda()
     before = out.read_bytes()
     assert_mistake(eda("--seed", 1), "seed = 0", "1")
     os.utime(rows, (1, 1))

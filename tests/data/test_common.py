@@ -1,4 +1,4 @@
-"""What the tools share: the reader of rows, whole files, restarts; and what they may be and import."""
+"""What the tools share: the reader of rows, whole files, restarts, mistakes; and what they may be and import."""
 import ast
 import gzip
 import json
@@ -9,44 +9,79 @@ import pytest
 
 from conftest import ROOT, assert_mistake
 from data import __main__ as listing
-from data import baselines, clip_scores, common, filter_captions, make_pairs, make_tokenizer, rows, texts, view
+from data import common, rows, texts
+from tools import run_tool
 
 ROW = {"image": "a.png", "alt": "a red bike", "rewrite_a": "one red bike"}
 OTHER_FORMATS = {  # content -> what is told
     "array": (json.dumps([ROW, ROW]), "JSON array"), "indented": (json.dumps([ROW, ROW], indent=1), "JSON array"),
     "a line each": ("[\n" + json.dumps(ROW) + ",\n" + json.dumps(ROW) + "\n]", "JSON array"),
-    "one object": (json.dumps(ROW, indent=1), "begins with"), "csv": ("image,alt\na.png,a red bike\n", "begins with 'image,alt'"),
+    "one object": (json.dumps(ROW, indent=1), "begins with"), "lists": ("[1, 2]\n" * 3, "begins with '[1, 2]'"),
+    "csv": ("image,alt\na.png,a red bike\n", "begins with 'image,alt'"),
     "page": ("<!DOCTYPE html>\n<title>404</title>\n", "page of HTML"), "utf-16": (json.dumps(ROW).encode("utf-16"), "UTF-16"),
     "no mark": (json.dumps(ROW).encode("utf-16-le"), "UTF-16"), "gzip": (gzip.compress(json.dumps(ROW).encode()), "gzip"),
-    "parquet": (b"PAR1\x15\x04", "parquet"), "zip": (b"PK\x03\x04" + bytes(9), "zip"), "binary": (b"ustar" + bytes(70_000), "begins with 'ustar"), "long": (b"[" + json.dumps(ROW).encode() * 3000, "JSON array")}
+    "parquet": (b"PAR1\x15\x04", "parquet"), "zip": (b"PK\x03\x04" + bytes(9), "zip"),
+    "binary": (b"ustar" + bytes(70_000), "begins with 'ustar"), "long": (b"[" + json.dumps(ROW).encode() * 3000, "JSON array")}
+READERS = ["filter_captions rows out", "make_tokenizer rows out", "view rows rows out --image-root .",
+           "view hits rows out --image-root .", "make_pairs human --captions rows --output out",
+           "make_pairs human --filled rows --output out", "baselines eda rows out --wordnet .",
+           "clip_scores --captions rows --output out --checkpoint rows --image-root ."]
 
 
-def readers(path, out):
-    """Every tool that reads rows, as its main and its arguments"""
-    yield filter_captions, [path, out]
-    yield make_tokenizer, [path, out]
-    yield view, ["rows", path, out, "--image-root", out.parent]
-    yield view, ["hits", path, out, "--image-root", out.parent]
-    yield make_pairs, ["human", "--captions", path, "--output", out]
-    yield make_pairs, ["human", "--filled", path, "--output", out]
-    yield baselines, ["eda", path, out, "--wordnet", out.parent]
-    yield clip_scores, ["--captions", path, "--output", out, "--checkpoint", path, "--image-root", out.parent]
+def run_words(command, folder):
+    """A tool of data/ and its arguments, in which a file of the folder is its name."""
+    tool, *words = command.split()
+    files = ["out", "no/out", "absent", *(path.name for path in folder.iterdir())]
+    at = {"view": 1}.get(tool, 0)  # the command `view rows` is no file
+    return run_tool(tool, *words[:at], *(folder / word if word in files else word for word in words[at:]))
 
 
 @pytest.mark.parametrize("kind", OTHER_FORMATS)
-def test_a_file_that_is_no_jsonl_is_told_as_that(kind, tmp_path, capfd):
+def test_a_file_that_is_no_jsonl_is_told_as_that(kind, tmp_path):
     content, told = OTHER_FORMATS[kind]
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for tool, arguments in readers(path, tmp_path / "out"):
-        with pytest.raises(SystemExit) as stop:
-            tool.main([str(argument) for argument in arguments])
-        done = subprocess.CompletedProcess([], stop.value.code, stderr=capfd.readouterr().err)
-        assert_mistake(done, "rows.jsonl is no JSONL", told)
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    (tmp_path / "rows").write_bytes(content if isinstance(content, bytes) else content.encode())
+    for command in READERS:
+        assert_mistake(run_words(command, tmp_path), "rows is no JSONL", told)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
-@pytest.mark.parametrize("first", [b"\xef\xbb\xbf", b"[1, 2]\n", b"no JSON\n\n", b"<b>\n"[4:], b'{"alt": [' + b"1, " * 99999 + b"1]}\n"])
+@pytest.mark.parametrize("command, told", [
+    ("filter_captions absent out", "absent"), ("filter_captions rows out --fields nothing", "nothing"),
+    ("filter_captions rows", "output"), ("filter_captions rows out --min-words x", "--min-words"),
+    ("filter_captions rows rows", "is read"), ("filter_captions rows out --max-words 0", "--max-words"),
+    ("filter_captions rows out --min-gain 0", "clip_score"),
+    ("make_tokenizer absent out", "absent"), ("make_tokenizer rows out --text nothing", "nothing"),
+    ("make_tokenizer rows", "output"), ("make_tokenizer rows out --vocab-size many", "--vocab-size"),
+    ("baselines rewrite rows out", "eda"), ("baselines eda rows out", "--wordnet"),
+    ("baselines eda absent out --wordnet .", "absent"), ("baselines eda rows rows --wordnet .", "is read"),
+    ("baselines eda rows no/out --wordnet .", "no such folder"), ("baselines eda rows out --wordnet . --n 0", "--n"),
+    ("baselines eda rows out --wordnet . --field vecap", "vecap, only alt"),
+    ("baselines eda rows out --wordnet . --alpha 1", "--alpha"),
+    ("make_pairs", "COMMAND"), ("make_pairs robot --output out", "robot"), ("make_pairs coco two", "--output"),
+    ("make_pairs human --output out", "--captions"), ("make_pairs human --captions rows --output rows", "exists"),
+    ("make_pairs human --captions rows --output no/out", "folder"),
+    ("make_pairs human --captions absent --output out", "No such file"),
+    ("make_pairs human --captions rows --filled rows --output out", "not allowed"),
+    ("make_pairs human --captions rows --field title --output out", "'title'"),
+    ("make_pairs human --captions rows --number 0 --output out", "--number"),
+    ("make_pairs coco two --number 2 --output out", "1 images"), ("make_pairs coco list --output out", "neither"),
+    ("make_pairs coco broken --output out", "neither"), ("make_pairs coco absent --output out", "No such file"),
+    ("make_pairs chatbot --captions rows --output out", "--model"),
+    ("make_pairs chatbot --captions rows --model absent --output out", "--model"),
+    ("plan --rows 0", "--rows"), ("plan --rows many", "--rows"), ("plan --rate sleep=3", "rewrite, caption, fuse, train"),
+    ("plan --rate train=3t", "rows a second"), ("plan --rate fuse=-1", "fuse=-1"), ("plan --rate fuse=nan", "fuse=nan"),
+    ("plan --gpu B300", "A100"), ("plan --mfu 1.5", "--mfu"), ("plan --model RN50", "ViT-B/16"),
+    ("plan --image-size 225", "multiple"), ("plan --json no/out", "no such folder")])
+def test_mistakes_are_one_line_and_write_nothing(command, told, tmp_path):
+    annotations = [{"image_id": 1, "caption": "one"}, {"image_id": 1, "caption": "two"}]
+    files = {"rows": json.dumps(ROW), "two": json.dumps({"annotations": annotations}), "list": "[1]", "broken": "{"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert_mistake(run_words(command, tmp_path), told)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize("first", [b"\xef\xbb\xbf", b"[1, 2]\n", b"no JSON\n\n", b"", b'{"alt": [' + b"1, " * 99999 + b"1]}\n"])
 def test_rows_with_bad_lines_are_rows(first, tmp_path, capfd):
     """A byte order mark is skipped, bad lines are passed over and named; a first line of any length."""
     (tmp_path / "rows.jsonl").write_bytes(first + b'{"alt": "x"}\n{"alt": \n')
@@ -94,7 +129,8 @@ def test_blocks_survive_a_kill(tmp_path, capfd):
         assert writer.finished
 
 
-@pytest.mark.parametrize("text, words", [("a red bike", 3), ("bike - !", 1), ("一辆红色的自行车", 4), ("赤いバイク", 2), ("มีเด็กวาง", 3), ("", 0)])
+@pytest.mark.parametrize("text, words", [
+    ("a red bike", 3), ("bike - !", 1), ("一辆红色的自行车", 4), ("赤いバイク", 2), ("มีเด็กวาง", 3), ("", 0)])
 def test_words_of_any_script(text, words):
     assert len(texts.words_of(text)) == words
     assert texts.texts_of([text, None, 3, " "]) == ([text] if text else [])
@@ -109,21 +145,26 @@ def test_numbers_and_tables(capsys):
     assert capsys.readouterr().out == "           rows\na          1000\nlong name\n"
 
 
-SOURCES = sorted((ROOT / "data").glob("*.py"))
-FROM_TRAIN_CLIP = set("""CLIP Config PRESETS Tokenizer VisionTransformer load_checkpoint read_checkpoint save_checkpoint info_nce
-    clip_loss multitext_loss draw_texts open_image to_rgb resolve_precision FORMATS gather""".split())
+FROM_TRAIN_CLIP = set("""CLIP Config PRESETS Tokenizer load_checkpoint read_checkpoint save_checkpoint clip_loss multitext_loss
+    draw_texts open_image to_rgb augment_crop resolve_precision""".split())
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_a_tool_is_short_and_takes_little(path):
-    """350 lines of 100 columns, functions of 60; of train_clip.py the model, losses, images, tokenizer, checkpoints."""
+@pytest.mark.parametrize("path", sorted((ROOT / "data").glob("*.py")), ids=lambda path: path.stem)
+def test_a_tool_is_short(path):
+    """350 lines of 100 columns, functions of 60"""
     lines, tree = path.read_text().splitlines(), ast.parse(path.read_text())
     assert len(lines) <= 350 and [line for line in lines if len(line) > 100] == []
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert [node.name for node in functions if node.end_lineno - node.lineno >= 60] == []
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.name for node in imports if node.module == "train_clip" for name in node.names} <= FROM_TRAIN_CLIP
-    assert not {node.module for node in imports} & {"rewrite_llama", "caption_llava", "fuse_vicuna"}
+
+
+def test_what_is_imported_from_the_scripts():
+    """Of train_clip.py the model, losses, images, tokenizer, checkpoints; of the stages nothing."""
+    for path in (*ROOT.glob("eval_*.py"), *ROOT.glob("data/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.module != "train_clip" or {name.name for name in node.names} <= FROM_TRAIN_CLIP, path
+                assert node.module not in {"rewrite_llama", "caption_llava", "fuse_vicuna"}, path
 
 
 def test_python_m_data_lists_the_tools():

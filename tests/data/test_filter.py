@@ -1,26 +1,19 @@
-"""data/filter_captions.py: each rule, lists, what stays byte for byte, and mistakes."""
+"""data/filter_captions.py: each rule, lists, what stays byte for byte."""
 import json
 
-from conftest import assert_mistake
 from tools import run_tool
 
-
-def write_jsonl(path, rows):
-    """Rows, or lines as bytes, into a file whose last line has no newline."""
-    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
-    return path
-
-
-BROKEN = [b"{not json", b'["a", "list"]', b'"text"', b"7", b"null", b"", b'{"alt": "\xff\xfe"}', b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-          b'{"alt": "cut', b'{"a": 1} {"b": 2}', b"\xed\xa0\x80", b"\0\0", b"\r", b'{"n": ' + b"9" * 5000 + b"}"]
+BROKEN = [b"{not json", b'["a", "list"]', b'"text"', b"7", b"null", b"", b'{"alt": "\xff\xfe"}', b"\xed\xa0\x80", b"\0\0",
+          b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b'{"alt": "cut', b'{"a": 1} {"b": 2}', b'{"n": ' + b"9" * 5000 + b"}"]
 
 
 def filtered(tmp_path, lines, *arguments):
-    """-> (rows or lines out, {field: {rule: count}}, CompletedProcess)"""
-    done = run_tool("filter_captions", write_jsonl(tmp_path / "in", lines), tmp_path / "out", *arguments)
+    """-> (lines out, {field: {rule: count}}, what is printed) of rows, or of lines as bytes; the last line has no newline"""
+    (tmp_path / "in").write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in lines))
+    done = run_tool("filter_captions", tmp_path / "in", tmp_path / "out", *arguments)
     assert done.returncode == 0 and done.stderr == "", done.stderr
-    table = [line.split() for line in done.stdout.splitlines()[1:]]
-    counts = {field: dict(zip(table[0], map(int, numbers))) for field, *numbers in table[1:]}
+    names, *table = [line.split() for line in done.stdout.splitlines()[1:]]
+    counts = {field: {name: int(number) for name, number in zip(names, numbers) if number != "0"} for field, *numbers in table}
     return (tmp_path / "out").read_bytes().split(b"\n")[:-1], counts, done.stdout
 
 
@@ -35,7 +28,7 @@ RULES = [("A red bike, by the wall!", "a red bike by the wall", "identical"),
          ("the old bikes", "the thing with the bike", None),
          ("red bike", "bike " + " ".join(f"w{i}" for i in range(29)), None),
          ("it is on", "nothing of it remains", None),  # no content word to keep
-         ("\u7ea2\u8272\u7684\u676f\u5b50", "\u684c\u5b50\u4e0a\u653e\u7740\u4e00\u4e2a\u7ea2\u676f", None),  # without blanks: sentences all the same
+         ("\u7ea2\u8272\u7684\u676f\u5b50", "\u684c\u5b50\u4e0a\u653e\u7740\u4e00\u4e2a\u7ea2\u676f", None),  # without blanks
          ("\u7ea2\u8272\u7684\u676f\u5b50", "\u732b", "short"),
          ("\u8d64\u3044\u30d0\u30a4\u30af", "\u8d64\u3044\u30d0\u30a4\u30af\u3002", "identical"),
          ("\u0932\u093e\u0932", "\u0932\u093e\u0932 \u0938\u093e\u0907\u0915\u093f\u0932", None),
@@ -48,8 +41,7 @@ def test_filter_has_each_rule_once(tmp_path):
     for i, (line, (alt, rewrite, rule)) in enumerate(zip(lines, RULES, strict=True)):
         expected = {"alt": alt, "rewrite_x": None if rule else rewrite, "id": i}
         assert json.loads(line) == (expected | {"error": {"rewrite_x": rule}} if rule else expected)
-    assert counts == {"rewrite_x": {"kept": 6, "identical": 2, "copied": 2, "short": 3, "long": 1, "repeats": 1,
-                                    "unrelated": 1}}
+    assert counts == {"rewrite_x": {"kept": 6, "identical": 2, "copied": 2, "short": 3, "long": 1, "repeats": 1, "unrelated": 1}}
 
 
 def test_filter_goes_through_lists_entry_by_entry(tmp_path):
@@ -62,16 +54,14 @@ def test_filter_goes_through_lists_entry_by_entry(tmp_path):
         {**rows[1], "rewrite_x": ["one red bike", None, None],
          "error": {"rewrite_y": "empty", "rewrite_x": [None, "short", None]}},
         rows[2]]
-    assert counts == {"rewrite_x": {"kept": 3, "identical": 0, "copied": 0, "short": 1, "long": 0, "repeats": 0,
-                                    "unrelated": 1}}
+    assert counts == {"rewrite_x": {"kept": 3, "short": 1, "unrelated": 1}}
     assert stdout.startswith("3 rows, 2 with something dropped\n")
 
 
 def test_filter_leaves_other_lines_as_they_are(tmp_path):
     """Broken lines and rows without a fault pass byte for byte."""
     good = b'{"rewrite_x" :  "a r\\u0065d bike",   "alt": "\xd0\xba red", "n": 1.50}'
-    lines = [good, *(line for line in BROKEN if line != b"\r"), good,
-             b'{"alt": "\\ud800", "rewrite_x": "\\ud800 gone far"}',
+    lines = [good, *BROKEN, good, b'{"alt": "\\ud800", "rewrite_x": "\\ud800 gone far"}',
              b'{"alt": "red bike", "rewrite_x": "\\ud800"}']
     out, counts, _ = filtered(tmp_path, lines)
     assert out[:-1] == lines[:-1]
@@ -79,15 +69,8 @@ def test_filter_leaves_other_lines_as_they_are(tmp_path):
     assert counts["rewrite_x"]["kept"] == 3
 
 
-def test_filter_options_and_mistakes(tmp_path):
+def test_filter_options(tmp_path):
     rows = [{"alt": "red bike", "text": "one red old bike", "rewrite_x": "bike", "name": "one red bike"}]
     lines, counts, _ = filtered(tmp_path, rows, "--fields", "text", "--field", "name", "--max-words", 3)
     assert json.loads(lines[0]) == {**rows[0], "text": None, "error": {"text": "long"}}
     assert list(counts) == ["text"]
-    before = (tmp_path / "out").read_bytes()
-    for arguments, word in ((["absent", "out"], "absent"), (["in", "out", "--fields", "nothing"], "nothing"),
-                            (["in", "out", "--min-words", "x"], "--min-words"), (["in"], "output"),
-                            (["in", "out", "--max-words", "0"], "--max-words"), (["in", "in"], "is read")):
-        paths = [tmp_path / a if a in ("in", "out", "absent") else a for a in arguments]
-        assert_mistake(run_tool("filter_captions", *paths), word)
-    assert (tmp_path / "out").read_bytes() == before and not (tmp_path / "out.tmp").exists()

@@ -5,7 +5,6 @@ Exact: FLOPs of CLIP's towers and of a LLaMA's decoding steps, bytes of JSONL an
 multiply what the causal mask hides), a checkpoint (the tokenizer and torch's own bookkeeping are in it)."""
 import json
 import re
-import subprocess
 from contextlib import nullcontext
 
 import pytest
@@ -13,13 +12,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import assert_mistake, train
+from conftest import train
 from data import grad_cache, plan
 from data.slip import projection_head, simclr_loss
 from train_clip import CLIP, PRESETS, Config, clip_loss, multitext_loss, pack
 from tools import run_tool
-
-HOUR = 3600
 
 
 def counted(function):
@@ -45,7 +42,8 @@ def test_the_towers_are_exact(nano):
     assert counted(lambda: nano.encode_text(texts(8, 12))) == 8 * plan.text_flops(c, 12)
 
 
-@pytest.mark.parametrize("loss, K, views, chunk", [("infonce", 1, 1, 8), ("multitext", 5, 1, 8), ("infonce", 1, 3, 8), ("infonce", 1, 1, 4)])
+@pytest.mark.parametrize("loss, K, views, chunk", [
+    ("infonce", 1, 1, 8), ("multitext", 5, 1, 8), ("infonce", 1, 3, 8), ("infonce", 1, 1, 4)])
 def test_a_training_step_within_2_percent(nano, loss, K, views, chunk):
     c, head = nano.config, projection_head(nano.config.vision_width)
     images = torch.zeros(8, views, 3, c.image_size, c.image_size, dtype=torch.uint8)
@@ -65,13 +63,14 @@ def test_a_training_step_within_2_percent(nano, loss, K, views, chunk):
 def test_a_llama_reads_and_generates():
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=172, num_hidden_layers=2,
-                                         num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None)).eval()
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0)).eval()
     llm, ids = plan.LLM(64, 2, 172, 500, 32), torch.ones(1, 20, dtype=torch.long)
 
     def generated(n):
         with torch.no_grad():
-            return counted(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, pad_token_id=0))
+            return counted(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False))
     short, long = generated(1), generated(10)
     assert short == pytest.approx(llm.flops(20, 1), rel=0.1)
     rotary = 2 * model.config.head_dim / 2  # angles of a token's position: an outer product, once a step
@@ -79,7 +78,8 @@ def test_a_llama_reads_and_generates():
     assert llm.flops(5, 3, cached=20) == pytest.approx(llm.flops(25, 3) - llm.flops(20, 0))  # a shared beginning is read once
 
 
-@pytest.mark.parametrize("name, published", [("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320), ("llama-3.1-8b", 8_030_261_248)])
+@pytest.mark.parametrize("name, published", [
+    ("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320), ("llama-3.1-8b", 8_030_261_248)])
 def test_the_llms_have_the_published_sizes(name, published):
     llm, one = plan.LLMS[name], plan.LLMS[name]._replace(layers=1)
     matrices = (llm.flops(10 ** 6, 0) - 4 * llm.layers * llm.width * 10 ** 6 * (10 ** 6 + 1) / 2) / 2 / 10 ** 6
@@ -110,7 +110,7 @@ def as_json(tmp_path, *arguments):
 def test_hours_by_hand(tmp_path):
     result, = as_json(tmp_path, "--rows", 3.6e6, "--epochs", 2, "--rate", "train=1000", "rewrite=50", "caption=26t", "fuse=100")
     hours = {name: stage["hours"] for name, stage in result["stages"].items()}
-    assert hours == pytest.approx({"train": 3.6e6 * 2 / 1000 / HOUR, "rewrite": 20, "caption": 1000, "fuse": 10})  # 26 tokens a caption
+    assert hours == pytest.approx({"train": 2, "rewrite": 20, "caption": 1000, "fuse": 10})  # 26 tokens a caption
     assert result["LaCLIP"]["hours"] == pytest.approx(22) and result["VeCLIP"]["hours"] == pytest.approx(1012)
     assert result["VeCLIP"]["longest"] == "caption" and result["LaCLIP"]["share"] == pytest.approx(20 / 22)
     assert result["LaCLIP"]["even_epochs"] == pytest.approx(20)  # of one hour each
@@ -119,7 +119,7 @@ def test_hours_by_hand(tmp_path):
 def test_peak_and_utilisation(tmp_path):
     result, = as_json(tmp_path, "--rows", 1e6, "--epochs", 10, "--peak", 100, "--mfu", 0.5, "--model", "ViT-B/32")
     c = Config(**PRESETS["ViT-B/32"])
-    expected = 1e7 * plan.train_flops(c, 27, 8192) / 50e12 / HOUR
+    expected = 1e7 * plan.train_flops(c, 27, 8192) / 50e12 / 3600
     assert result["stages"]["train"]["hours"] == result["stages"]["train"]["hours_peak"] == pytest.approx(expected)
     double, = as_json(tmp_path, "--rows", 2e6, "--epochs", 10, "--peak", 100, "--mfu", 0.25, "--model", "ViT-B/32")
     assert double["stages"]["fuse"]["hours"] == pytest.approx(4 * result["stages"]["fuse"]["hours"])
@@ -134,17 +134,6 @@ def test_as_a_user():
     for table in tables:
         lines = [line for line in table.splitlines() if line.split(" ")[0] in ("rewrite", "caption", "fuse", "train")]
         assert len({len(line) for line in lines}) == 1  # aligned
-        assert all(f"[{number}]" in done.stdout.split("\nrates")[1] for line in lines for number in re.findall(r"\[(\d+)\]", line))
+        notes = [note for line in lines for note in re.findall(r"\[\d+\]", line)]
+        assert all(note in done.stdout.split("\nrates")[1] for note in notes)
     assert "SGLang" in done.stdout and "989 TFLOP/s x 40%" in done.stdout
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--rows", "0"], ["--rows"]), (["--rows", "many"], ["--rows"]), (["--rate", "sleep=3"], ["rewrite", "train"]),
-    (["--rate", "train=3t"], ["rows a second"]), (["--rate", "fuse=-1"], ["fuse=-1"]), (["--rate", "fuse=nan"], ["fuse=nan"]),
-    (["--gpu", "B300"], ["A100"]), (["--mfu", "1.5"], ["--mfu"]), (["--model", "RN50"], ["ViT-B/16"]),
-    (["--image-size", "225"], ["multiple"]), (["--json", "/no/such/file"], ["no such folder"])])
-def test_mistakes_are_one_line(arguments, words, capfd):
-    with pytest.raises(SystemExit) as leave:
-        plan.main(arguments)
-    done = subprocess.CompletedProcess(arguments, leave.value.code, stderr=capfd.readouterr().err)
-    assert_mistake(done, *words)
