@@ -26,6 +26,8 @@ def reason(error):
     """An exception in one short line. torch's have escape codes and advise to read unsafely."""
     text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip()
     foreign = re.search(r"GLOBAL ([\w.]+)", text)
+    if "weights_only" in text and not foreign:
+        return "it holds no weights that torch reads"
     if foreign:
         return f"it holds {foreign[1]}, which is neither a tensor nor a plain value"
     return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"

@@ -72,7 +72,7 @@ veclip_track() { # the captioner learns from other teams' scenes and clean capti
 echo "Two tracks, side by side: about ten minutes on two cores with bf16, fifteen without."
 laclip_track &
 other=$!
-trap 'kill $other 2>/dev/null || true' EXIT
+trap 'pkill -P $other; kill $other 2>/dev/null || true' EXIT
 veclip_track
 wait $other
 trap - EXIT

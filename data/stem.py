@@ -1,4 +1,5 @@
-"""The first layers of the preset nano-conv: convolutions in place of patches (arXiv 2106.14881)."""
+"""The first layers of the preset nano-conv: convolutions in place of patches, as in arXiv
+2106.14881, but with pooling and without BatchNorm."""
 from torch import nn
 
 

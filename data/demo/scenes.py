@@ -7,7 +7,7 @@ A scene is two objects and how they lie: "lightbulb below key". Every team draws
 its own style. Each team's role was fixed before any run, and no pair of objects of a test scene is
 in a training scene. A row is an image of 32 x 32 pixels and its caption:
 
-    clean.jsonl          CLIP's training set: eight drawings of each scene, alt = the caption
+    clean.jsonl          CLIP's training set: eight drawings a caption, alt = the caption
     captions.jsonl       its 1,200 captions, to be rewritten once each. `spread` copies what was
                          made of a caption to all rows that have it
     noise.jsonl          clean.jsonl with random words as rewrites: a control without any model
@@ -66,13 +66,15 @@ CAPTIONER = ("material", "bootstrap")
 VALIDATION, HELD_OUT = "ion", ("phosphor", "lucide")
 
 GLYPHS = {  # object: what teams call it beside its own name
-    "heart": "favorite", "star": "grade", "house": "home", "key": "vpn-key", "airplane": "flight plane",
-    "bell": "notifications alert notification", "phone": "call telephone", "wrench": "build tools",
+    "heart": "favorite", "star": "grade", "house": "home", "key": "vpn-key",
+    "phone": "call telephone", "wrench": "build tools",
+    "airplane": "flight plane", "bell": "notifications alert notification",
     "camera": "camera-alt photo-camera", "umbrella": "beach-access", "scissors": "cut content-cut",
     "moon": "weather-moon nightlight weather-night nightlight-round", "bug": "bug-report",
     "cup": "drink-coffee coffee local-cafe cup-hot mug-saucer mug-hot cafe", "laptop": "macbook",
     "trophy": "emoji-events", "fire": "local-fire-department flame whatshot",
-    "lightbulb": "light-bulb bulb", "envelope": "mail email", "trash": "delete trash-can delete-bin",
+    "lightbulb": "light-bulb bulb", "envelope": "mail email",
+    "trash": "delete trash-can delete-bin",
     "headphones": "headset headphone headset-sound-wave"}
 
 
@@ -99,16 +101,16 @@ def read_member(out, package, member):
 def draw_icons(out):
     """-> {(object, team): [its glyph as a mask, one per style]}, where the team draws the object"""
     icons = {}
-    for team, package, font, names, pattern in STYLES:
-        font = ImageFont.truetype(io.BytesIO(read_member(out, package, font)), 64)
-        codes = json.loads(read_member(out, package, names))
+    for team, package, font_file, names_file, pattern in STYLES:
+        font = ImageFont.truetype(io.BytesIO(read_member(out, package, font_file)), 64)
+        codes = json.loads(read_member(out, package, names_file))
         codes = {name.replace("_", "-"): code for name, code in codes.items()}
         for thing in queries.OBJECTS:
-            names = [pattern.format(name).replace("-24-", size)  # Fluent draws several sizes
-                     for name in (thing, *GLYPHS.get(thing, "").split())
-                     for size in ("-24-", "-28-", "-20-", "-16-")]
-            if code := next((codes[name] for name in names if name in codes), None):
-                code = int(str(code), 10 if isinstance(code, int) else 16)
+            glyphs = [pattern.format(name).replace("-24-", size)  # Fluent draws several sizes
+                      for name in (thing, *GLYPHS.get(thing, "").split())
+                      for size in ("-24-", "-28-", "-20-", "-16-")]
+            if code := next((codes[glyph] for glyph in glyphs if glyph in codes), None):
+                code = code if isinstance(code, int) else int(code, 16)
                 mask = Image.new("L", (96, 96))
                 ImageDraw.Draw(mask).text((48, 48), chr(code), font=font, anchor="mm", fill=255)
                 icons.setdefault((thing, team), []).append(mask.crop(mask.getbbox()))
@@ -163,6 +165,7 @@ def draw_all(out):
     def three(rewrite, text):
         return [rewrite(text, random.Random(f"{text} {i}")) for i in range(3)]
 
+    # 864 scenes; the second time some come the other way round, as "key above bell"
     training = list(dict.fromkeys(scenes_of(seen) + scenes_of(seen)))[:CAPTIONS]
     clean = draw_set(out, "clip", training * 8, icons, TRAINING)
     captioner = draw_set(out, "captioner", scenes_of(seen) * 6, icons, CAPTIONER)
