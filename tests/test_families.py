@@ -26,8 +26,6 @@ IMAGE = ["llava", "Qwen2_5_VL", "Gemma3"]
 PROMPT = "Say it again.\n\na red bike => one bike that is red\nold sky => a sky\n"
 
 
-# --- models and pictures ----------------------------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """model_folder(family) -> a folder as it comes from the hub, made once."""

@@ -24,8 +24,6 @@ FIELDS = {"rewrite": ["rewrite_chatgpt", "rewrite_coco"], "caption": ["vec"], "f
 SUBJECTS = {"rewrite": "red bike number {}", "caption": "grey {}", "fuse": "1. red bike number {} 2. {} cats"}  # of a row
 
 
-# --- running a stage --------------------------------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """rows.jsonl (24 rows, 3 units) and images/."""

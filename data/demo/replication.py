@@ -182,7 +182,7 @@ def measure(folder, out):
               "--workers", "0", "--json", path]
 
     def evaluate(main, *arguments):
-        with contextlib.redirect_stdout(io.StringIO()):
+        with open(os.devnull, "w") as unseen, contextlib.redirect_stdout(unseen):
             main([*common, *arguments])
         with open(path) as f:
             return json.load(f)

@@ -89,8 +89,9 @@ def main(out):
     rows, columns = scores(out), ["%", *COLUMNS.values()]
     title = "Caption rewriting for CLIP: the demo"
     about = ("Recall@1, and zero-shot top-1 in the last column, on scenes by two teams that "
-             "nothing was trained on, of pairs of objects that no training scene has. One seed. The "
-             f"small LLaVA names {right:.0f} % of the objects ({shuffled:.0f} % in shuffled captions).")
+             "nothing was trained on, of pairs of objects that no training scene has. One seed. "
+             f"The small LLaVA names {right:.0f} % of the objects ({shuffled:.0f} % in shuffled "
+             "captions).")
     sections = {
         "Results": [table({"columns": columns, "rows": rows})],
         "What each model finds for a query in other words": queries(out, root),

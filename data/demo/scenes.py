@@ -13,7 +13,7 @@ in a training scene. A row is an image of 32 x 32 pixels and its caption:
     noise.jsonl          clean.jsonl with random words as rewrites: a control without any model
     oracle.jsonl         clean.jsonl with perfect rewrites: what rewriting could bring at best
     noisy.jsonl          3,600 of the images, AltText as the web has it: half of it is useless
-    demo.jsonl           the first half of them, for data/demo.sh
+    demo.jsonl           the first 1,500 of them, for data/demo.sh
     several.jsonl        noisy.jsonl with three AltTexts an image
     captioner.jsonl      the captioner's training set: scenes by two other teams, clean captions
     validation.jsonl     scenes by a team that nothing is trained on. Settings are chosen here
@@ -180,7 +180,7 @@ def draw_all(out):
         "noise": [{**row, "rewrite_noise": three(queries.random_noise, row["alt"])}
                   for row in clean],
         "oracle": [{**row, "rewrite_oracle": three(queries.oracle, row["scene"])} for row in clean]}
-    files["demo"] = files["noisy"][:CAPTIONS * 3 // 2]
+    files["demo"] = files["noisy"][:CAPTIONS * 5 // 4]
     for team in (VALIDATION, *HELD_OUT):
         rows = draw_set(out, team, scenes_of(unseen), icons, (team,))
         name = "validation" if team == VALIDATION else team
