@@ -1,6 +1,6 @@
 """The papers' methods, and the controls that a reviewer asks for, on the demo's scenes.
 
-    bash data/replicate.sh                            # README's table: 8 rows, five seeds each
+    bash data/replicate.sh                            # README's table: 7 rows, five seeds each
     bash data/replicate.sh laclip-filtered slip       # other rows
     bash data/replicate.sh --list                     # all rows with results, settings and commits
 
@@ -40,8 +40,7 @@ RECIPE = ("--model nano-conv --augment drawing --batch-size 128 --steps 500 --wa
           "--wd 0.1 --workers 0 --save-every 250")
 LACLIP = "--text alt rewrite_sentence rewrite_reverse rewrite_detail"
 VECLIP = "--text alt=0.5 vecap=0.5"
-README_ROWS = ("clip", "laclip", "laclip-mt", "eda", "noise", "clip-noisy", "veclip",
-               "clip-and-clean")
+README_ROWS = ("clip", "laclip", "eda", "noise", "clip-noisy", "veclip", "clip-and-clean")
 # group: {row: (title, files of captions that make() makes, flags of train_clip.py, the paper)}
 GROUPS = {
     "LaCLIP: clean captions": {
