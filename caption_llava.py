@@ -225,9 +225,9 @@ def parse_row(line):
 
 
 class Parts:
-    """Restart. The input is cut into units of whole lines; what is made of one is a file, its part.
-    A part gets its name when it is complete, and the name is a hash of all that its bytes depend
-    on. So a part that exists is right, whoever made it; when none is missing, they are joined."""
+    """Restart. The input is cut into units of whole lines; what is made of one is a file, its part,
+    whose name is a hash of all that its bytes depend on (of a model: its name). It gets the name
+    when it is complete. So one that exists is right; when none is missing, they are joined."""
     def __init__(self, args, prompts, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
