@@ -141,4 +141,4 @@ def test_the_row_that_readme_follows_is_real_output():
 def test_readmes_table_is_made_of_the_results():
     text = (ROOT / "README.md").read_text()
     for line in replication.table(replication.read_results()[0], replication.README_ROWS):
-        assert line in text, f"README.md needs this line of `python -m data.demo.replication --readme`: {line}"
+        assert line in text, f"README.md needs this line of data.demo.replication.table: {line}"

@@ -86,11 +86,6 @@ GROUPS = {
         "clip-clean": ("clean captions", "noisy", "--text truth", "")},
 }
 ROWS = {row: texts for group in GROUPS.values() for row, texts in group.items()}
-NOT_HERE = {  # rows of the papers that need more than a package index, with their commands
-    "back-translation": "python -m data.baselines back-translation clean.jsonl bt.jsonl "
-                        "--there Helsinki-NLP/opus-mt-en-de --back Helsinki-NLP/opus-mt-de-en",
-    "LLaMA-7B's rewrites": "bash data/replicate.sh --llm huggyllama/llama-7b laclip",
-    "ViT-B/16 on CC3M": "README, the papers' commands"}
 
 
 # === captions: the stages make each file once =====================================================
@@ -266,22 +261,18 @@ def main(argv=None):
     add("--wordnet", default="/usr/share/wordnet", help="for eda (Debian: wordnet-base)")
     add("--out", default="out/replicate", help="default: %(default)s")
     add("--list", action="store_true", help="print all rows and stop")
-    add("--readme", action="store_true", help="print README's table and stop")
     add("--measure", metavar="RUN", help="evaluate one run and stop")
     args = parser.parse_args(argv)
     if args.measure:
         return measure(args.measure, args.out)
     if unknown := set(args.rows) - set(ROWS):
         die(f"{' '.join(sorted(unknown))}: no such row; --list lists them")
-    results, commits = read_results(COMMITTED if args.list or args.readme else
-                                    f"{args.out}/replication.jsonl")
-    if args.readme:
-        return print("\n".join(table(results, README_ROWS)))
+    results, commits = read_results(COMMITTED if args.list else f"{args.out}/replication.jsonl")
     if args.list:
         print("\n".join(table(results)), "\n")
         for row, (_, files, flags, _) in ROWS.items():
             print(f"{row}: {files}, {flags}", *sorted(commits.get(row, [])))
-        return print("\nNot run here:", *map(": ".join, NOT_HERE.items()), sep="\n  ")
+        return
     jobs = []
     for row in args.rows or README_ROWS:
         seeds = args.seeds.split() if args.seeds else range(5 if row in README_ROWS else 3)
@@ -298,7 +289,8 @@ def main(argv=None):
         pool.shutdown(cancel_futures=True)
     for done in runs:
         done.result()  # raises what ended a run
-    print("\n".join(table(read_results(f"{args.out}/replication.jsonl")[0])))
+    names = args.rows or README_ROWS
+    print("\n".join(table(read_results(f"{args.out}/replication.jsonl")[0], names)))
 
 
 if __name__ == "__main__":
