@@ -182,7 +182,6 @@ PRESETS = {  # as open_clip has them
                             text_quick_gelu=True, resize="bilinear",
                             mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }
-
 PRESETS["nano-conv"] = {**PRESETS["nano"], "conv_stem": True}  # sees small objects much sooner
 
 class CLIP(nn.Module):
@@ -712,6 +711,7 @@ def read_checkpoint(path):
             if damaged := archive.testzip():
                 raise OSError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state["config"].pop("eot_id", None)  # older ones have it: every text's last id
     except Exception as e:  # torch raises many classes, with pages of advice
         raise OSError(f"{path}: no checkpoint of train_clip.py ({str(e)[:200]}): python -m "
                       "data.convert_checkpoint makes one of released weights") from None

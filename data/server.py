@@ -102,12 +102,11 @@ class Server:
         refused = lambda answer: (answer[1] or "").startswith(REFUSED)
         try:
             answers = list(self.threads.imap(ask, items))
-            at_fault = answers and all(map(refused, answers)) and refused(ask(harmless))
+            if answers and all(map(refused, answers)) and refused(ask(harmless)):
+                raise ValueError(f"all {len(answers)}, and a harmless one, are {answers[0][1]}")
         except (openai.OpenAIError, ValueError) as e:
             die(f"--server {' '.join(self.args.server)}: {e} {e.__cause__ or ''}. Nothing is lost: "
                 "the same command goes on from here")
-        if at_fault:
-            die(f"--server: all {len(answers)} texts, and a harmless one, are {answers[0][1]}")
         self.counts[CUT] += sum(reason == CUT for _, reason in answers)
         return [(text, None if reason == CUT else reason) for text, reason in answers]
 
