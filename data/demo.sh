@@ -22,7 +22,8 @@ step() { # step NAME COMMAND...: print and run it, record its seconds. Skip it i
     echo "[$name failed: $mark.log]"; tail -n 5 "$mark.log"
     return 1
   fi
-  printf '%s\n%s\n' $((SECONDS - start)) "$*" > "$mark"
+  printf '%s\n%s\n' $((SECONDS - start)) "$*" > "$mark.tmp"
+  mv "$mark.tmp" "$mark"
   echo "[$name: $((SECONDS - start)) s]"
 }
 
@@ -69,7 +70,7 @@ veclip_track() { # the captioner learns from other teams' scenes and clean capti
 }
 
 # --- both papers --------------------------------------------------------------------------------------------
-echo "Two tracks, side by side: about ten minutes on two cores with bf16, fifteen without."
+echo "Two tracks, side by side: about eleven minutes on two cores with bf16."
 laclip_track &
 other=$!
 trap 'pkill -P $other; kill $other 2>/dev/null || true' EXIT

@@ -253,7 +253,8 @@ def read_arguments(argv):
         help="default: 3e6 12e6 100e6 300e6")
     add("--epochs", type=positive,
         help="default: LaCLIP's, 40 up to 6 M rows, 35 up to 50 M, 32 above")
-    add("--model", choices=PRESETS, default="ViT-B/16", help="default: %(default)s")
+    presets = [name for name, preset in PRESETS.items() if "conv_stem" not in preset]
+    add("--model", choices=presets, default="ViT-B/16", help="default: %(default)s")
     add("--image-size", type=number(int, 1), help="pixels a side (default: the model's)")
     add("--batch-size", type=number(int, 1), default=8192, help="default: %(default)s")
     add("--multitext", action="store_true", help="LaCLIP-MT: five texts an image")

@@ -94,8 +94,8 @@ def run(command, log=None):
     """Run a command of the project; a failure ends this program."""
     print(f"$ {command}", flush=True)
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    with open(log or os.devnull, "w") as f:
-        status = subprocess.call(words, **({"stdout": f, "stderr": f} if log else {}))
+    with open(log, "w") if log else contextlib.nullcontext() as f:
+        status = subprocess.call(words, stdout=f, stderr=f)
     if status:
         sys.exit(f"status {status}: {command}" + (f"\n{log} says why" if log else ""))
 
@@ -155,6 +155,7 @@ def train_and_measure(row, seed, args):
     captions = " ".join(f"{out}/{name}.jsonl" for name in files.split())
     run(f"python train_clip.py --captions {captions} --image-root {out}/images {tokenizer} "
         f"{RECIPE} {flags} --seed {seed} --out {folder}", f"{folder}/train.log")
+    check_finished(folder)
     run(f"python -m data.demo.replication --out {out} --measure {folder}", f"{folder}/measure.log")
     with open(f"{folder}/measured.json") as f, open(f"{folder}/settings.json") as g:
         metrics, settings = json.load(f), json.load(g)
@@ -165,6 +166,14 @@ def train_and_measure(row, seed, args):
               "torch": version("torch"), "transformers": version("transformers")}
     with open(f"{out}/replication.jsonl", "a") as f:
         f.write(json.dumps(result) + "\n")
+
+
+def check_finished(folder):
+    """train_clip.py ends with status 0 after SIGTERM, too: such a run has no result yet."""
+    with open(f"{folder}/settings.json") as f, open(f"{folder}/metrics.jsonl") as g:
+        steps, done = json.load(f)["steps"], json.loads(g.readlines()[-1])["step"]
+    if done < steps:
+        sys.exit(f"{folder} stopped at step {done} of {steps}: the same command goes on")
 
 
 def measure(folder, out):
@@ -237,16 +246,16 @@ def table(results, names=None):
         lines += [f"| **{group}** | |{empty} |"] if rows else []
         for row, (title, _, _, paper) in rows.items():
             runs, baseline = results.get(row, {}), results.get(next(iter(rows)), {})
+            if not runs:
+                lines.append(f"| {title} | not run |{empty} {paper} |")
+                continue
+            scores = " | ".join(cell([run[c] for run in runs.values()]) for c in COLUMNS)
+            lines.append(f"| {title} | {len(runs)} | {scores} | {paper} |")
             pairs = [(runs[seed], baseline[seed]) for seed in runs if seed in baseline]
-            scores = gains = ""
-            if runs:
-                scores = " | ".join(cell([run[c] for run in runs.values()]) for c in COLUMNS)
             if runs is not baseline and pairs:
                 gains = " | ".join(cell([new[c] - old[c] for new, old in pairs], "+")
                                    for c in COLUMNS)
-            lines.append(f"| {title} | {len(runs) or 'not run'} | {scores} | {paper} |" if runs else
-                         f"| {title} | not run |{empty} {paper} |")
-            lines += [f"| *gain* | {len(pairs)} | {gains} | |"] if gains else []
+                lines.append(f"| *gain* | {len(pairs)} | {gains} | |")
     return lines
 
 

@@ -170,7 +170,7 @@ def draw_all(out):
     clean = draw_set(out, "clip", training * 8, icons, TRAINING)
     captioner = draw_set(out, "captioner", scenes_of(seen) * 6, icons, CAPTIONER)
     captions = [queries.caption(scene) for scene in training]
-    alts = [[queries.noisy(row["alt"], captions, row["image"] + draw) for draw in ("", "2", "3")]
+    alts = [[queries.noisy(row["alt"], captions, row["image"] + key) for key in ("", "2", "3")]
             for row in clean[:3 * CAPTIONS]]
     files = {
         "clean": clean, "captioner": captioner, "captions": [{"alt": text} for text in captions],
