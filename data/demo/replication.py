@@ -52,6 +52,7 @@ GROUPS = {
         "noise": ("random words and swaps", "noise", "--text alt rewrite_noise=3", ""),
         "laclip-filtered": ("LaCLIP, filtered", "filtered", LACLIP, ""),
         "laclip-1": ("one source", "rewritten", "--text alt rewrite_sentence", "less than four"),
+        "laclip-4": ("four sources", "rewritten_four", f"{LACLIP} rewrite_words", "48.4"),
         "laclip-words": ("a source of synonyms", "rewritten_words", "--text alt rewrite_words", ""),
         "laclip-words-qwen": ("the same by Qwen2.5-0.5B", "rewritten_words_qwen",
                               "--text alt rewrite_words", ""),
@@ -111,9 +112,10 @@ def make(name, args):
             part.writelines(line for i, line in enumerate(source) if i % int(variant) == 0)
         os.replace(path + ".tmp", path)
     elif kind == "made":
+        sources = {"words": "words", "words_qwen": "words", "four": "sentence reverse detail words"}
         run(f"python rewrite_llama.py --input {make('captions', args)} --output {path} "
             f"--model {args.larger_llm if 'qwen' in variant else args.llm} "
-            f"--sources {'words' if 'words' in variant else 'sentence reverse detail'} "
+            f"--sources {sources.get(variant, 'sentence reverse detail')} "
             "--pairs data/demo/rewrite_pairs.jsonl --temperature 0.5 --max-new-tokens 24 "
             f"--batch-size 256 --shots {variant[-1] if 'shots' in variant else 3}")
     elif kind == "rewritten":
