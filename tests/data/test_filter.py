@@ -1,7 +1,7 @@
 """data/filter_captions.py: each rule, lists, what stays byte for byte."""
 import json
 
-from tools import run_tool
+from tools import works
 
 BROKEN = [b"{not json", b'["a", "list"]', b'"text"', b"7", b"null", b"", b'{"alt": "\xff\xfe"}', b"\xed\xa0\x80", b"\0\0",
           b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b'{"alt": "cut', b'{"a": 1} {"b": 2}', b'{"n": ' + b"9" * 5000 + b"}"]
@@ -10,11 +10,10 @@ BROKEN = [b"{not json", b'["a", "list"]', b'"text"', b"7", b"null", b"", b'{"alt
 def filtered(tmp_path, lines, *arguments):
     """-> (lines out, {field: {rule: count}}, what is printed) of rows, or of lines as bytes; the last line has no newline"""
     (tmp_path / "in").write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in lines))
-    done = run_tool("filter_captions", tmp_path / "in", tmp_path / "out", *arguments)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    names, *table = [line.split() for line in done.stdout.splitlines()[1:]]
+    stdout = works("filter_captions", tmp_path / "in", tmp_path / "out", *arguments).stdout
+    names, *table = [line.split() for line in stdout.splitlines()[1:]]
     counts = {field: {name: int(number) for name, number in zip(names, numbers) if number != "0"} for field, *numbers in table}
-    return (tmp_path / "out").read_bytes().split(b"\n")[:-1], counts, done.stdout
+    return (tmp_path / "out").read_bytes().split(b"\n")[:-1], counts, stdout
 
 
 RULES = [("A red bike, by the wall!", "a red bike by the wall", "identical"),
@@ -67,6 +66,18 @@ def test_filter_leaves_other_lines_as_they_are(tmp_path):
     assert out[:-1] == lines[:-1]
     assert json.loads(out[-1]) == {"alt": "red bike", "rewrite_x": None, "error": {"rewrite_x": "short"}}
     assert counts["rewrite_x"]["kept"] == 3
+
+
+def test_filter_by_the_clip_score(tmp_path):
+    """At least --min-score, and at least the original's score + --min-gain; a score that is missing is counted apart."""
+    scores = [(0.2, 0.2), (0.19, 0.2), (0.3, 0.31), (0.1, 0.5), (float("nan"), 0.2), (None, 0.2), (0.3, None)]
+    rows = [{"alt": "red bike", "rewrite_x": "one red bike", "clip_score": {"rewrite_x": new, "alt": old}} for new, old in scores]
+    for arguments, rules in [(["--min-score", 0.2], [None, "score", None, "score", "score", "unscored", None]),
+                             (["--min-gain", 0], [None, "score", "score", "score", "score", "unscored", "unscored"]),
+                             (["--min-gain", -0.02], [None, None, None, "score", "score", "unscored", "unscored"])]:
+        lines, counts, _ = filtered(tmp_path, [*rows, {"alt": "red bike", "rewrite_x": "a red bike"}], *arguments)
+        found = [json.loads(line).get("error", {}).get("rewrite_x") for line in lines]
+        assert found == [*rules, "unscored"] and counts["rewrite_x"]["unscored"] == found.count("unscored")
 
 
 def test_filter_options(tmp_path):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from conftest import DEVICE, assert_mistake, read_jsonl
 from data import make_pairs
@@ -11,7 +12,7 @@ from tiny_models import make_llama
 from tools import run_tool
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+            "{% if enable_thinking is undefined %}<think>{% endif %}{% if add_generation_prompt %}<|im_start|>{% endif %}")
 
 
 @pytest.fixture(scope="session")
@@ -51,49 +52,38 @@ def test_chatbot(chat_folder, rows, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(f"{pair['input']} => {pair['output']}\n" in printed for pair in pairs) and "Read them" in printed
     assert make(tmp_path, *command) == pairs != make(tmp_path, *command, "--seed", 1)
-    (chat_folder / "chat_template.jinja").rename(tmp_path / "elsewhere")
-    done = run_tool("make_pairs", *command, "--output", tmp_path / "out")
+    make_llama(tmp_path / "bare")
+    done = run_tool("make_pairs", *command, "--model", tmp_path / "bare", "--output", tmp_path / "out")
     assert done.returncode == 2 and "chat template" in done.stderr.splitlines()[-1], done.stderr
 
 
 class Script:
-    """Stands for model and tokenizer: says the answers of a list one after another and keeps what it was asked."""
-    chat_template, eos_token_id, device = TEMPLATE, 0, "cpu"
-    all_special_tokens = ["<|im_end|>", "<think>"]
+    """Stands for a model: says the answers of a list one after another and keeps what it was asked."""
+    device = "cpu"
 
-    def __init__(self, answers):
-        self.answers, self.asked = answers, []
-
-    def get_added_vocab(self):
-        return {"<|im_end|>": 0}
-
-    def apply_chat_template(self, messages, enable_thinking, **settings):
-        assert enable_thinking is False  # Qwen3's and others' templates know it; others ignore it
-        self.asked.append(messages[0]["content"])
-        return type("Ids", (dict,), {"to": lambda self, device: self})(input_ids=torch.zeros(1, 3, dtype=torch.long))
+    def __init__(self, tokenizer, answers):
+        self.tokenizer, self.answers, self.asked = tokenizer, answers, []
 
     def generate(self, input_ids, **settings):
-        self.answer, length = self.answers.pop(0)
-        return torch.zeros(1, 3 + length, dtype=torch.long)
-
-    def decode(self, ids, **settings):
-        return self.answer
+        self.asked.append(self.tokenizer.decode(input_ids[0]))
+        answer = self.tokenizer(self.answers.pop(0), add_special_tokens=False, return_tensors="pt").input_ids
+        return torch.cat([input_ids, answer.long()], 1)
 
 
-def test_unusable_answers_are_drawn_again_once(rows, tmp_path, monkeypatch):
-    captions = draw(rows, 24)
+def test_unusable_answers_are_drawn_again_once(chat_folder, rows, tmp_path, monkeypatch):
+    captions, tokenizer = draw(rows, 24), AutoTokenizer.from_pretrained(chat_folder)
     thought = "<think>hm</think> Sure, here it is:\n\n\u201cTwo =>\tcups\u201d\nAnother<|im_end|>"
-    script = Script([("", 1), ("fine", 5),  # 1: empty, then good
-                     (captions[1].upper() + ".", 5), ("w " * 31, 40),  # 2: twice unusable
-                     ("cut at the limit", 77), (thought, 9),  # 3
-                     ("w " * 30, 30)])  # 4: thirty words are allowed
-    monkeypatch.setattr(make_pairs, "load_chat_model", lambda args: (script, script))
+    script = Script(tokenizer, ["", "fine",  # 1: empty, then good
+                                captions[1].upper() + ".", "w " * 31,  # 2: twice unusable
+                                "Z" * make_pairs.MAX_NEW_TOKENS, thought,  # 3: cut at the limit, then good
+                                "w " * 30])  # 4: thirty words are allowed
+    monkeypatch.setattr(make_pairs, "load_chat_model", lambda args: (script, tokenizer))
     pairs = make(tmp_path, "chatbot", "--captions", rows, "--model", "any", "--number", 3)
     assert [(pair["input"], pair["output"]) for pair in pairs] == [
         (captions[0], "fine"), (captions[2], "Two cups"), (captions[3], ("w " * 30).strip())]
     sentence = "Rewrite this caption of an image vividly, and keep it less than thirty words: "
-    assert list(dict.fromkeys(script.asked)) == [sentence + text for text in captions[:4]]
-    assert not any("im_end" in text for text in script.asked)
+    assert list(dict.fromkeys(script.asked)) == [
+        f"<|im_start|>user\n{sentence}{text}<|im_end|>\n<|im_start|>" for text in captions[:4]]
 
 
 @pytest.mark.parametrize("answer, line, why", [

@@ -16,7 +16,7 @@ from conftest import train
 from data import grad_cache, plan
 from data.slip import projection_head, simclr_loss
 from train_clip import CLIP, PRESETS, Config, clip_loss, multitext_loss, pack
-from tools import run_tool
+from tools import works
 
 
 def counted(function):
@@ -81,11 +81,9 @@ def test_a_llama_reads_and_generates():
 @pytest.mark.parametrize("name, published", [
     ("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320), ("llama-3.1-8b", 8_030_261_248)])
 def test_the_llms_have_the_published_sizes(name, published):
-    llm, one = plan.LLMS[name], plan.LLMS[name]._replace(layers=1)
+    llm = plan.LLMS[name]
     matrices = (llm.flops(10 ** 6, 0) - 4 * llm.layers * llm.width * 10 ** 6 * (10 ** 6 + 1) / 2) / 2 / 10 ** 6
     assert matrices + 2 * llm.width * llm.vocabulary == pytest.approx(published, rel=1e-3)  # and embeddings and head
-    assert one.flops(9, 4) - one._replace(layers=0).flops(9, 4) == pytest.approx(
-        (llm.flops(9, 4) - llm._replace(layers=0).flops(9, 4)) / llm.layers)
 
 
 def test_bytes_are_those_of_a_real_run(shapes, tmp_path):
@@ -121,19 +119,12 @@ def test_peak_and_utilisation(tmp_path):
     c = Config(**PRESETS["ViT-B/32"])
     expected = 1e7 * plan.train_flops(c, 27, 8192) / 50e12 / 3600
     assert result["stages"]["train"]["hours"] == result["stages"]["train"]["hours_peak"] == pytest.approx(expected)
-    double, = as_json(tmp_path, "--rows", 2e6, "--epochs", 10, "--peak", 100, "--mfu", 0.25, "--model", "ViT-B/32")
-    assert double["stages"]["fuse"]["hours"] == pytest.approx(4 * result["stages"]["fuse"]["hours"])
-    assert double["bytes"]["images"] == 2e6 * 30e3
+    assert result["bytes"]["images"] == 1e6 * 30e3
 
 
 def test_as_a_user():
-    done = run_tool("plan", "--rows", "3e6", "300e6", "--gpu", "H100", fresh=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    tables = re.findall(r"^[\d,]+ rows.*?\n\n", done.stdout, re.M | re.S)
-    assert len(tables) == 2 and all(max(map(len, table.splitlines())) <= 140 for table in tables)
-    for table in tables:
-        lines = [line for line in table.splitlines() if line.split(" ")[0] in ("rewrite", "caption", "fuse", "train")]
-        assert len({len(line) for line in lines}) == 1  # aligned
-        notes = [note for line in lines for note in re.findall(r"\[\d+\]", line)]
-        assert all(note in done.stdout.split("\nrates")[1] for note in notes)
-    assert "SGLang" in done.stdout and "989 TFLOP/s x 40%" in done.stdout
+    told = works("plan", "--rows", "3e6", "300e6", "--gpu", "H100", fresh=True).stdout
+    tables, rates = told.split("\nrates")
+    assert len(re.findall(r"^[\d,]+ rows; ", tables, re.M)) == 2
+    assert "SGLang" in rates and "989 TFLOP/s x 40%" in rates
+    assert all(note in rates for note in re.findall(r" \[\d+\] ", tables))  # every rate says where it comes from

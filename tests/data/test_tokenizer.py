@@ -5,7 +5,7 @@ import random
 from tokenizers import Tokenizer
 
 from tiny_models import sentence
-from tools import run_tool
+from tools import works
 
 
 def test_tokenizer_frames_every_text_itself(tmp_path):
@@ -13,9 +13,8 @@ def test_tokenizer_frames_every_text_itself(tmp_path):
     rows = [{"alt": sentence(rng), "rewrite_x": [sentence(rng), None], "vec": 5} for _ in range(200)]
     rows.append({"error": {"line": "not JSON"}, "line": "x"})
     (tmp_path / "in").write_text("\n".join(map(json.dumps, rows)))
-    done = run_tool("make_tokenizer", tmp_path / "in", tmp_path / "tokenizer.json", "--text", "alt", "rewrite_x", "vec",
-                    "--vocab-size", 340)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    done = works("make_tokenizer", tmp_path / "in", tmp_path / "tokenizer.json", "--text", "alt", "rewrite_x", "vec",
+                 "--vocab-size", 340)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 340 and "340 tokens" in done.stdout
     start, end = (tokenizer.token_to_id(f"<|{name}oftext|>") for name in ("start", "end"))

@@ -9,6 +9,7 @@ import torch
 import train_clip as T
 from conftest import assert_same_runs, random_texts, read_jsonl, run_cases, train_arguments, without
 from data import grad_cache, slip
+from tools import word_tokenizer
 
 
 def test_simclr_loss_equals_the_formula():
@@ -82,7 +83,6 @@ def test_slips_loss_is_added_with_weight_1(shapes, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def encoders(shapes, tmp_path_factory):
     """Folders of a small BERT, RoBERTa and T5 with random weights, and tokenizers of words with their start and end tokens"""
-    import tokenizers
     import transformers as hf
 
     folder, rows = tmp_path_factory.mktemp("encoders"), read_jsonl(shapes / "captions.jsonl")
@@ -92,15 +92,11 @@ def encoders(shapes, tmp_path_factory):
     for name, model, ends in (("bert", hf.BertModel(hf.BertConfig(max_position_embeddings=80, **size)), ["[CLS]", "[SEP]"]),
                               ("roberta", hf.RobertaModel(hf.RobertaConfig(max_position_embeddings=82, **size)), ["<s>", "</s>"]),
                               ("t5", hf.T5EncoderModel(t5), ["</s>"])):
-        ids = {word: i for i, word in enumerate([*ends[:-1], "<pad>", ends[-1], "<unk>", *words])}
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, "<unk>"))
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=" ".join([*ends[:-1], "$A", ends[-1]]), special_tokens=[(end, ids[end]) for end in ends])
+        tokenizer = word_tokenizer([*ends[:-1], "<pad>", ends[-1], "<unk>", *words], *ends)
         tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
         tokenizer.save_pretrained(folder / name)
         torch.manual_seed(1)
-        model.config.pad_token_id = ids["<pad>"]
+        model.config.pad_token_id = len(ends) - 1
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         model.save_pretrained(folder / name)
