@@ -1,4 +1,4 @@
-"""How the tests run a tool of data/, and a tokenizer that several of them need."""
+"""How the tests run a tool of data/, and what several of them need."""
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from conftest import run
@@ -14,6 +14,14 @@ def works(name, *arguments, **more):
     done = run_tool(name, *arguments, **more)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def fill(folder, files):
+    """Write {name: bytes or text} below a folder. -> the folder"""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
 
 
 def word_tokenizer(words, *ends):

@@ -108,14 +108,12 @@ def changed(operation, words=WORDS, n=3, alpha=0.1, times=2000):
 
 
 def test_replacement_changes_n_words_that_have_synonyms():
-    places, chosen = Counter(), Counter()
+    places = Counter()
     for new in changed(baselines.replace_synonyms):
         at = [i for i, (a, b) in enumerate(zip(WORDS, new)) if a != b]
         assert len(new) == 30 and len(at) == 3 and all(new[i] in synonyms(WORDS[i]) for i in at)
         places.update(at)
-        chosen.update(new[i][-1] for i in at)
     assert set(places) == set(range(1, 30, 2)) and max(places.values()) < 1.3 * min(places.values())
-    assert abs(chosen["+"] - chosen["*"]) < 400
     assert baselines.replace_synonyms(["(a,", "b"], 5, 0.1, {"(a,": ("x",)}.get, random.Random(0)) == ["(x,", "b"]
 
 
@@ -179,7 +177,7 @@ def test_eda_depends_on_seed_source_and_place_alone(many, wordnet, tmp_path):
     assert [i for i, (one, other) in enumerate(zip(a, b)) if one != other] == [300]
     assert lines[0] == lines[280] and a[0] != a[280]  # the same caption elsewhere
     assert sum(one["rewrite_eda_1"] == other["rewrite_eda_1"] for one, other in zip(a, c)) < 200
-    works("baselines", "eda", out, tmp_path / "d", "--wordnet", wordnet, "--source", "eda2", "--n", 2)  # beside the first
+    works("baselines", "eda", out, tmp_path / "d", "--wordnet", wordnet, "--source", "eda2", "--n", 2)  # beside it
     assert {"rewrite_eda_1", "rewrite_eda2_1", "rewrite_eda2_2"} <= set(read_jsonl(tmp_path / "d")[0])
 
 
@@ -200,24 +198,23 @@ def test_greedy_is_transformers_own(many, marians, tmp_path):
     lines = many.read_text().splitlines()[:24]
     lines[3] = json.dumps({"alt": ["two dogs", "a red bike by the old wall " * 9]})
     (rows := tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    works("baselines", "back-translation", rows, tmp_path / "out.jsonl", "--there", marians[0], "--back", marians[1],
-          "--n", 1, "--temperature", 0, "--dtype", "fp32", "--device", DEVICE, "--batch-size", 7, "--max-new-tokens", 20)
+    works("baselines", "back-translation", rows, tmp_path / "bt", "--there", marians[0], "--back", marians[1], "--n", 1,
+          "--temperature", 0, "--dtype", "fp32", "--device", DEVICE, "--batch-size", 7, "--max-new-tokens", 20)
     texts = [json.loads(line)["alt"] for line in lines]
-    made = [row["rewrite_backtranslation_1"] for row in read_jsonl(tmp_path / "out.jsonl")]
+    made = [row["rewrite_backtranslation_1"] for row in read_jsonl(tmp_path / "bt")]
     assert made == [[one_by_one(entry, marians) for entry in text] if isinstance(text, list) else one_by_one(text, marians)
                     for text in texts]
     assert sum(isinstance(text, str) for text in made) > 12
 
 
-def test_sampling_keeps_the_contract(rows, marians, tmp_path):
+def test_sampling(rows, marians, tmp_path):
     for name, *more in ("a",), ("b",), ("c", "--seed", 1):
         works("baselines", "back-translation", rows, tmp_path / name, "--there", marians[0], "--back", marians[1],
               "--n", 3, "--device", DEVICE, *more)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
-    first, listed, *_, broken = read_jsonl(tmp_path / "a")
+    first, *_, broken = read_jsonl(tmp_path / "a")
     fields = [f"rewrite_backtranslation_{i}" for i in (1, 2, 3)]
     assert len({first[field] for field in fields}) > 1
-    assert all(len(listed[field]) == 4 and listed[field][1] is listed[field][3] is None for field in fields)
     assert all(word not in json.dumps(broken[field]) for field in fields for word in ("</s>", "<pad>"))
 
 
@@ -228,14 +225,10 @@ def test_the_original_again_is_null():
 
 
 @pytest.mark.parametrize("file, content, words", [
-    ("data.noun", "shorter by this {}", ["data.noun", "synset"]), ("index.verb", "ride verb\n", ["index.verb"]),
-    ("index.noun", None, ["--wordnet", "index.noun", "wordnet-base"])])
-def test_a_wrong_wordnet_folder_is_one_line(rows, wordnet, tmp_path, file, content, words):
+    ("data.noun", "shorter by this {}", ["data.noun", "synset"]), ("index.verb", "ride verb\n", ["index.verb"])])
+def test_a_damaged_wordnet_is_one_line(rows, wordnet, tmp_path, file, content, words):
     path = shutil.copytree(wordnet, tmp_path / "broken") / file
-    if content is None:
-        path.unlink()
-    else:
-        path.write_text(content.format(path.read_text()[20:]))
+    path.write_text(content.format(path.read_text()[20:]))
     assert_mistake(run_tool("baselines", "eda", rows, tmp_path / "out.jsonl", "--wordnet", path.parent), *words)
     assert not (tmp_path / "out.jsonl").exists()
 

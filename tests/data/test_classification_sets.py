@@ -1,4 +1,5 @@
 """data/classification_sets.py and data/class_names.py: small copies of the papers' sets."""
+import io
 import json
 from argparse import Namespace
 
@@ -6,12 +7,12 @@ import pytest
 from PIL import Image
 
 from data import class_names, classification_sets
+from tools import fill
 
 
 def make_images(root, paths):
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 40), "red").save(root / path)
+    Image.new("RGB", (40, 40), "red").save(file := io.BytesIO(), "PNG")
+    fill(root, dict.fromkeys(paths, file.getvalue()))
 
 
 def read_set(spec, root=None, **more):
@@ -24,23 +25,19 @@ def names_of(spec, part, keys=None, classes=None, templates="file"):
     return class_names.class_names(spec, part, keys or sorted(set(part.labels)), args)
 
 
-@pytest.fixture
-def refused(capsys):
+def refused(capsys, function, *arguments):
     """Call a function that must end the program. -> what it tells"""
-    def refused(function, *arguments):
-        with pytest.raises(SystemExit) as stop:
-            function(*arguments)
-        assert stop.value.code == 2
-        return capsys.readouterr().err
-    return refused
+    with pytest.raises(SystemExit) as stop:
+        function(*arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
 
 
 def fill_dtd(root):
     names = [f"{name}/{name}_{i}.jpg" for i in range(3) for name in ("banded", "dotted")]
     make_images(root / "dtd/dtd/images", names)
-    (root / "dtd/dtd/labels").mkdir()
-    for i, split in enumerate(("train", "val", "test")):
-        (root / f"dtd/dtd/labels/{split}1.txt").write_text("\n".join(names[2 * i:2 * i + 2]))
+    fill(root / "dtd/dtd/labels", {f"{split}1.txt": "\n".join(names[2 * i:2 * i + 2])
+                                   for i, split in enumerate(("train", "val", "test"))})
 
 
 def fill_gtsrb(root):
@@ -90,9 +87,9 @@ def test_sets_by_name(name, tmp_path, capsys):
     assert len(class_names.read_templates("openai7", name)) == 7
 
 
-def test_a_missing_set_says_how_to_fetch_it_and_fetches_nothing(tmp_path, refused):
+def test_a_missing_set_says_how_to_fetch_it_and_fetches_nothing(tmp_path, capsys):
     for name in [*classification_sets.TORCHVISION, *classification_sets.FOLDERS]:
-        told = refused(read_set, name, tmp_path)
+        told = refused(capsys, read_set, name, tmp_path)
         assert name in told and str(tmp_path) in told and told.count("\n") == 1
         if kind := classification_sets.TORCHVISION.get(name):
             assert kind[0] in told and (name == "cars") != ("download=True" in told.split("fetch it:")[1])
@@ -147,7 +144,7 @@ def test_folders_of_images(tmp_path, capsys):
     assert part.labels == ["big/dog", "cat"] and part.words == {"big/dog": "big dog", "cat": "cat"}
 
 
-def test_class_names_go_by_what_a_class_is_called(tmp_path, refused):
+def test_class_names_go_by_what_a_class_is_called(tmp_path, capsys):
     """Not by its place in a sort, in which folder 10 comes before folder 2."""
     make_images(tmp_path, [f"imagenet/val/{number}/0.png" for number in range(1000)])
     part = read_set("imagenet1k", tmp_path)["test"]
@@ -155,16 +152,16 @@ def test_class_names_go_by_what_a_class_is_called(tmp_path, refused):
     assert [names[key] for key in ("10", "281", "999")] == [["brambling"], ["tabby cat"], ["toilet paper"]]
     make_images(tmp_path, [path.replace("River", "Water") for path in EUROSAT])
     part = read_set("eurosat", tmp_path)["test"]
-    assert "no name for 1 classes, 'Water'" in refused(names_of, "eurosat", part, None, "openai")
+    assert "no name for 1 classes, 'Water'" in refused(capsys, names_of, "eurosat", part, None, "openai")
     names = class_names.published_names("caltech101", part)
     assert len(names) == 102 and names["yin_yang"] == "yin and yang symbol"
 
 
-def test_sets_without_names_or_folders_say_so(tmp_path, refused, capsys):
+def test_sets_without_names_or_folders_say_so(tmp_path, capsys):
     fill_gtsrb(tmp_path)
-    assert "--classes" in refused(names_of, "gtsrb", read_set("gtsrb", tmp_path)["test"])
+    assert "--classes" in refused(capsys, names_of, "gtsrb", read_set("gtsrb", tmp_path)["test"])
     make_images(tmp_path, ["set/n01440764/0.png"])
     names_of("x", read_set(f"imagefolder:{tmp_path / 'set'}")["test"])
     assert "look like ids ('n01440764')" in capsys.readouterr().err
     part = classification_sets.Part(["1"], None, ["a/abbey"], {"a/abbey": "abbey"})
-    assert "1 of its 397 classes" in refused(classification_sets.number_classes, "sun397", {"test": part})
+    assert "1 of its 397 classes" in refused(capsys, classification_sets.number_classes, "sun397", {"test": part})

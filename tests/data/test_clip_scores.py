@@ -42,7 +42,7 @@ def test_scores_are_cosines(shapes, trained, tmp_path):
     alts = [row["clip_score"]["alt"] for row in scored[:16]]
     assert sum(right > wrong for wrong, right, *_ in alts) >= 14
     assert best[16:] == ["red square", None]
-    assert all(scores[row["alt"].index(text)] == max(filter(None, scores)) for row, text, scores in zip(rows, best, alts))
+    assert all(of[row["alt"].index(text)] == max(filter(None, of)) for row, text, of in zip(rows, best, alts))
     assert "is finished" in run_tool("clip_scores", *arguments).stdout
     assert_mistake(run_tool("clip_scores", *arguments, "--best-field", "other"), "made with best_field = 'best'")
 

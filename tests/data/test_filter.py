@@ -20,7 +20,6 @@ RULES = [("A red bike, by the wall!", "a red bike by the wall", "identical"),
          ("red bike", "red bike => a bike that is red", "copied"),
          ("mossy steps", "Mossy stone steps!", "copied"),  # a text of data/prompts/meta_pairs.jsonl
          ("red bike", "bike", "short"),
-         ("red bike", "...", "short"),
          ("red bike", "bike " + " ".join(f"w{i}" for i in range(30)), "long"),
          ("red cap", "A red cap on a red cap", "repeats"),
          ("red bike", "something else entirely", "unrelated"),
@@ -40,7 +39,8 @@ def test_filter_has_each_rule_once(tmp_path):
     for i, (line, (alt, rewrite, rule)) in enumerate(zip(lines, RULES, strict=True)):
         expected = {"alt": alt, "rewrite_x": None if rule else rewrite, "id": i}
         assert json.loads(line) == (expected | {"error": {"rewrite_x": rule}} if rule else expected)
-    assert counts == {"rewrite_x": {"kept": 6, "identical": 2, "copied": 2, "short": 3, "long": 1, "repeats": 1, "unrelated": 1}}
+    rules = {"kept": 6, "identical": 2, "copied": 2, "short": 2, "long": 1, "repeats": 1, "unrelated": 1}
+    assert counts == {"rewrite_x": rules}
 
 
 def test_filter_goes_through_lists_entry_by_entry(tmp_path):
@@ -69,9 +69,9 @@ def test_filter_leaves_other_lines_as_they_are(tmp_path):
 
 
 def test_filter_by_the_clip_score(tmp_path):
-    """At least --min-score, and at least the original's score + --min-gain; a score that is missing is counted apart."""
+    """At least --min-score, at least the original's score + --min-gain; a missing score is counted apart."""
     scores = [(0.2, 0.2), (0.19, 0.2), (0.3, 0.31), (0.1, 0.5), (float("nan"), 0.2), (None, 0.2), (0.3, None)]
-    rows = [{"alt": "red bike", "rewrite_x": "one red bike", "clip_score": {"rewrite_x": new, "alt": old}} for new, old in scores]
+    rows = [{"alt": "red bike", "rewrite_x": "a red bike", "clip_score": {"rewrite_x": x, "alt": y}} for x, y in scores]
     for arguments, rules in [(["--min-score", 0.2], [None, "score", None, "score", "score", "unscored", None]),
                              (["--min-gain", 0], [None, "score", "score", "score", "score", "unscored", "unscored"]),
                              (["--min-gain", -0.02], [None, None, None, "score", "score", "unscored", "unscored"])]:

@@ -12,7 +12,7 @@ from tiny_models import make_llama
 from tools import run_tool
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if enable_thinking is undefined %}<think>{% endif %}{% if add_generation_prompt %}<|im_start|>{% endif %}")
+            "{{ '<|im_start|>' if add_generation_prompt }}{{ '<think>' if enable_thinking is undefined }}")
 
 
 @pytest.fixture(scope="session")
@@ -44,13 +44,11 @@ def make(tmp_path, *arguments):
     return read_jsonl(path)
 
 
-def test_chatbot(chat_folder, rows, tmp_path, capsys):
+def test_chatbot(chat_folder, rows, tmp_path):
     command = ["chatbot", "--captions", rows, "--model", chat_folder, "--device", DEVICE, "--number", 6, "--source", "bard"]
     pairs = make(tmp_path, *command)
     assert len(pairs) == len({pair["input"] for pair in pairs}) == 6 and {pair["source"] for pair in pairs} == {"bard"}
     assert all(1 <= len(pair["output"].split()) <= 30 and "</s>" not in pair["output"] for pair in pairs)
-    printed = capsys.readouterr().out
-    assert all(f"{pair['input']} => {pair['output']}\n" in printed for pair in pairs) and "Read them" in printed
     assert make(tmp_path, *command) == pairs != make(tmp_path, *command, "--seed", 1)
     make_llama(tmp_path / "bare")
     done = run_tool("make_pairs", *command, "--model", tmp_path / "bare", "--output", tmp_path / "out")
@@ -105,7 +103,7 @@ def test_drawn_captions_are_usable_and_every_row_has_its_chance(rows):
 
 
 @pytest.mark.parametrize("karpathy", [False, True])
-def test_coco(karpathy, tmp_path, capsys):
+def test_coco(karpathy, tmp_path):
     captions = [["only one", "only  one"], [], *([f"caption {j} of {i}\n" for j in range(5)] for i in range(2, 20))]
     data = {"annotations": [{"image_id": i, "caption": text} for i, texts in enumerate(captions) for text in texts]}
     if karpathy:
@@ -115,19 +113,16 @@ def test_coco(karpathy, tmp_path, capsys):
     (tmp_path / "coco.json").write_text(json.dumps(data))
     command = "coco", tmp_path / "coco.json", "--number", 8
     groups = make(tmp_path, *command)
-    assert {group["source"] for group in groups} == {"coco"}
     drawn = [int(group["captions"][0].split()[-1]) for group in groups]
     assert len(set(drawn)) == 8 and not {0, 1} & set(drawn)
-    assert all(group["captions"] == [f"caption {j} of {i}" for j in range(5)] for i, group in zip(drawn, groups))
+    assert groups == [{"source": "coco", "captions": [f"caption {j} of {i}" for j in range(5)]} for i in drawn]
     assert not karpathy or all(i % 4 < 2 for i in drawn)  # never an image on which retrieval is tested
     assert make(tmp_path, *command) == groups != make(tmp_path, *command, "--seed", 1)
-    assert "Read them" in capsys.readouterr().out
 
 
-def test_human(rows, tmp_path, capsys):
+def test_human(rows, tmp_path):
     empty = make(tmp_path, "human", "--captions", rows, "--number", 3)
     assert [pair["output"] for pair in empty] == [""] * 3 and {pair["source"] for pair in empty} == {"human"}
-    assert "Fill in every output" in capsys.readouterr().out
     command = "human", "--filled", tmp_path / "filled.jsonl"
 
     def fill(*outputs):

@@ -1,8 +1,4 @@
-"""data/plan.py: FLOPs against torch's counter, bytes against the files of a real run, hours against arithmetic by hand.
-
-Exact: FLOPs of CLIP's towers and of a LLaMA's decoding steps, bytes of JSONL and of the index. Within 2 %: a training step
-(the pixels need no gradient), parameters of the LLMs (without norms). Within 10 %: a LLaMA that reads a prompt (kernels also
-multiply what the causal mask hides), a checkpoint (the tokenizer and torch's own bookkeeping are in it)."""
+"""data/plan.py: FLOPs against torch's counter, bytes against a real run's files, hours against arithmetic by hand."""
 import json
 import re
 from contextlib import nullcontext
@@ -57,7 +53,7 @@ def test_a_training_step_within_2_percent(nano, loss, K, views, chunk):
     flops = counted(lambda: objective(drawn, *nano(*chunks[0])).backward() if chunk == 8 else
                     grad_cache.backward(nano, nano, objective, chunks, drawn, nullcontext))
     expected = plan.train_flops(c, 12, batch=8, texts=K, views=views, forwards=3 if chunk == 8 else 4)
-    assert flops == pytest.approx(8 * expected, rel=0.02)
+    assert flops == pytest.approx(8 * expected, rel=0.02)  # the pixels need no gradient
 
 
 def test_a_llama_reads_and_generates():
@@ -72,7 +68,7 @@ def test_a_llama_reads_and_generates():
         with torch.no_grad():
             return counted(lambda: model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False))
     short, long = generated(1), generated(10)
-    assert short == pytest.approx(llm.flops(20, 1), rel=0.1)
+    assert short == pytest.approx(llm.flops(20, 1), rel=0.1)  # kernels also multiply what the causal mask hides
     rotary = 2 * model.config.head_dim / 2  # angles of a token's position: an outer product, once a step
     assert long - short == pytest.approx(llm.flops(20, 10) - llm.flops(20, 1), rel=1e-9, abs=9 * rotary)
     assert llm.flops(5, 3, cached=20) == pytest.approx(llm.flops(25, 3) - llm.flops(20, 0))  # a shared beginning is read once
@@ -112,19 +108,14 @@ def test_hours_by_hand(tmp_path):
     assert result["LaCLIP"]["hours"] == pytest.approx(22) and result["VeCLIP"]["hours"] == pytest.approx(1012)
     assert result["VeCLIP"]["longest"] == "caption" and result["LaCLIP"]["share"] == pytest.approx(20 / 22)
     assert result["LaCLIP"]["even_epochs"] == pytest.approx(20)  # of one hour each
-
-
-def test_peak_and_utilisation(tmp_path):
     result, = as_json(tmp_path, "--rows", 1e6, "--epochs", 10, "--peak", 100, "--mfu", 0.5, "--model", "ViT-B/32")
     c = Config(**PRESETS["ViT-B/32"])
     expected = 1e7 * plan.train_flops(c, 27, 8192) / 50e12 / 3600
     assert result["stages"]["train"]["hours"] == result["stages"]["train"]["hours_peak"] == pytest.approx(expected)
-    assert result["bytes"]["images"] == 1e6 * 30e3
 
 
 def test_as_a_user():
-    told = works("plan", "--rows", "3e6", "300e6", "--gpu", "H100", fresh=True).stdout
-    tables, rates = told.split("\nrates")
+    tables, rates = works("plan", "--rows", "3e6", "300e6", "--gpu", "H100", fresh=True).stdout.split("\nrates")
     assert len(re.findall(r"^[\d,]+ rows; ", tables, re.M)) == 2
     assert "SGLang" in rates and "989 TFLOP/s x 40%" in rates
     assert all(note in rates for note in re.findall(r" \[\d+\] ", tables))  # every rate says where it comes from

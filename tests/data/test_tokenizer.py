@@ -1,16 +1,13 @@
 """data/make_tokenizer.py: a tokenizer that frames every text itself."""
 import json
-import random
 
 from tokenizers import Tokenizer
 
-from tiny_models import sentence
 from tools import works
 
 
 def test_tokenizer_frames_every_text_itself(tmp_path):
-    rng = random.Random(0)
-    rows = [{"alt": sentence(rng), "rewrite_x": [sentence(rng), None], "vec": 5} for _ in range(200)]
+    rows = [{"alt": "a red bike with old shoes", "rewrite_x": [f"blue boat {i}", None], "vec": 5} for i in range(200)]
     rows.append({"error": {"line": "not JSON"}, "line": "x"})
     (tmp_path / "in").write_text("\n".join(map(json.dumps, rows)))
     done = works("make_tokenizer", tmp_path / "in", tmp_path / "tokenizer.json", "--text", "alt", "rewrite_x", "vec",
