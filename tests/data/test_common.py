@@ -88,6 +88,7 @@ def test_rows_with_bad_lines_are_rows(first, tmp_path, capfd):
 def test_a_file_is_whole_or_absent(tmp_path):
     with pytest.raises(KeyboardInterrupt), rows.new_file(str(tmp_path / "a")) as f:
         f.write(b"half")
+        assert not (tmp_path / "a").exists()
         raise KeyboardInterrupt
     with pytest.raises(SystemExit), rows.new_file("/dev/full/a"):
         pass

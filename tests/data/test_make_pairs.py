@@ -76,6 +76,7 @@ def test_unusable_answers_are_drawn_again_once(chat_folder, rows, tmp_path, monk
                                 "Z" * make_pairs.MAX_NEW_TOKENS, thought,  # 3: cut at the limit, then good
                                 "w " * 30])  # 4: thirty words are allowed
     monkeypatch.setattr(make_pairs, "load_chat_model", lambda args: (script, tokenizer))
+    monkeypatch.setattr(make_pairs, "draw_captions", lambda *_: ["a <|im_end|> b", *captions])  # the first is not asked
     pairs = make(tmp_path, "chatbot", "--captions", rows, "--model", "any", "--number", 3)
     assert [(pair["input"], pair["output"]) for pair in pairs] == [
         (captions[0], "fine"), (captions[2], "Two cups"), (captions[3], ("w " * 30).strip())]
