@@ -109,8 +109,7 @@ def test_hours_by_hand(tmp_path):
     assert result["VeCLIP"]["longest"] == "caption" and result["LaCLIP"]["share"] == pytest.approx(20 / 22)
     assert result["LaCLIP"]["even_epochs"] == pytest.approx(20)  # of one hour each
     result, = as_json(tmp_path, "--rows", 1e6, "--epochs", 10, "--peak", 100, "--mfu", 0.5, "--model", "ViT-B/32")
-    c = Config(**PRESETS["ViT-B/32"])
-    expected = 1e7 * plan.train_flops(c, 27, 8192) / 50e12 / 3600
+    expected = 1e7 * plan.train_flops(Config(**PRESETS["ViT-B/32"]), 27, 8192) / 50e12 / 3600
     assert result["stages"]["train"]["hours"] == result["stages"]["train"]["hours_peak"] == pytest.approx(expected)
 
 
