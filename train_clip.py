@@ -33,7 +33,6 @@ import time
 import zipfile
 import zlib
 from array import array
-from bisect import bisect_right
 from collections import Counter, OrderedDict
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -53,44 +52,42 @@ from torchvision.transforms import RandomResizedCrop, v2
 from tqdm import tqdm
 
 # === the text of a step: all that distinguishes LaCLIP and VeCLIP from CLIP =======================
-def draw_texts(row, fields, rng, every=False):
+def draw_texts(row, fields, rng):
     """LaCLIP's aug_T (eq. 2) and VeCLIP's mix (eq. 2): draw a field by its weight among those that
     the row has, then one of its texts. fields: {name: weight}
 
-    -> [the drawn text], 0; with `every` the texts of all fields (a missing one is the row's first)
-    and the drawn one's index. Then whether alt replaced a text of one word, as LaCLIP's release."""
-    values = [row.get(field) for field in fields]
-    present = np.array([bool(texts_of(value)) for value in values], float)
+    -> a text of every field (where the row has none, its first one), the index of the drawn field,
+    and whether alt replaced its text, as it does a text of one word in LaCLIP's release."""
+    lists = [texts_of(row.get(field)) for field in (*fields, "alt")]
+    present = np.array([any(texts) for texts in lists[:-1]], float)
     if not present.any():
         raise ValueError(f"no text in {', '.join(fields)}")
     weights = present * list(fields.values())
-    weights = weights if weights.any() else present
-    drawn = int(rng.choice(len(values), p=weights / weights.sum()))
-    place, index_of = rng.random(), {}
-    text, alt = pick(values[drawn], place, index_of), None  # below: scripts that write no blanks
-    has_blanks = not re.search("[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]", text)
-    if len(text.split()) < 2 and has_blanks and list(fields)[drawn] != "alt":
-        alt = pick(row.get("alt"), place, index_of)
-    if not every:
-        return [alt or text], 0, bool(alt)
-    texts = [pick(value, place, index_of) for value in values]
-    texts[drawn] = alt or text
+    weights = weights if weights.any() else present  # weight 0: where the others are missing
+    drawn = int(rng.choice(len(fields), p=weights / weights.sum()))
+    *texts, alt = one_of_each(lists, drawn, rng.random())
+    replaced = bool(alt and list(fields)[drawn] != "alt" and not WORDS.search(texts[drawn]))
+    texts[drawn] = alt if replaced else texts[drawn]
     first = next(filter(None, texts))
-    return [text or first for text in texts], drawn, bool(alt)
+    return [text or first for text in texts], drawn, replaced
+
+# Several words, or the letters of a language that writes no blanks: Thai, Chinese, Japanese
+WORDS = re.compile(r"\S\s+\S|[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 def texts_of(value):
-    """The usable texts of a field, whose value is a text, a list of texts and nulls, or absent."""
+    """A field's texts. Its value is a text, a list, or absent; None stands for what is no text."""
     entries = value if isinstance(value, list) else [value]
-    return [text for text in entries if isinstance(text, str) and text.strip()]
+    return [text if isinstance(text, str) and text.strip() else None for text in entries]
 
-def pick(value, place, index_of):
-    """One text of a field, by `place` in [0, 1), or None. Lists of one length belong together entry
-    by entry, like several AltTexts and the vecap made from each: index_of is {length: index}."""
-    entries = value if isinstance(value, list) else [value]
-    usable = [i for i, text in enumerate(entries) if texts_of(text)]
-    if usable:
-        i = index_of.setdefault(len(entries), usable[int(place * len(usable))])
-        return entries[i] if i in usable else None
+def one_of_each(lists, drawn, place):
+    """A text of every list, or None, by `place` in [0, 1). Lists of one length belong together
+    entry by entry, like several AltTexts and the VeCap made from each."""
+    texts, index_of = [None] * len(lists), {}  # {length: index}
+    for k in (drawn, *range(len(lists))):
+        if usable := [i for i, text in enumerate(lists[k]) if text]:
+            i = index_of.setdefault(len(lists[k]), usable[int(place * len(usable))])
+            texts[k] = lists[k][i]
+    return texts
 
 # === losses =======================================================================================
 def info_nce(queries, keys, scale):
@@ -166,10 +163,9 @@ class Config:
     text_model: dict | None = None  # with --text-model: the configuration of that encoder
 
 PRESETS = {  # as open_clip has them
-    # for the demo's drawings. White is 0, or all of them would look the same at first
     "nano":     dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=2,
                      vision_heads=2, text_width=128, text_layers=2, text_heads=2,
-                     mean=(1.0, 1.0, 1.0), std=(0.27, 0.27, 0.27)),
+                     mean=(1.0, 1.0, 1.0), std=(0.27, 0.27, 0.27)),  # for drawings: white is 0
     "ViT-S/16": dict(embed_dim=384, vision_width=384, vision_heads=6, text_width=384, text_heads=6),
     "ViT-B/32": dict(patch_size=32),
     "ViT-B/16": dict(),
@@ -177,10 +173,9 @@ PRESETS = {  # as open_clip has them
                      vision_heads=16, text_width=768, text_heads=12),
     "ViT-H/14": dict(embed_dim=1024, patch_size=14, vision_width=1280, vision_layers=32,
                      vision_heads=16, text_width=1024, text_layers=24, text_heads=16),
-    # LaCLIP's release, whose image tower is timm's. Its initial weights are drawn as for the others
     "ViT-B/16-laclip": dict(qk_norm=True, pre_norm=False, patch_bias=True, vision_eps=1e-6,
                             text_quick_gelu=True, resize="bilinear",
-                            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+                            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),  # timm's
 }
 PRESETS["nano-conv"] = {**PRESETS["nano"], "conv_stem": True}  # sees small objects much sooner
 
@@ -361,11 +356,12 @@ def train(args):
     if start == steps:
         return print(f"{args.out} is finished: {steps} steps")
 
-    # model, optimizer, data
     torch.manual_seed(args.seed)
     model, tokenizer = from_state(state) if state else new_model(args)
     towers, Transformer.twice = model.to(device), args.grad_checkpointing
     if args.freeze_text:
+        if not model.config.text_model:
+            die("--freeze-text: this model has no --text-model")
         model.text_encoder.requires_grad_(False)
     head = nn.Identity()
     if args.ssl:
@@ -395,7 +391,7 @@ def train(args):
     progress = tqdm(total=steps, initial=start, unit="step", disable=rank() > 0)
     stopping = []  # by SIGTERM, when the node is taken back: save after this step and leave
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    counts = torch.tensor([*(state if start else {}).get("counts", [0, 0, 0]), 0])
+    counts = state["counts"] if start else [0, 0, 0]  # images, unusable, replaced; of all ranks
     wait, logged_at, logged_step = 0.0, time.time(), start
     for step in range(start, steps):
         asked_at = time.time()
@@ -424,8 +420,9 @@ def train(args):
         for name, why in unusable:
             with open(out("bad_images.jsonl"), "a") as f:
                 f.write(json.dumps({"step": done, "image": name, "reason": why}) + "\n")
-        counts += all_reduce(torch.tensor([len(drawn), len(unusable), replaced, len(stopping)]))
-        images, bad, words, stopped = counts.tolist()  # of the run and all ranks, but stopped: now
+        found = torch.tensor([len(drawn), len(unusable), replaced, len(stopping)])
+        *found, stopped = all_reduce(found).tolist()
+        images, bad, words = counts = [a + b for a, b in zip(counts, found)]
         if bad > args.max_bad * max(images + bad, 1000):  # unsaved: a restart does not get past it
             progress.close()
             die(f"{bad} of {images + bad} rows are unusable (--max-bad): {out('bad_images.jsonl')}")
@@ -447,11 +444,12 @@ def train(args):
         if leave or keep or done % args.save_every == 0:
             if not all(parameter.isfinite().all() for parameter in model.parameters()):
                 die(f"a weight is not finite after step {done}; {args.out} keeps the checkpoint")
-            for name in [f"checkpoint-{done}.pt"] * bool(keep) + ["checkpoint.pt"]:
-                if rank() == 0:
-                    save_checkpoint(out(name), model, tokenizer, head=head.state_dict(), step=done,
-                                    optimizer=optimizer.state_dict(), counts=[images, bad, words],
-                                    settings=settings, logged=os.path.getsize(metrics.name))
+            if rank() == 0:
+                more = dict(head=head.state_dict(), optimizer=optimizer.state_dict(), step=done,
+                            counts=counts, settings=settings, logged=os.path.getsize(metrics.name))
+                if keep:
+                    save_checkpoint(out(f"checkpoint-{done}.pt"), model, tokenizer, **more)
+                save_checkpoint(out("checkpoint.pt"), model, tokenizer, **more)
         if leave:
             break
     progress.close()
@@ -460,8 +458,8 @@ def train(args):
         print(f"stopped at step {done} of {steps}: the same command goes on", file=sys.stderr)
 
 def begin(args, rows, device, world):
-    """-> OUT's checkpoint, --init's or {}; the steps that are done; the run's settings, with which
-    alone it goes on; metrics.jsonl, cut back to that step, whose lock keeps other launches out"""
+    """-> OUT's checkpoint, --init's or {}; its step; the settings, with which alone a run goes on;
+    metrics.jsonl, cut back to that step, whose lock keeps other launches out"""
     path = os.path.join(args.out, "checkpoint.pt")
     resumed = os.path.exists(path)
     state = read_checkpoint(path if resumed else args.init) if resumed or args.init else {}
@@ -529,8 +527,8 @@ class Samples(torch.utils.data.Dataset):
             self.views += [partial(augment_slip, crop=augment_crop)] * 2
 
     def __getitem__(self, sample):
-        """-> uint8 [V, 3, S, S]; ids of K texts; the drawn one's index; whether alt replaced it;
-        [(name, reason)] of the unusable rows that this one replaces"""
+        """-> uint8 [V, 3, S, S]; ids of the drawn text or of all; the drawn one's index; whether
+        alt replaced it; [(name, reason)] of the unusable rows that this one replaces"""
         (epoch, place, index), args, bad = sample, self.args, []
         rng = np.random.default_rng([args.seed, epoch, place])
         while len(bad) < 100:
@@ -538,13 +536,14 @@ class Samples(torch.utils.data.Dataset):
             try:
                 row = self.rows[index]
                 name = row.get("image") or name
-                texts, *drawn = draw_texts(row, dict(args.text), rng, args.loss == "multitext")
+                texts, drawn, replaced = draw_texts(row, dict(args.text), rng)
+                texts = texts if args.loss == "multitext" else [texts[drawn]]
                 ids = [self.tokenizer.encode(text) for text in texts]
                 image = open_image(args.image_root, name)
                 image = image if self.views == [augment_crop] else to_rgb(image)  # decoded once
                 torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))  # torchvision's
                 views = [v2.functional.pil_to_tensor(view(image, self.size)) for view in self.views]
-                return torch.stack(views), ids, *drawn, bad
+                return torch.stack(views), ids, drawn, replaced, bad
             except Exception as e:  # Pillow raises nearly everything; no file may end a month's run
                 bad.append((name, f"{type(e).__name__}: {re.sub(' <_io.*?>', '', str(e))}"))
                 index = int(rng.integers(len(self.rows)))
@@ -655,7 +654,7 @@ class Rows:
 
     def __getitem__(self, i):
         begin, end = self.begins[i:i + 2].tolist()
-        number = bisect_right(self.file_begins, begin) - 1
+        number = np.searchsorted(self.file_begins, begin, "right") - 1
         with open(self.paths[number], "rb") as f:
             f.seek(begin - self.file_begins[number])
             return json.loads(f.read(end - begin))
@@ -775,7 +774,8 @@ def parse_args(argv=None):
     for name, value in vars(args).items():  # None and False are no numbers
         may_be_0 = name in ("workers", "max_bad", "wd", "warmup", "seed")
         if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_0):
-            die(f"--{name.replace('_', '-')} {value}: expected {'0 or ' * may_be_0}more")
+            least = "0 or more" if may_be_0 else "more than 0"
+            die(f"--{name.replace('_', '-')} {value}: expected {least}")
     beside = args.model, args.text_model, args.tokenizer, args.image_size, args.context_length
     if args.init and any(beside):
         die("--init brings its model, tokenizer and sizes: none of their flags beside it")
@@ -812,7 +812,7 @@ def read_settings(args, rows, world):
     for i in {*range(0, len(rows), len(rows) // 1000 or 1), *firsts.clip(max=len(rows) - 1).flat}:
         with suppress(ValueError, TypeError):  # no JSON; no object
             row = rows[i]
-            found |= {field for field in row if texts_of(row[field])}
+            found |= {field for field in row if any(texts_of(row[field]))}
     if missing := dict(args.text).keys() - found:
         die(f"--text {' '.join(missing)}: no such text in {' '.join(args.captions)} (as JSONL)")
     settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
@@ -870,7 +870,7 @@ def main(argv=None):
         if dist.is_initialized():  # else gloo's threads outlive the interpreter, which may abort
             dist.destroy_process_group()
     except OSError as e:  # a missing file, a full disk, no checkpoint
-        die(str(e))
+        die("a worker was killed" if isinstance(e, ConnectionError) else str(e))
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
         for worker in multiprocessing.active_children():  # they ignore SIGTERM
