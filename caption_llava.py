@@ -64,6 +64,15 @@ class Captioner:
             pad_token_id=min(self.ends, default=0))
 
     @torch.inference_mode()
+    def answer(self, inputs):
+        """Greedy answers to the model's inputs for B images"""
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        new = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, T]
+        self.counts["cut at --max-new-tokens"] += sum(map(self.ends.isdisjoint, new))
+        new = [[token for token in ids if token not in self.ends] for ids in new]
+        thought = "<think>" if self.prompt.rstrip().endswith("<think>") else ""  # by the template
+        return [thought + self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+
     def caption(self, names):
         """-> [(answer, None) or (None, reason)] for the images with these names"""
         size, workers = self.args.batch_size, self.args.workers
@@ -81,7 +90,7 @@ class Captioner:
         """-> [(the model's inputs for the images that can be read, each name's reason or None)]"""
         images, reasons = zip(*(read_image(self.args.image_root, name) for name in names))
         images = [[image] for image in images if image]
-        special = not self.prompt.startswith(self.tokenizer.bos_token or "\0")  # else twice
+        special = not self.prompt.startswith(self.tokenizer.bos_token or "\0")  # BOS only once
         try:
             return [(self.processor(images=images, text=[self.prompt] * len(images), padding=True,
                                     add_special_tokens=special, return_tensors="pt")
@@ -90,15 +99,6 @@ class Captioner:
             if len(names) == 1:
                 return [(None, [re.sub(r" at 0x\w+", "", repr(e))])]
             return [one for name in names for one in self.prepare([name])]
-
-    def answer(self, inputs):
-        """Greedy answers to the model's inputs for B images"""
-        inputs = inputs.to(self.model.device, self.model.dtype)
-        new = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, T]
-        self.counts["cut at --max-new-tokens"] += sum(map(self.ends.isdisjoint, new))
-        new = [[token for token in ids if token not in self.ends] for ids in new]
-        thought = "<think>" if self.prompt.rstrip().endswith("<think>") else ""  # by the template
-        return [thought + self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
 
 
 def read_image(root, name):
@@ -157,8 +157,8 @@ def main(argv=None):
         caption = Captioner(args, parts.counts).caption
     for number, rows in parts.to_make():
         results = [answer_line(*x) for x in caption([row.get("image") for row in rows])]
-        if (number == 0 or len(rows) > 50) and not any(text for text, _ in results) and rows:
-            die(f"--image-root {args.image_root}: no caption for {len(rows)} rows: {results[0][1]}")
+        if rows and not any(text for text, _ in results) and (number == 0 or len(rows) > 50):
+            die(f"no caption for {len(rows)} rows ({results[0][1]}): mend --image-root or drop them")
         for row, result in zip(rows, results):
             parts.put(row, "vec", None, [result])
     parts.join()
@@ -297,7 +297,7 @@ class Parts:
             lines = (line for path in self.paths for line in open(path, encoding="utf-8"))
             self.write(self.output, lines)
         if not os.path.exists(self.output):
-            return print(f"{self.output}: {missing} of {len(self.paths)} parts are missing")
+            return print(f"{self.output}: {missing} of {len(self.paths)} parts are still to make")
         settings = Path(self.output + ".settings.json")
         then = json.loads(settings.read_text()) if settings.exists() else {}
         if other := [name for name in self.made if self.made[name] != then.get(name)]:

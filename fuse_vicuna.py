@@ -57,19 +57,18 @@ def pairs_prompt(pairs, alt, vec):
     return f"Merge two texts about one image into one short caption.\n\n{lines}{texts} =>"
 
 
-def fuse(answer, prompt, texts, openings, counts):
+def fuse(ask, prompt_of, texts, openings, counts):
     """Fuse [(AltText, VeC)], either of which may be "" -> [(caption, None) or (None, reason)]
 
-    answer(prompts) -> [(answer, None) or (None, reason)]. A refusal is asked again with the VeC."""
+    ask(prompts) -> [(answer, None) or (None, reason)]. A refusal is asked again with the VeC."""
     results = [(None, "no text")] * len(texts)
     todo = {i: pair for i, pair in enumerate(texts) if any(pair)}
     while todo:
-        answers = answer([prompt(*pair) for pair in todo.values()])
+        answers = ask([prompt_of(*pair) for pair in todo.values()])
         again = {}
-        for (i, (alt, vec)), (text, reason) in zip(todo.items(), answers):
-            results[i] = answer_line(text, reason)
-            text = results[i][0]
-            if text and text.lower().replace("’", "'").startswith(tuple(openings)):
+        for (i, (alt, vec)), answer in zip(todo.items(), answers):
+            results[i] = caption, _ = answer_line(*answer)
+            if caption and caption.lower().replace("’", "'").startswith(tuple(openings)):
                 results[i] = None, "refused"
                 if alt and vec:
                     again[i] = "", vec
@@ -86,14 +85,14 @@ def clean(text):
 
 
 def text_pairs(row, args):
-    """-> the value whose shape, text or list, the result takes, and its [(AltText, VeC)]: of two
+    """-> the value that the result is like, a text or a list, and its [(AltText, VeC)]: of two
     lists entry by entry, a single text with each."""
     alt, vec = row.get(args.alt_field) or None, row.get(args.vec_field) or None
     lists = [value for value in (alt, vec) if isinstance(value, list)]
-    shape_of = max(lists, key=len, default=alt)
-    n = len(shape_of) if lists else 1
+    like = max(lists, key=len, default=alt)
+    n = len(like) if lists else 1
     columns = [(x + [None] * n)[:n] if isinstance(x, list) else [x] * n for x in (alt, vec)]
-    return shape_of, [(clean(alt), clean(vec)) for alt, vec in zip(*columns)]
+    return like, [(clean(alt), clean(vec)) for alt, vec in zip(*columns)]
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ class Fuser:
             self.model = AutoModelForCausalLM.from_pretrained(
                 args.model, dtype=DTYPES[args.dtype], device_map=args.device).eval()
         except Exception as e:  # transformers raises nearly everything for a folder without a model
-            die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece"))  # the right one
+            die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece"))  # what it lacks
         self.args, self.counts = args, counts
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         config, how = self.model.config.get_text_config(), self.model.generation_config
@@ -170,8 +169,8 @@ def main(argv=None):
         sources = [text_pairs(row, args) for row in rows]
         texts = [(fuser.cut(alt), vec) for _, own in sources for alt, vec in own]
         results = iter(fuse(fuser.answer, prompt, texts, openings, parts.counts))
-        for row, (shape_of, own) in zip(rows, sources):
-            parts.put(row, "vecap", shape_of, [next(results) for _ in own])
+        for row, (like, own) in zip(rows, sources):
+            parts.put(row, "vecap", like, [next(results) for _ in own])
     parts.join()
 
 
@@ -313,7 +312,7 @@ class Parts:
             lines = (line for path in self.paths for line in open(path, encoding="utf-8"))
             self.write(self.output, lines)
         if not os.path.exists(self.output):
-            return print(f"{self.output}: {missing} of {len(self.paths)} parts are missing")
+            return print(f"{self.output}: {missing} of {len(self.paths)} parts are still to make")
         settings = Path(self.output + ".settings.json")
         then = json.loads(settings.read_text()) if settings.exists() else {}
         if other := [name for name in self.made if self.made[name] != then.get(name)]:

@@ -53,11 +53,12 @@ def draw_prompt(examples, shots, rng):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    pairs = [json.loads(line) for line in open(args.pairs, encoding="utf-8")]
-    examples = {name: [pair for pair in pairs if pair["source"] == name] for name in args.sources}
-    few = [name for name in args.sources if not 0 <= args.shots <= len(examples[name])]
-    if few or args.temperature < 0 or args.top_p <= 0:
-        die(f"--shots {args.shots}: not so many pairs of {few}; or --temperature, --top-p below 0")
+    pairs = [parse_row(line) for line in open(args.pairs, "rb")]
+    examples = {name: [p for p in pairs if p.get("source") == name] for name in args.sources}
+    if not 0 <= args.shots <= min(map(len, examples.values())) or any("line" in p for p in pairs):
+        die(f"--pairs {args.pairs}: expected JSON, and --shots {args.shots} pairs of {args.sources}")
+    if args.temperature < 0 or args.top_p <= 0:
+        die("--temperature below 0, or --top-p not above 0")
     parts = Parts(args, [TASK, examples], reads={args.field},
                   makes={f"rewrite_{source}" for source in args.sources})
     if parts.join():
@@ -68,13 +69,12 @@ def main(argv=None):
     as_list = lambda value: value if isinstance(value, list) else [value]
     for number, rows in parts.to_make():
         texts = [[clean(text) for text in as_list(row.get(args.field))] for row in rows]
-        captions = [text for own in texts for text in own]
-        asked = [i for i, text in enumerate(captions) if text]
+        captions = [text for own in texts for text in own if text]
         for source in args.sources:
             rng = np.random.default_rng([args.seed, number, *source.encode()])
             prompt = draw_prompt(examples[source], args.shots, rng)  # release: one for each caption
-            uniform = rng.random((len(captions), args.max_new_tokens), "f4")[asked]  # a text's own
-            answers = iter(complete(prompt, [captions[i] for i in asked], uniform))
+            uniform = rng.random((len(captions), args.max_new_tokens), "f4")  # a token's own number
+            answers = iter(complete(prompt, captions, uniform))
             for row, own in zip(rows, texts):
                 parts.put(row, f"rewrite_{source}", row.get(args.field), [
                     answer_line(*next(answers)) if text else (None, "no text") for text in own])
@@ -107,7 +107,7 @@ class Completer:
             self.model = AutoModelForCausalLM.from_pretrained(
                 args.model, dtype=DTYPES[args.dtype], device_map=args.device).eval()
         except Exception as e:  # transformers raises nearly everything for a folder without a model
-            die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece"))  # the right one
+            die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece"))  # what it lacks
         self.args, self.counts, self.shape = args, counts, None
         config, how = self.model.config.get_text_config(), self.model.generation_config
         named = [x.eos_token_id for x in (config, how, self.tokenizer)]
@@ -120,11 +120,12 @@ class Completer:
         self.model.generation_config = GenerationConfig(  # by_generate's, whatever the folder says
             max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, top_p=args.top_p,
             temperature=args.temperature or None, top_k=0, eos_token_id=[*self.stops])
-        layers = DynamicCache(config=config).layers  # room: by_slots takes prompts up to it
-        plain = {*map(type, layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}  # no states
+        layers = DynamicCache(config=config).layers  # by_slots needs keys and values, no states,
+        plain = {*map(type, layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}  # and masks
         able = self.model._can_compile_fullgraph and config.model_type not in ("bloom", "falcon")
         window = min(getattr(layer, "sliding_window", sys.maxsize) for layer in layers)
-        self.room = window - args.max_new_tokens - MAX_CAPTION_TOKENS - 9 if plain and able else 0
+        text = MAX_CAPTION_TOKENS + len(self.tokenizer(" =>").input_ids) + args.max_new_tokens
+        self.longest_prompt = window - text if plain and able else 0  # of by_slots
 
     def complete(self, prompt, captions, uniform):
         """-> [(what follows `prompt` + caption + " =>" up to the end of its line, None)]"""
@@ -132,7 +133,7 @@ class Completer:
         n = len(encode("\n"))  # a caption follows "\n": alone, LLaMA's tokenizer adds a blank
         texts = [encode(f"\n{text}")[n:][:MAX_CAPTION_TOKENS] + encode(" =>") for text in captions]
         prompt = self.tokenizer(prompt).input_ids
-        new = self.by_slots(prompt, texts, uniform) if len(prompt) <= self.room else [
+        new = self.by_slots(prompt, texts, uniform) if len(prompt) <= self.longest_prompt else [
             self.by_generate(prompt + text, u) for text, u in zip(texts, uniform)]
         self.counts["cut at --max-new-tokens"] += sum(map(self.stops.isdisjoint, new))
         new = [[token for token in ids if token not in self.ends] for ids in new]
@@ -140,12 +141,11 @@ class Completer:
 
     @torch.inference_mode()
     def by_slots(self, prompt, texts, uniform):
-        """The ids that follow the prompt and each text until its line ends. Slot b holds text
-        slots[b]. A step feeds it one token: its text's next, or the one drawn last. When its line
-        ends, it takes the next text: nobody waits, and all steps have one shape. The cache is a
-        ring of W places behind the prompt. All slots write at the same place; a slot's mask shows
-        the prompt and the places of its own text. A text has at most W tokens, so the ring
-        overwrites none that is needed; and positions are given, so its order means nothing."""
+        """The ids that follow the prompt and each text until its line ends. A step feeds every slot
+        one token: its text's next, or the one drawn last. A slot whose line has ended takes the
+        next text: nobody waits, and all steps have one shape. The cache holds the prompt, then a
+        ring of W places; all slots write at the same one, and a slot's mask shows its own text's.
+        No text has over W tokens, so none that is needed is overwritten. Order means nothing."""
         from transformers.cache_utils import Cache, DynamicCache, StaticLayer
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         slots, waiting = order[:self.args.batch_size], iter(order[self.args.batch_size:])
@@ -327,7 +327,7 @@ class Parts:
             lines = (line for path in self.paths for line in open(path, encoding="utf-8"))
             self.write(self.output, lines)
         if not os.path.exists(self.output):
-            return print(f"{self.output}: {missing} of {len(self.paths)} parts are missing")
+            return print(f"{self.output}: {missing} of {len(self.paths)} parts are still to make")
         settings = Path(self.output + ".settings.json")
         then = json.loads(settings.read_text()) if settings.exists() else {}
         if other := [name for name in self.made if self.made[name] != then.get(name)]:

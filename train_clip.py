@@ -57,7 +57,7 @@ def draw_texts(row, fields, rng):
     the row has, then one of its texts. fields: {name: weight}
 
     -> a text of every field (where the row has none, its first one), the index of the drawn field,
-    and whether alt replaced its text, as it does a text of one word in LaCLIP's release."""
+    and whether alt replaced its text. It replaces texts of one word, as in LaCLIP's release."""
     lists = [texts_of(row.get(field)) for field in (*fields, "alt")]
     present = np.array([any(texts) for texts in lists[:-1]], float)
     if not present.any():
@@ -66,10 +66,11 @@ def draw_texts(row, fields, rng):
     weights = weights if weights.any() else present  # weight 0: where the others are missing
     drawn = int(rng.choice(len(fields), p=weights / weights.sum()))
     *texts, alt = one_of_each(lists, drawn, rng.random())
-    replaced = bool(alt and list(fields)[drawn] != "alt" and not WORDS.search(texts[drawn]))
-    texts[drawn] = alt if replaced else texts[drawn]
+    replaced = [bool(text and alt) and field != "alt" and not WORDS.search(text)
+                for field, text in zip(fields, texts)]
+    texts = [alt if one_word else text for one_word, text in zip(replaced, texts)]
     first = next(filter(None, texts))
-    return [text or first for text in texts], drawn, replaced
+    return [text or first for text in texts], drawn, replaced[drawn]
 
 # Several words, or the letters of a language that writes no blanks: Thai, Chinese, Japanese
 WORDS = re.compile(r"\S\s+\S|[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
@@ -182,9 +183,9 @@ PRESETS["nano-conv"] = {**PRESETS["nano"], "conv_stem": True}  # sees small obje
 class CLIP(nn.Module):
     """Two towers and a temperature (Radford et al. 2021): the model of both papers."""
 
-    def __init__(self, config):
+    def __init__(self, c):
         super().__init__()
-        self.config, c, W = config, config, config.text_width
+        self.config, W = c, c.text_width
         self.visual = VisionTransformer(c)
         self.token_embedding = nn.Embedding(c.vocab_size, W)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -206,8 +207,7 @@ class CLIP(nn.Module):
     def encode_text(self, texts):
         """Texts -> [B, embed_dim], not normalised: the feature at the end token. Padding would give
         the same, since attention is causal; so a text costs only its own tokens."""
-        # on a CPU, threads would sum up the gradient of positional_embedding[...] in no fixed order
-        x = F.embedding(texts.positions, self.positional_embedding)
+        x = F.embedding(texts.positions, self.positional_embedding)  # [...] adds in no fixed order
         x = self.transformer(self.token_embedding(texts.ids) + x, texts)  # [T, W]
         return self.ln_final(x[texts.ends]) @ self.text_projection
 
@@ -246,7 +246,7 @@ class VisionTransformer(nn.Module):
         return self.ln_post(self.transformer(self.ln_pre(x + self.positional_embedding))[:, 0])
 
 class Transformer(nn.Module):
-    twice = False  # --grad-checkpointing: compute activations again
+    rerun = False  # --grad-checkpointing: the backward pass computes the blocks again
 
     def __init__(self, width, layers, heads, quick_gelu, eps, qk_norm=False):
         super().__init__()
@@ -260,7 +260,7 @@ class Transformer(nn.Module):
 
     def forward(self, x, texts=None):
         for block in self.resblocks:
-            x = checkpoint(block, x, texts, use_reentrant=False) if self.twice else block(x, texts)
+            x = checkpoint(block, x, texts, use_reentrant=False) if self.rerun else block(x, texts)
         return x
 
 class ResidualAttentionBlock(nn.Module):
@@ -358,7 +358,8 @@ def train(args):
 
     torch.manual_seed(args.seed)
     model, tokenizer = from_state(state) if state else new_model(args)
-    towers, Transformer.twice = model.to(device), args.grad_checkpointing
+    towers = model.to(device)
+    Transformer.rerun = args.grad_checkpointing
     if args.freeze_text:
         if not model.config.text_model:
             die("--freeze-text: this model has no --text-model")
@@ -422,7 +423,7 @@ def train(args):
                 f.write(json.dumps({"step": done, "image": name, "reason": why}) + "\n")
         found = torch.tensor([len(drawn), len(unusable), replaced, len(stopping)])
         *found, stopped = all_reduce(found).tolist()
-        images, bad, words = counts = [a + b for a, b in zip(counts, found)]
+        images, bad, one_word = counts = [a + b for a, b in zip(counts, found)]
         if bad > args.max_bad * max(images + bad, 1000):  # unsaved: a restart does not get past it
             progress.close()
             die(f"{bad} of {images + bad} rows are unusable (--max-bad): {out('bad_images.jsonl')}")
@@ -435,7 +436,7 @@ def train(args):
             entry = {"step": done, "epoch": round(done / per_epoch, 4), "loss": loss,
                      "lr": optimizer.param_groups[0]["lr"], "samples_per_s": float(f"{speed:.4g}"),
                      "logit_scale": model.logit_scale.exp().item(), "data_wait_s": round(wait, 3),
-                     "bad": bad, "replaced": round(words / images, 4)}
+                     "bad": bad, "replaced": round(one_word / images, 4)}
             wait, logged_at, logged_step = 0.0, time.time(), done
             progress.set_postfix(loss=f"{loss:.3f}", samples_per_s=entry["samples_per_s"])
             if rank() == 0:
@@ -547,7 +548,7 @@ class Samples(torch.utils.data.Dataset):
             except Exception as e:  # Pillow raises nearly everything; no file may end a month's run
                 bad.append((name, f"{type(e).__name__}: {re.sub(' <_io.*?>', '', str(e))}"))
                 index = int(rng.integers(len(self.rows)))
-        raise RuntimeError(f"100 rows in succession are unusable; the last one is {bad[-1]}")
+        raise OSError(f"100 rows in succession are unusable; the last one, {': '.join(bad[-1])}")
 
 def collate(samples):
     views, texts, drawn, replaced, bad = zip(*samples)
@@ -728,6 +729,8 @@ def load_checkpoint(path, device="cpu"):
     return model.eval().to(device), tokenizer, eval_transform(model.config)
 
 # === the command, and ranks =======================================================================
+DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -769,7 +772,7 @@ def parse_args(argv=None):
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
     add("--keep-every", type=int, metavar="N", help="keep the checkpoint of every Nth step")
     add("--log-every", type=int, default=10, help="steps between logged ones (default: 10)")
-    add("--device", choices=["cpu", "cuda", "mps"], help="default: a GPU if there is one")
+    add("--device", default=DEVICES[0], choices=DEVICES, help="default here: %(default)s")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():  # None and False are no numbers
         may_be_0 = name in ("workers", "max_bad", "wd", "warmup", "seed")
@@ -796,7 +799,7 @@ def resolve_precision(name, device):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return name if name != "auto" else "bf16" if has_bf16 else "fp32"
 
-HARMLESS = ("captions", "image_root", "workers", "max_bad", "micro_batch", "grad_checkpointing",
+MAY_CHANGE = ("captions", "image_root", "workers", "max_bad", "micro_batch", "grad_checkpointing",
             "compile", "out", "save_every", "keep_every", "log_every", "device", "epochs")
 
 def read_settings(args, rows, world):
@@ -815,7 +818,7 @@ def read_settings(args, rows, world):
             found |= {field for field in row if any(texts_of(row[field]))}
     if missing := dict(args.text).keys() - found:
         die(f"--text {' '.join(missing)}: no such text in {' '.join(args.captions)} (as JSONL)")
-    settings = {name: value for name, value in vars(args).items() if name not in HARMLESS}
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     return {**settings, "steps": steps, "warmup": warmup, "rows": len(rows),
             "checksum of --captions": rows.checksum}
 
@@ -837,10 +840,6 @@ def new_model(args):  # -> model, tokenizer
 
 def start_ranks(device):
     """Join torchrun's process group, if there is one. -> this rank's device, the number of ranks"""
-    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    device = device or next(name for name in usable if usable[name])
-    if not usable[device]:
-        die(f"--device {device}: torch finds none here")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
@@ -869,8 +868,9 @@ def main(argv=None):
         train(parse_args(argv))
         if dist.is_initialized():  # else gloo's threads outlive the interpreter, which may abort
             dist.destroy_process_group()
-    except OSError as e:  # a missing file, a full disk, no checkpoint
-        die("a worker was killed" if isinstance(e, ConnectionError) else str(e))
+    except OSError as e:  # a missing file, a full disk; from a worker, behind its traceback
+        told = str(e).rpartition("\nOSError: ")[2]
+        die("a worker was killed" if isinstance(e, ConnectionError) else told)
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
         for worker in multiprocessing.active_children():  # they ignore SIGTERM

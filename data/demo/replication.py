@@ -4,17 +4,12 @@
     bash data/replicate.sh laclip-filtered slip       # other rows
     bash data/replicate.sh --list                     # all rows with results, settings and commits
 
-A row is a file of captions and the flags of train_clip.py; all rows share the recipe, which was
-chosen on the validation team by plain CLIP alone. Two runs go side by side, one thread each. What
-is done is skipped. Results go to OUT/replication.jsonl, a line per run: another LLM needs another
-OUT. data/replication.jsonl has those that README and --list show.
+A row is a file of captions and the flags of train_clip.py. Two runs go side by side, one thread
+each; what is done is skipped. Results go to OUT/replication.jsonl, a line per run: another LLM
+needs another OUT. data/replication.jsonl has those that README and --list show.
 
-The scores, in %, are on scenes by two teams that no row trains on, whose pairs of objects no
-training scene has: recall@1 (mean of text to image and image to text) for the training wording, six
-other sentence forms and synonyms, and how often the nearest "a photo of a ..." names either object.
-One of the six forms does not say how the objects lie, so four of a team's 240 scenes fit it, of
-which one counts; objects without a synonym keep their name. A gain is the mean difference from the
-group's first row between runs of one seed, with its standard error.
+data/demo/README.md says what is scored. A gain is the mean difference from the group's first row
+between runs of one seed, with its standard error.
 """
 import concurrent.futures
 import contextlib

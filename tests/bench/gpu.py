@@ -173,7 +173,7 @@ def training_step(args, name, n, mode="eager"):
     """-> a function that does a step, images already on the host; the model"""
     config = T.Config(**T.PRESETS[name])
     model = T.CLIP(config).to(args.device)
-    T.Transformer.twice = "checkpointing" in mode
+    T.Transformer.rerun = "checkpointing" in mode
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     if "compiled" in mode:
         model.visual.compile()

@@ -85,7 +85,7 @@ def test_the_small_llava_learns_to_name_scenes(drawn, tmp_path):
     captions = drawn / "few.jsonl"
     captions.write_text("".join(json.dumps(row) + "\n" for row in read_jsonl(drawn / "clean.jsonl")[:4]))
     make = ["demo.make_llava", captions, tmp_path / "llava", "--image-root", drawn / "images",
-            "--steps", 120, "--batch-size", 8, "--device", DEVICE]
+            "--steps", 120, "--batch-size", 8]
     works(*make, fresh=True)
     done = run("caption_llava.py", "--input", captions, "--output", tmp_path / "out.jsonl", "--image-root", drawn / "images",
                "--model", tmp_path / "llava", "--max-new-tokens", 12, "--workers", 0, "--device", DEVICE)
