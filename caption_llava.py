@@ -158,7 +158,7 @@ def main(argv=None):
     for number, rows in parts.to_make():
         results = [answer_line(*x) for x in caption([row.get("image") for row in rows])]
         if rows and not any(text for text, _ in results) and (number == 0 or len(rows) > 50):
-            die(f"no caption for {len(rows)} rows ({results[0][1]}): mend --image-root or drop them")
+            die(f"no caption of {len(rows)} rows, {results[0][1]}: mend --image-root or drop them")
         for row, result in zip(rows, results):
             parts.put(row, "vec", None, [result])
     parts.join()

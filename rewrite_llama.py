@@ -56,7 +56,7 @@ def main(argv=None):
     pairs = [parse_row(line) for line in open(args.pairs, "rb")]
     examples = {name: [p for p in pairs if p.get("source") == name] for name in args.sources}
     if not 0 <= args.shots <= min(map(len, examples.values())) or any("line" in p for p in pairs):
-        die(f"--pairs {args.pairs}: expected JSON, and --shots {args.shots} pairs of {args.sources}")
+        die(f"--pairs {args.pairs}: expected JSON, --shots {args.shots} pairs of {args.sources}")
     if args.temperature < 0 or args.top_p <= 0:
         die("--temperature below 0, or --top-p not above 0")
     parts = Parts(args, [TASK, examples], reads={args.field},
@@ -69,12 +69,13 @@ def main(argv=None):
     as_list = lambda value: value if isinstance(value, list) else [value]
     for number, rows in parts.to_make():
         texts = [[clean(text) for text in as_list(row.get(args.field))] for row in rows]
-        captions = [text for own in texts for text in own if text]
+        captions = np.array([text for own in texts for text in own], object)
+        asked = captions != ""
         for source in args.sources:
             rng = np.random.default_rng([args.seed, number, *source.encode()])
             prompt = draw_prompt(examples[source], args.shots, rng)  # release: one for each caption
             uniform = rng.random((len(captions), args.max_new_tokens), "f4")  # a token's own number
-            answers = iter(complete(prompt, captions, uniform))
+            answers = iter(complete(prompt, captions[asked].tolist(), uniform[asked]))
             for row, own in zip(rows, texts):
                 parts.put(row, f"rewrite_{source}", row.get(args.field), [
                     answer_line(*next(answers)) if text else (None, "no text") for text in own])
@@ -182,8 +183,7 @@ class Completer:
                     mask[b, ..., P:] = -torch.inf
         return [line[len(text):] for line, text in zip(lines, texts)]
 
-    def by_generate(self, ids, uniform):
-        """The same for one text by transformers' `generate`, which serves all other models."""
+    def by_generate(self, ids, uniform):  # one text, by transformers: for all other models
         torch.manual_seed(int(uniform[0] * 2 ** 24))
         ids = torch.tensor([ids], device=self.model.device)
         return self.model.generate(ids, attention_mask=ids >= 0)[0, ids.shape[1]:].tolist()

@@ -103,6 +103,20 @@ def test_the_top_level_is_the_design():
         *SCRIPTS, "README.md", "requirements.txt", "data", "tests", ".ci", ".gitignore"}
 
 
+FROM_TRAIN_CLIP = set("""CLIP Config PRESETS Tokenizer load_checkpoint read_checkpoint save_checkpoint clip_loss multitext_loss
+    open_image to_rgb augment_crop resolve_precision""".split())
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("eval_*.py"), *ROOT.glob("data/**/*.py")], ids=lambda path: path.stem)
+def test_what_is_imported_from_the_scripts(path):
+    """Of train_clip.py the model, losses, images, tokenizer, checkpoints; of the stages nothing. No function over 60 lines."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module != "train_clip" or {name.name for name in node.names} <= FROM_TRAIN_CLIP
+            assert node.module not in {"rewrite_llama", "caption_llava", "fuse_vicuna"}
+        assert not isinstance(node, ast.FunctionDef) or node.end_lineno - node.lineno < 60, node.name
+
+
 def test_seven_packages():
     names = re.findall(r"^[a-z]+", (ROOT / "requirements.txt").read_text(), re.M)
     assert sorted(names) == ["accelerate", "numpy", "pillow", "torch", "torchvision", "tqdm", "transformers"]
