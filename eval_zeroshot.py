@@ -6,10 +6,11 @@
         --data-root DIR --templates openai7 --protocol zeroshot fewshot linear --json out.json
     python eval_zeroshot.py --checkpoint clip.pt --dataset jsonl:test.jsonl --image-root DIR
 
-The second command makes LaCLIP's tables 2 to 4. The table also shows the accuracy of guessing
-(chance) and of always answering the largest class. What is missing counts as wrong: an image that
-cannot be read, a class without an image. Each is named on stderr. The metrics do not depend on the
-number of ranks. First come the protocols, then how images and texts become features.
+The second command makes LaCLIP's tables 2 to 4. The table marks with * the metric that papers
+report of a set, and has the accuracy of guessing (chance) and of always answering the largest
+class. What is missing counts as wrong: an image that cannot be read, a class without an image. Each
+is named on stderr. The metrics do not depend on the number of ranks. First come the protocols, then
+how images and texts become features.
 """
 import json
 import sys
@@ -82,12 +83,12 @@ def draw_episodes(targets, ways=5, images=11, episodes=600, seed=0, block=50):
     first = count.cumsum(0) - count  # where a class begins
     generator, drawn = torch.Generator().manual_seed(seed), []
     for E in torch.arange(episodes).split(block):
-        # the places of the largest random numbers are a draw without repetition
-        numbers = torch.rand(len(E), len(eligible), generator=generator)
-        classes = eligible[numbers.topk(ways).indices]  # [e, ways]
-        numbers = torch.rand(len(E), ways, int(count[eligible].max()), generator=generator)
-        numbers[torch.arange(numbers.shape[-1]) >= count[classes][..., None]] = -1  # no such image
-        drawn.append(by_class[first[classes][..., None] + numbers.topk(images).indices])
+        # the places of the largest random keys are a draw without repetition
+        keys = torch.rand(len(E), len(eligible), generator=generator)
+        classes = eligible[keys.topk(ways).indices]  # [e, ways]
+        keys = torch.rand(len(E), ways, int(count[eligible].max()), generator=generator)
+        keys[torch.arange(keys.shape[-1]) >= count[classes][..., None]] = -1  # no such image
+        drawn.append(by_class[first[classes][..., None] + keys.topk(images).indices])
     return torch.cat(drawn)
 
 
