@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 SOURCES = ["chatgpt", "bard", "coco", "human"]  # M = 4 rewrites a caption (paper, section 3.1)
 TASK = "Rewrite each image caption in other words, keeping its meaning."  # ours, not the release's
@@ -98,11 +99,18 @@ def sample(logits, uniform, temperature, top_p):
     return ids.gather(1, place[:, None])[:, 0]
 
 
+class Slots(StaticLayer):
+    """Keys and values of B texts, [B, heads, L, d]. A step's go to `place` [B], each text's own."""
+    def update(self, keys, values, *_, **__):
+        at = self.place[:, None, None, None]
+        return (self.keys.scatter_(2, at.expand_as(keys), keys),
+                self.values.scatter_(2, at.expand_as(values), values))
+
+
 class Completer:
     """LLaMA: ends the lines of many captions behind one prompt."""
     def __init__(self, args, counts):
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-        from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
         try:  # split_special_tokens: "</s>" in a caption is plain text
             self.tokenizer = AutoTokenizer.from_pretrained(args.model, split_special_tokens=True)
             self.model = AutoModelForCausalLM.from_pretrained(
@@ -115,14 +123,13 @@ class Completer:
         self.ends = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None}
         pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         self.stops = self.ends | {i for i, piece in enumerate(pieces) if "\n" in piece}
-        self.forward = self.model
-        if args.device == "cuda" and args.compile == "on":  # or launching kernels takes most time
-            self.forward = torch.compile(self.model, mode="reduce-overhead", dynamic=False)
+        self.forward = self.model if args.device != "cuda" else torch.compile(  # captured, or
+            self.model, mode="reduce-overhead", dynamic=False)  # launching kernels takes most time
         self.model.generation_config = GenerationConfig(  # by_generate's, whatever the folder says
             max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, top_p=args.top_p,
             temperature=args.temperature or None, top_k=0, eos_token_id=[*self.stops])
-        layers = DynamicCache(config=config).layers  # by_slots needs keys and values, no states,
-        plain = {*map(type, layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}  # and masks
+        layers = DynamicCache(config=config).layers  # by_slots needs keys and values, and masks
+        plain = {type(x).__name__ for x in layers} <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
         able = self.model._can_compile_fullgraph and config.model_type not in ("bloom", "falcon")
         window = min(getattr(layer, "sliding_window", sys.maxsize) for layer in layers)
         text = MAX_CAPTION_TOKENS + len(self.tokenizer(" =>").input_ids) + args.max_new_tokens
@@ -144,43 +151,37 @@ class Completer:
     def by_slots(self, prompt, texts, uniform):
         """The ids that follow the prompt and each text until its line ends. A step feeds every slot
         one token: its text's next, or the one drawn last. A slot whose line has ended takes the
-        next text: nobody waits, and all steps have one shape. The cache holds the prompt, then a
-        ring of W places; all slots write at the same one, and a slot's mask shows its own text's.
-        No text has over W tokens, so none that is needed is overwritten. Order means nothing."""
-        from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+        next text, and no mask shows the last one's keys. So all steps have one shape."""
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         slots, waiting = order[:self.args.batch_size], iter(order[self.args.batch_size:])
-        P, W, idle = len(prompt), max(map(len, texts), default=0) + uniform.shape[1], len(texts)
+        B, P, W = len(slots), len(prompt), max(map(len, texts), default=0) + uniform.shape[1]
+        fed, idle, first = [0] * B, len(texts), DynamicCache(config=self.model.config)
         lines = [list(text) for text in texts] + [[0] * (W + 1)]  # the last: of idle slots
-        fed, step, one = [0] * len(slots), 0, DynamicCache(config=self.model.config)
         tensor = lambda values: torch.tensor(values, device=self.model.device)
-        self.model(tensor([prompt]), cache=one, logits_to_keep=1)
-        shape = len(slots), 1, 1, -(-(P + W) // 64) * 64  # rounded up: a GPU captures few shapes
+        self.model(tensor([prompt]), cache=first, logits_to_keep=1)
+        shape = B, -(-(P + W) // 64) * 64  # rounded up: a GPU captures few shapes
         if shape != self.shape:
-            self.shape, self.cache = shape, Cache([StaticLayer(shape[3]) for _ in one.layers])
+            self.shape, self.place, self.places = shape, tensor(fed), tensor(range(shape[1]))
+            self.cache = Cache([Slots(shape[1]) for _ in first.layers])
         self.cache.reset()
-        for ring, layer in zip(self.cache.layers, one.layers):
-            ring.update(*(x.expand(len(slots), -1, -1, -1) for x in (layer.keys, layer.values)))
-        mask = torch.full(shape, -torch.inf, dtype=self.model.dtype, device=self.model.device)
-        mask[..., :P] = 0
+        for layer, one in zip(self.cache.layers, first.layers):
+            layer.place = self.place
+            StaticLayer.update(layer, *(x.expand(B, -1, -1, -1) for x in (one.keys, one.values)))
         while any(i != idle for i in slots):
-            if step and step % W == 0:
-                self.cache.crop(-W)  # the ring begins again
-            mask[..., P + step % W] = 0
             ids = tensor([lines[i][n] for i, n in zip(slots, fed)])
+            self.place.copy_(tensor(fed) + P)
+            mask = torch.where(self.places > self.place[:, None], -torch.inf, 0)[:, None, None]
             logits = self.forward(
-                ids[:, None], position_ids=tensor(fed)[:, None] + P, attention_mask=mask,
-                cache=self.cache, logits_to_keep=1).logits[:, -1]  # [B, V]
-            step, fed = step + 1, [n + 1 for n in fed]
+                ids[:, None], position_ids=self.place[:, None], cache=self.cache, logits_to_keep=1,
+                attention_mask=mask.to(self.model.dtype)).logits[:, -1]  # [B, V]
+            fed = [n + 1 for n in fed]
             drawing = [(b, i) for b, i in enumerate(slots) if fed[b] == len(lines[i])]
             u = tensor([uniform[i, fed[b] - len(texts[i])] for b, i in drawing])
-            logits = logits[[b for b, _ in drawing]]
-            new = sample(logits, u, self.args.temperature, self.args.top_p)
+            new = sample(logits[[b for b, _ in drawing]], u, self.args.temperature, self.args.top_p)
             for (b, i), token in zip(drawing, new.tolist()):
                 lines[i].append(token)
                 if token in self.stops or len(lines[i]) == len(texts[i]) + uniform.shape[1]:
                     slots[b], fed[b] = next(waiting, idle), 0  # the line has ended
-                    mask[b, ..., P:] = -torch.inf
         return [line[len(text):] for line, text in zip(lines, texts)]
 
     def by_generate(self, ids, uniform):  # one text, by transformers: for all other models
@@ -206,7 +207,6 @@ def parse_arguments(argv):
     add("--batch-size", type=int, default=256, help="captions at a time (default: %(default)s)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16 if it is native")
     add("--device", default=DEVICES[0], choices=DEVICES, help="default here: %(default)s")
-    add("--compile", default="on", choices=["on", "off"], help="capture the steps on a GPU")
     add("--server", nargs="+", metavar="URL", help="ask OpenAI-compatible servers (data/server.py)")
     return settle(parser.parse_args(argv))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import tqdm
+import tqdm.auto
 from PIL import Image
 
 import caption_llava
@@ -119,7 +119,7 @@ def main(stage, arguments, data=None):
 def start(stage, arguments, rank=0, world=1, before=lambda: None):
     """A stage in a process of its own, a fork of this one: with the fake model where this test has it -> the process"""
     def work():
-        tqdm.tqdm.set_lock(threading.RLock())  # forks would share it with one that is killed while it holds it
+        [bar.set_lock(threading.RLock()) for bar in (tqdm.tqdm, tqdm.auto.tqdm)]  # or a fork that is killed keeps it for all
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
         before()
         STAGES[stage].main(arguments)

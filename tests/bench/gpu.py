@@ -426,7 +426,7 @@ def check_rewrite(args, folder):
     for n in ([2] if args.tiny else [64, 256, 512, 1024]):
         options = SimpleNamespace(max_new_tokens=new, temperature=0.9, top_p=0.95, batch_size=n)
         stage = stage_of(R.Completer, args=options, model=model, forward=forward, shape=None,
-                         ends={2}, stops={*ends}, room=sys.maxsize)
+                         ends={2}, stops={*ends})
         texts = [torch.randint(5, 32000, (12,)).tolist() for _ in range(4 * n)]
 
         def ours():
