@@ -80,13 +80,13 @@ def fuse(ask, prompt_of, texts, openings, counts):
 def clean(text):
     """The text as one line without the prompt's separators and roles; "" for what is no text."""
     text = " ".join(CONTROLS.sub(" ", text).split()) if isinstance(text, str) else ""
-    text = re.sub(r"(?<=\s)\+(?=\s)", " ", text.replace("=>", " "))
+    text = re.sub(r"(?<!\S)\+(?!\S)", " ", text.replace("=>", " "))
     return " ".join(re.sub(r"\b(USER|ASSISTANT|SYSTEM)[\s:]*:", r"\1 ", text).split())
 
 
 def text_pairs(row, args):
-    """-> the value that the result is like, a text or a list, and its [(AltText, VeC)]: of two
-    lists entry by entry, a single text with each."""
+    """-> the field that the result is like, a text or the longer list, and its [(AltText, VeC)].
+    Lists pair by index; a single text goes with every entry."""
     alt, vec = row.get(args.alt_field) or None, row.get(args.vec_field) or None
     lists = [value for value in (alt, vec) if isinstance(value, list)]
     like = max(lists, key=len, default=alt)
@@ -151,9 +151,9 @@ class Fuser:
 def main(argv=None):
     args = parse_arguments(argv)
     openings = (PROMPTS / "refusals.txt").read_text(encoding="utf-8").splitlines()  # lower case
-    pairs = [json.loads(line) for line in open(args.pairs, encoding="utf-8")]
-    if len(pairs) < SHOTS:
-        die(f"--pairs {args.pairs}: {len(pairs)} pairs, expected {SHOTS} or more")
+    pairs = [parse_row(line) for line in open(args.pairs, "rb")]
+    if len(pairs) < SHOTS or any({"alt", "vec", "output"} - pair.keys() for pair in pairs):
+        die(f"--pairs {args.pairs}: expected {SHOTS} or more rows with alt, vec and output")
     parts = Parts(args, [SYSTEM, openings, pairs],
                   reads={args.alt_field, args.vec_field}, makes={"vecap"})
     if parts.join():
@@ -199,11 +199,11 @@ def parse_arguments(argv):
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
     files, root = [args.input, getattr(args, "pairs", args.input)], getattr(args, "image_root", ".")
-    least = min(args.batch_size, args.max_new_tokens)
-    if not all(map(os.path.isfile, files)) or not os.path.isdir(root) or least < 1:
-        die(f"no file {files}, no folder {root}, or --batch-size or --max-new-tokens below 1")
+    missing = [x for x in files if not os.path.isfile(x)] + [root] * (not os.path.isdir(root))
+    if missing or min(args.batch_size, args.max_new_tokens) < 1:
+        die(f"{missing[0]} is missing" if missing else "--batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
-    native = any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
+    native = args.device == "cpu" and any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda" and not args.server:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -227,7 +227,7 @@ def answer_line(answer, reason=None):
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
     line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    return re.sub("^[\"'“„«‘「]([^\"“”„«»「」]+)[\"'”“»’」]$", r"\1", line).strip(), None
+    return re.sub("^[\"“„«‘「]([^\"“”„«»「」]+)[\"”“»’」]$|^'([^']+)'$", r"\1\2", line).strip(), None
 
 
 def parse_row(line):
@@ -240,14 +240,14 @@ def parse_row(line):
 
 
 class Parts:
-    """Restart. The input is cut into units of whole lines; what is made of one is a file, its part,
-    whose name is a hash of all that its bytes depend on (of a model: its name). It gets the name
-    when it is complete. So one that exists is right; when none is missing, they are joined."""
+    """Exact restart. The input is cut into units of whole lines. A unit's rows become a file, its
+    part, named by a hash of all that its bytes depend on (of a model: its name), and renamed to it
+    only when complete. So one that exists is right; when none is missing, they are joined."""
     def __init__(self, args, prompts, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
-        self.settings = {name: value for name, value in vars(args).items() if name not in (
-            "input", "output", "pairs", "workers", "server", "batch_size")}  # in fp32 no influence
+        free = "input output pairs workers server batch_size " + "dtype device" * bool(args.server)
+        self.settings = {name: x for name, x in vars(args).items() if name not in free.split()}
         self.settings |= {"server": bool(args.server), "prompts": prompts,
                           "script": Path(__file__).read_text(encoding="utf-8")}
         self.counts, self.paths, content, seen = Counter(), [], hashlib.sha256(), set()
@@ -263,7 +263,7 @@ class Parts:
 
     def units(self):
         """Yield (its number, the path of its part, its lines) for every unit of the input."""
-        size = 1 << max(16, os.path.getsize(self.input).bit_length() - 16)  # at most 65,536 units
+        size = 1 << max(16, os.path.getsize(self.input).bit_length() // 2 + 4)  # of 1 GB: 512 KiB
         with open(self.input, "rb") as f:
             for number, lines in enumerate(iter(lambda: f.readlines(size), [])):
                 name = hashlib.sha256(repr((self.settings, number, lines)).encode()).hexdigest()

@@ -8,8 +8,8 @@ rewrite of every caption, so that training can sample one of M + 1 = 5 texts of 
     torchrun --nproc_per_node 8 rewrite_llama.py ...the same arguments...  # ranks share the work
 
 Row in:  {"image": "photos/1.jpg", "alt": "red bike"}, or a list of captions
-Row out: the same and "rewrite_chatgpt": "...", ...; null where "error" says why. Every answer is
-kept, as in the release. The same command resumes after any kill.
+Row out: the same and "rewrite_chatgpt": "...", ...; null where "error" says why. No answer is
+judged, as in the release. The same command resumes after any kill.
 """
 import hashlib
 import json
@@ -56,7 +56,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     pairs = [parse_row(line) for line in open(args.pairs, "rb")]
     examples = {name: [p for p in pairs if p.get("source") == name] for name in args.sources}
-    if not 0 <= args.shots <= min(map(len, examples.values())) or any("line" in p for p in pairs):
+    broken = any("captions" not in p and {"input", "output"} - p.keys() for p in pairs)
+    if broken or not 0 <= args.shots <= min(map(len, examples.values())):
         die(f"--pairs {args.pairs}: expected JSON, --shots {args.shots} pairs of {args.sources}")
     if args.temperature < 0 or args.top_p <= 0:
         die("--temperature below 0, or --top-p not above 0")
@@ -133,7 +134,7 @@ class Completer:
         able = self.model._can_compile_fullgraph and config.model_type not in ("bloom", "falcon")
         window = min(getattr(layer, "sliding_window", sys.maxsize) for layer in layers)
         text = MAX_CAPTION_TOKENS + len(self.tokenizer(" =>").input_ids) + args.max_new_tokens
-        self.longest_prompt = window - text if plain and able else 0  # of by_slots
+        self.longest_prompt = window - text if plain and able else 0  # that by_slots takes; 0: none
 
     def complete(self, prompt, captions, uniform):
         """-> [(what follows `prompt` + caption + " =>" up to the end of its line, None)]"""
@@ -152,15 +153,14 @@ class Completer:
         """The ids that follow the prompt and each text until its line ends. A step feeds every slot
         one token: its text's next, or the one drawn last. A slot whose line has ended takes the
         next text, and no mask shows the last one's keys. So all steps have one shape."""
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        slots, waiting = order[:self.args.batch_size], iter(order[self.args.batch_size:])
-        B, P, W = len(slots), len(prompt), max(map(len, texts), default=0) + uniform.shape[1]
-        fed, idle, first = [0] * B, len(texts), DynamicCache(config=self.model.config)
+        idle, P, W = len(texts), len(prompt), max(map(len, texts), default=0) + uniform.shape[1]
+        B = min(self.args.batch_size, 1 << (idle - 1).bit_length())  # and few shapes are captured
+        waiting = iter(sorted(range(idle), key=lambda i: -len(texts[i])))
+        slots, fed = [next(waiting, idle) for _ in range(B)], [0] * B
         lines = [list(text) for text in texts] + [[0] * (W + 1)]  # the last: of idle slots
         tensor = lambda values: torch.tensor(values, device=self.model.device)
-        self.model(tensor([prompt]), cache=first, logits_to_keep=1)
-        shape = B, -(-(P + W) // 64) * 64  # rounded up: a GPU captures few shapes
-        if shape != self.shape:
+        first = self.model(tensor([prompt]), use_cache=True, logits_to_keep=1).cache
+        if self.shape != (shape := (B, -(-(P + W) // 64) * 64)):
             self.shape, self.place, self.places = shape, tensor(fed), tensor(range(shape[1]))
             self.cache = Cache([Slots(shape[1]) for _ in first.layers])
         self.cache.reset()
@@ -204,7 +204,7 @@ def parse_arguments(argv):
     add("--top-p", type=float, default=0.95, help="1: off (default: %(default)s, release)")
     add("--max-new-tokens", type=int, default=77, help="default: %(default)s, release")
     add("--seed", type=int, default=0, help="of all random draws (default: %(default)s)")
-    add("--batch-size", type=int, default=256, help="captions at a time (default: %(default)s)")
+    add("--batch-size", type=int, default=256, help="slots, 0.5 MB a token of LLaMA-7B (256)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16 if it is native")
     add("--device", default=DEVICES[0], choices=DEVICES, help="default here: %(default)s")
     add("--server", nargs="+", metavar="URL", help="ask OpenAI-compatible servers (data/server.py)")
@@ -214,11 +214,11 @@ def parse_arguments(argv):
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
     files, root = [args.input, getattr(args, "pairs", args.input)], getattr(args, "image_root", ".")
-    least = min(args.batch_size, args.max_new_tokens)
-    if not all(map(os.path.isfile, files)) or not os.path.isdir(root) or least < 1:
-        die(f"no file {files}, no folder {root}, or --batch-size or --max-new-tokens below 1")
+    missing = [x for x in files if not os.path.isfile(x)] + [root] * (not os.path.isdir(root))
+    if missing or min(args.batch_size, args.max_new_tokens) < 1:
+        die(f"{missing[0]} is missing" if missing else "--batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
-    native = any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
+    native = args.device == "cpu" and any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda" and not args.server:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -242,7 +242,7 @@ def answer_line(answer, reason=None):
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
     line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    return re.sub("^[\"'“„«‘「]([^\"“”„«»「」]+)[\"'”“»’」]$", r"\1", line).strip(), None
+    return re.sub("^[\"“„«‘「]([^\"“”„«»「」]+)[\"”“»’」]$|^'([^']+)'$", r"\1\2", line).strip(), None
 
 
 def parse_row(line):
@@ -255,14 +255,14 @@ def parse_row(line):
 
 
 class Parts:
-    """Restart. The input is cut into units of whole lines; what is made of one is a file, its part,
-    whose name is a hash of all that its bytes depend on (of a model: its name). It gets the name
-    when it is complete. So one that exists is right; when none is missing, they are joined."""
+    """Exact restart. The input is cut into units of whole lines. A unit's rows become a file, its
+    part, named by a hash of all that its bytes depend on (of a model: its name), and renamed to it
+    only when complete. So one that exists is right; when none is missing, they are joined."""
     def __init__(self, args, prompts, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
-        self.settings = {name: value for name, value in vars(args).items() if name not in (
-            "input", "output", "pairs", "workers", "server", "batch_size")}  # in fp32 no influence
+        free = "input output pairs workers server batch_size " + "dtype device" * bool(args.server)
+        self.settings = {name: x for name, x in vars(args).items() if name not in free.split()}
         self.settings |= {"server": bool(args.server), "prompts": prompts,
                           "script": Path(__file__).read_text(encoding="utf-8")}
         self.counts, self.paths, content, seen = Counter(), [], hashlib.sha256(), set()
@@ -278,7 +278,7 @@ class Parts:
 
     def units(self):
         """Yield (its number, the path of its part, its lines) for every unit of the input."""
-        size = 1 << max(16, os.path.getsize(self.input).bit_length() - 16)  # at most 65,536 units
+        size = 1 << max(16, os.path.getsize(self.input).bit_length() // 2 + 4)  # of 1 GB: 512 KiB
         with open(self.input, "rb") as f:
             for number, lines in enumerate(iter(lambda: f.readlines(size), [])):
                 name = hashlib.sha256(repr((self.settings, number, lines)).encode()).hexdigest()

@@ -56,8 +56,9 @@ def draw_texts(row, fields, rng):
     """LaCLIP's aug_T (eq. 2) and VeCLIP's mix (eq. 2): draw a field by its weight among those that
     the row has, then one of its texts. fields: {name: weight}
 
-    -> a text of every field (where the row has none, its first one), the index of the drawn field,
-    and whether alt replaced its text. It replaces texts of one word, as in LaCLIP's release."""
+    -> a text of every field (clip_loss takes the drawn one, multitext_loss all; of a field without
+    a text, the row's first), the index of the drawn field, and whether alt replaced its text: it
+    replaces texts of one word, as in LaCLIP's release."""
     lists = [texts_of(row.get(field)) for field in (*fields, "alt")]
     present = np.array([any(texts) for texts in lists[:-1]], float)
     if not present.any():
@@ -322,7 +323,7 @@ class Texts(NamedTuple):
     """B texts with T tokens in all, from the shortest to the longest, one after another."""
     ids: torch.Tensor  # [T]
     positions: torch.Tensor  # [T], a token's place in its text
-    ends: torch.Tensor  # [B], where each text's end token stands; in the order in which they came
+    ends: torch.Tensor  # [B], in the caller's order: where each text's end token stands
     starts: torch.Tensor  # [B + 1], int32: where each text begins, and T
     groups: list  # [(L, B_L), ...]: B_L texts have L tokens
 
@@ -791,10 +792,8 @@ def field_and_weight(text):
 
 def resolve_precision(name, device):
     """auto: bf16 where the hardware computes in it. A CPU that emulates it is 7 to 20 x slower."""
-    kind, able = torch.device(device).type, {}
-    if kind == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        able = torch.cpu.get_capabilities()
-    has_bf16 = any(able.get(key) for key in ("avx512_bf16", "amx_bf16", "bf16"))  # bf16: arm's
+    kind, able = torch.device(device).type, getattr(torch.cpu, "get_capabilities", dict)()
+    has_bf16 = kind == "cpu" and any(map(able.get, ("avx512_bf16", "amx_bf16", "bf16")))
     if kind == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return name if name != "auto" else "bf16" if has_bf16 else "fp32"
