@@ -483,7 +483,7 @@ ANSWERS = [
     ("Here it is\uff1a\n\u732b", "\u732b"), ("</think>\nSure:\n\n'A red bar.'", "A red bar."),
     ('"a red bike"', "a red bike"), ("'a bike'", "a bike"), ("\u201ca bike\u201d", "a bike"), ("\u201ea bike\u201c", "a bike"),
     ("\u00aba bike\u00bb", "a bike"), ("Sign: \"Stop\"", "Sign: \"Stop\""), ('"Stop" and "Go"', '"Stop" and "Go"'), ('"half', '"half'),
-    ("a red bike \ufffd", "a red bike"), ("\ufffd\ufffda bike", "a bike"), ("caf\u00e9 \U0001f431", "caf\u00e9 \U0001f431")]
+    ("a red bike \ufffd", "a red bike"), ("\ufffd\ufffda bike", "a bike"), ("caf\u00e9 \U0001f431", "caf\u00e9 \U0001f431"), ("'A' or 'B'", "'A' or 'B'")]
 NO_ANSWERS = [("<think>a red bike and so on", "thought"), ("so <think> a </think> b <think> c", "thought"), ("", "empty"), ("\n \n", "empty"),
               ("...", "empty"), ("\ufffd \ufffd", "empty"), ('""', "empty"), ("Sure! Here it is:\n\n", "empty"), ("<think>a</think>\n", "empty")]
 
@@ -688,7 +688,8 @@ def test_missing_things_are_named(stage, arguments, mistake, tmp_path):
     rows = [b"[]", *({"picture": "0.png", "text": "red bike", "alt": None} for _ in range(3))]
     field = {"rewrite": "alt", "caption": "image", "fuse": "seen"}[stage]
     mistake(stage, arguments(stage, "--input", write_jsonl(tmp_path / "in", rows)), field)
-    mistake(stage, arguments(stage, "--image-root" if stage == "caption" else "--pairs", tmp_path / "absent"), "absent")
+    for path in (tmp_path / "absent", ROOT / "README.md"):  # no folder and no file; a file that is no folder and no JSON
+        mistake(stage, arguments(stage, "--image-root" if stage == "caption" else "--pairs", path), path.name)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -708,8 +709,7 @@ def test_input_that_has_the_field_already(stage, field, arguments, mistake, tmp_
 def test_input_that_is_no_jsonl(stage, kind, arguments, mistake, tmp_path):
     rows = [{"alt": "red bike", "seen": "a bike", "image": "0.png"}] * 40
     lines = "\n".join(map(json.dumps, rows))
-    import gzip
-    data = {"array": json.dumps(rows, indent=1).encode(), "gzip": gzip.compress(lines.encode()), "UTF-16": lines.encode("utf-16"),
+    data = {"array": json.dumps(rows, indent=1).encode(), "gzip": bytes.fromhex("1f8b0800") + lines.encode()[::-1], "UTF-16": lines.encode("utf-16"),
             "HTML": b"<!DOCTYPE html>\n<html>\n<body>404</body>\n"}[kind]
     (tmp_path / "in").write_bytes(data)
     mistake(stage, arguments(stage, "--input", tmp_path / "in"), "JSONL")
