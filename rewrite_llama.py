@@ -8,8 +8,8 @@ rewrite of every caption, so that training can sample one of M + 1 = 5 texts of 
     torchrun --nproc_per_node 8 rewrite_llama.py ...the same arguments...  # ranks share the work
 
 Row in:  {"image": "photos/1.jpg", "alt": "red bike"}, or a list of captions
-Row out: the same and "rewrite_chatgpt": "...", ...; null where "error" says why. No answer is
-judged, as in the release. The same command resumes after any kill.
+Row out: the same and "rewrite_chatgpt": "...", ...; null where "error" says why. Answers are
+kept as in the release, but one that ends in ":". The same command resumes after any kill.
 """
 import hashlib
 import json
@@ -152,7 +152,7 @@ class Completer:
     def by_slots(self, prompt, texts, uniform):
         """The ids that follow the prompt and each text until its line ends. A step feeds every slot
         one token: its text's next, or the one drawn last. A slot whose line has ended takes the
-        next text, and no mask shows the last one's keys. So all steps have one shape."""
+        next text; the mask hides its old keys. So all steps have one shape."""
         idle, P, W = len(texts), len(prompt), max(map(len, texts), default=0) + uniform.shape[1]
         B = min(self.args.batch_size, 1 << (idle - 1).bit_length())  # and few shapes are captured
         waiting = iter(sorted(range(idle), key=lambda i: -len(texts[i])))
@@ -259,7 +259,7 @@ class Parts:
     part, named by a hash of all that its bytes depend on (of a model: its name), and renamed to it
     only when complete. So one that exists is right; when none is missing, they are joined."""
     def __init__(self, args, prompts, reads, makes):
-        """The input must have a field of `reads`, and its first rows none of `makes`."""
+        """The input must have the fields `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
         free = "input output pairs workers server batch_size " + "dtype device" * bool(args.server)
         self.settings = {name: x for name, x in vars(args).items() if name not in free.split()}
@@ -269,9 +269,9 @@ class Parts:
         for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
-            if not seen & reads:  # until one is found; `makes` is looked for in these rows alone
+            if not reads <= seen:  # until all are found; `makes` is looked for in these rows alone
                 seen |= {name for line in lines for name, x in parse_row(line).items() if x}
-        if self.paths and (not seen & reads or seen & makes):
+        if self.paths and (not reads <= seen or seen & makes):
             seen -= {"error", "line"}
             die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(seen)}")
         self.made = self.settings | {"input": content.hexdigest()}

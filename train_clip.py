@@ -613,9 +613,10 @@ def to_rgb(image):
     return image.convert("RGB")
 
 def augment_crop(image, S, least=0.5):
-    """LaCLIP's: RandomResizedCrop of a share `least` to 1 of the area, no flip, since captions say
-    left and right. -> RGB [S, S]. A JPEG of which the crop needs less than half of the pixels a
-    side is decoded at a half, a quarter or an eighth (DCT scaling); pixels change a little."""
+    """LaCLIP's, but bicubic: RandomResizedCrop of a share `least` to 1 of the area, no flip, since
+    captions say left and right. -> RGB [S, S]. A JPEG of which the crop needs less than half of the
+    pixels a side is decoded at a half, a quarter or an eighth (DCT scaling); pixels change a
+    little."""
     w, h = image.size
     top, left, height, width = RandomResizedCrop.get_params(image, (least, 1), (3 / 4, 4 / 3))
     shrink = max(1, min(width, height) // S)
@@ -753,7 +754,7 @@ def parse_args(argv=None):
     add("--image-size", type=int, help="pixels a side (default: the preset's)")
     add("--context-length", type=int, help="tokens of the longest text (default: 77)")
     add("--tokenizer", help="hub name, folder or tokenizer.json (default: OpenAI CLIP's)")
-    add = parser.add_argument_group("training; defaults: LaCLIP's release").add_argument
+    add = parser.add_argument_group("training; defaults: LaCLIP on CC3M").add_argument
     add("--loss", choices=["infonce", "multitext"], default="infonce", help="multitext: LaCLIP-MT")
     add("--ssl", action="store_true", help="add SLIP's loss on two more views of every image")
     add("--batch-size", type=int, default=8192, help="of all ranks together (default: 8192)")
