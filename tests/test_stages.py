@@ -421,11 +421,11 @@ def test_memory_does_not_grow_with_rows(stage, rows, most, arguments, fake, tmp_
     growth = []
     for n in (1000, rows):
         with open(tmp_path / "in", "w") as f:
-            f.writelines(f'{{"image": "{i % 16}.png", "alt": "red {i}"}}\n' for i in range(n))
+            f.writelines('{"image": "%d.png", "alt": "red %d", "seen": "%s"}\n' % (i % 16, i, "bar" * (i == n - 1)) for i in range(n))
         receive, send = FORK.Pipe(False)
         process = FORK.Process(target=peak_growth, args=(
             stage, arguments(stage, "--input", tmp_path / "in", "--output", tmp_path / f"{n}"), send))
-        process.start()
+        process.start(), send.close()
         growth.append(receive.recv())
         assert finish(process) == [0]
         with open(tmp_path / f"{n}", "rb") as f:
