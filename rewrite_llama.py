@@ -259,7 +259,7 @@ class Parts:
     part, named by a hash of all that its bytes depend on (of a model: its name), and renamed to it
     only when complete. So one that exists is right; when none is missing, they are joined."""
     def __init__(self, args, prompts, reads, makes):
-        """The input must have the fields `reads`, and its first rows none of `makes`."""
+        """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
         free = "input output pairs workers server batch_size " + "dtype device" * bool(args.server)
         self.settings = {name: x for name, x in vars(args).items() if name not in free.split()}
@@ -269,9 +269,9 @@ class Parts:
         for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
-            if not reads <= seen:  # until all are found; `makes` is looked for in these rows alone
+            if not seen & reads:  # until one is found; `makes` is looked for in these rows alone
                 seen |= {name for line in lines for name, x in parse_row(line).items() if x}
-        if self.paths and (not reads <= seen or seen & makes):
+        if self.paths and (not seen & reads or seen & makes):
             seen -= {"error", "line"}
             die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(seen)}")
         self.made = self.settings | {"input": content.hexdigest()}
