@@ -186,7 +186,7 @@ def settle(args):
     files, root = [args.input, getattr(args, "pairs", args.input)], getattr(args, "image_root", ".")
     missing = [x for x in files if not os.path.isfile(x)] + [root] * (not os.path.isdir(root))
     if missing or min(args.batch_size, args.max_new_tokens) < 1:
-        die(f"{missing[0]} is missing" if missing else "--batch-size or --max-new-tokens below 1")
+        die(f"no file {missing[0]}" if missing else "--batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = args.device == "cpu" and any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda" and not args.server:
@@ -211,8 +211,8 @@ def answer_line(answer, reason=None):
         del lines[0]
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
-    line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    return re.sub("^[\"“„«‘「]([^\"“”„«»「」]+)[\"”“»’」]$|^'([^']+)'$", r"\1\2", line).strip(), None
+    s = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
+    return re.sub("^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$", r"\1\2", s).strip(), None
 
 
 def parse_row(line):

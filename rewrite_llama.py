@@ -154,7 +154,7 @@ class Completer:
         one token: its text's next, or the one drawn last. A slot whose line has ended takes the
         next text; the mask hides its old keys. So all steps have one shape."""
         idle, P, W = len(texts), len(prompt), max(map(len, texts), default=0) + uniform.shape[1]
-        B = min(self.args.batch_size, 1 << (idle - 1).bit_length())  # and few shapes are captured
+        B = min(self.args.batch_size, 1 << (idle - 1).bit_length())  # a power of 2: few shapes
         waiting = iter(sorted(range(idle), key=lambda i: -len(texts[i])))
         slots, fed = [next(waiting, idle) for _ in range(B)], [0] * B
         lines = [list(text) for text in texts] + [[0] * (W + 1)]  # the last: of idle slots
@@ -216,7 +216,7 @@ def settle(args):
     files, root = [args.input, getattr(args, "pairs", args.input)], getattr(args, "image_root", ".")
     missing = [x for x in files if not os.path.isfile(x)] + [root] * (not os.path.isdir(root))
     if missing or min(args.batch_size, args.max_new_tokens) < 1:
-        die(f"{missing[0]} is missing" if missing else "--batch-size or --max-new-tokens below 1")
+        die(f"no file {missing[0]}" if missing else "--batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = args.device == "cpu" and any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda" and not args.server:
@@ -241,8 +241,8 @@ def answer_line(answer, reason=None):
         del lines[0]
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
-    line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    return re.sub("^[\"“„«‘「]([^\"“”„«»「」]+)[\"”“»’」]$|^'([^']+)'$", r"\1\2", line).strip(), None
+    s = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
+    return re.sub("^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$", r"\1\2", s).strip(), None
 
 
 def parse_row(line):

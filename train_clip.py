@@ -650,7 +650,7 @@ class Rows:
                 for line in f:
                     begins.append(begins[-1] + len(line))
                     self.checksum = zlib.crc32(line, self.checksum)
-        self.begins = np.frombuffer(begins, np.int64)
+        self.begins, self.file_begins = np.frombuffer(begins, np.int64), np.array(self.file_begins)
 
     def __len__(self):
         return len(self.begins) - 1
@@ -800,7 +800,7 @@ def resolve_precision(name, device):
     return name if name != "auto" else "bf16" if has_bf16 else "fp32"
 
 MAY_CHANGE = ("captions", "image_root", "workers", "max_bad", "micro_batch", "grad_checkpointing",
-            "compile", "out", "save_every", "keep_every", "log_every", "device", "epochs")
+              "compile", "out", "save_every", "keep_every", "log_every", "device", "epochs")
 
 def read_settings(args, rows, world):
     """What changes the mathematics: a run goes on only with the same. Ends at a user's mistakes."""
@@ -870,7 +870,7 @@ def main(argv=None):
             dist.destroy_process_group()
     except OSError as e:  # a missing file, a full disk; from a worker, behind its traceback
         told = str(e).rpartition("\nOSError: ")[2]
-        die("a worker was killed" if isinstance(e, ConnectionError) else told)
+        die(f"a worker was killed: {e}" if isinstance(e, ConnectionError) else told)
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
         for worker in multiprocessing.active_children():  # they ignore SIGTERM

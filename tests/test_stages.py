@@ -481,7 +481,7 @@ ANSWERS = [
     ("<think></think>old boat", "old boat"), ("<think>a</think> b <think>c</think> old boat", "old boat"),
     ("Sure! Here is a short description:\n\nA red bar.", "A red bar."), ("**Caption:**\nA red bar.", "A red bar."),
     ("Here it is\uff1a\n\u732b", "\u732b"), ("</think>\nSure:\n\n'A red bar.'", "A red bar."),
-    ('"a red bike"', "a red bike"), ("'a bike'", "a bike"), ("\u201ca bike\u201d", "a bike"), ("\u201ea bike\u201c", "a bike"),
+    ('"a red bike"', "a red bike"), ("\u2018a dog\u2019s\u2019", "a dog\u2019s"), ("'a bike'", "a bike"), ("\u201ca bike\u201d", "a bike"), ("\u201ea bike\u201c", "a bike"),
     ("\u00aba bike\u00bb", "a bike"), ("Sign: \"Stop\"", "Sign: \"Stop\""), ('"Stop" and "Go"', '"Stop" and "Go"'), ('"half', '"half'),
     ("a red bike \ufffd", "a red bike"), ("\ufffd\ufffda bike", "a bike"), ("caf\u00e9 \U0001f431", "caf\u00e9 \U0001f431"), ("'A' or 'B'", "'A' or 'B'")]
 NO_ANSWERS = [("<think>a red bike and so on", "thought"), ("so <think> a </think> b <think> c", "thought"), ("", "empty"), ("\n \n", "empty"),

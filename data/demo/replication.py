@@ -156,10 +156,11 @@ def train_and_measure(row, seed, args):
     run(f"python -m data.demo.replication --out {out} --measure {folder}", f"{folder}/measure.log")
     with open(f"{folder}/measured.json") as f, open(f"{folder}/settings.json") as g:
         metrics, settings = json.load(f), json.load(g)
+    llm = os.path.basename(args.larger_llm if "qwen" in row else args.llm)
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    result = {"row": row, "seed": seed, "llm": os.path.basename(args.llm), "metrics": metrics,
+    result = {"row": row, "seed": seed, "llm": llm, "metrics": metrics,
               "settings": {name: settings[name] for name in ("text", "steps", "rows", "precision")},
-              "flags": f"{RECIPE} {flags}", "commit": head.stdout.strip(),
+              "flags": f"{RECIPE} {ROWS[row][2]}", "commit": head.stdout.strip(),
               "torch": version("torch"), "transformers": version("transformers")}
     with open(f"{out}/replication.jsonl", "a") as f:
         f.write(json.dumps(result) + "\n")
