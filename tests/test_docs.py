@@ -153,7 +153,7 @@ def test_readmes_table_is_made_of_the_results():
     text = (ROOT / "README.md").read_text()
     for line in replication.table(replication.read_results()[0], replication.README_ROWS):
         assert line in text, f"README.md needs this line of data.demo.replication.table: {line}"
-    cells = set(re.findall(r"[+-]?[\d.]+ ± [\d.]+", "\n".join(replication.table(replication.read_results()[0]))))
+    cells = set(re.findall(r"[+-]?\d+\.\d ± \d+\.\d", "\n".join(replication.table(replication.read_results()[0]))))
     for page in ("README.md", "data/README.md"):
-        found = re.findall(r"[+-]?[\d.]+ ± [\d.]+", (ROOT / page).read_text())
+        found = re.findall(r"[+-]?\d+\.\d ± \d+\.\d", (ROOT / page).read_text())
         assert len(found) > 30 and set(found) <= cells, set(found) - cells
