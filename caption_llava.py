@@ -22,7 +22,6 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
@@ -31,10 +30,31 @@ from tqdm import tqdm
 PROMPT = "Describe the image concisely, less than 20 words"  # paper, section 3.2
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+as_list = lambda value: value if isinstance(value, list) else [value]
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()  # no EPS: it runs programs
 
-
 # --- the paper's idea: an image and a prompt ------------------------------------------------------
+def main(argv=None):
+    args = parse_arguments(argv)
+    parts = Parts(args, None, reads={"image"}, makes={"vec"})
+    if parts.finish():
+        return
+    if args.server:
+        from data.server import Server
+        model = Server(args, parts.counts, read_image)
+    else:
+        model = Captioner(args, parts.counts)
+    for number, rows in parts.to_make():
+        answers = model.caption([row.get("image") for row in rows])  # of the image alone
+        results = [answer_line(*answer) for answer in answers]
+        if rows and not any(text for text, _ in results) and (number == 0 or len(rows) > 50):
+            die(f"no caption for any of {len(rows)} rows ({results[0][1]}): is --image-root right? "
+                "Rows of files that are lost must be left out of --input")
+        for row, result in zip(rows, results):
+            parts.put(row, "vec", [result], as_list=False)
+    parts.finish()
+
+# --- the model ------------------------------------------------------------------------------------
 class Captioner:
     """LLaVA: captions images, greedily, by the prompt alone."""
     def __init__(self, args, counts):
@@ -56,9 +76,9 @@ class Captioner:
         self.args, self.counts, self.tokenizer = args, counts, self.processor.tokenizer
         self.tokenizer.padding_side = "left"  # a decoder-only model goes on at the right end
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        config, how = self.model.config.get_text_config(), self.model.generation_config
-        named = [x.eos_token_id for x in (config, how, self.tokenizer)]
-        self.ends = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None}
+        config = self.model.config.get_text_config()
+        named = config, self.model.generation_config, self.tokenizer
+        self.ends = {i for x in named for i in as_list(x.eos_token_id)} - {None}
         self.model.generation_config = transformers.GenerationConfig(  # greedy
             max_new_tokens=args.max_new_tokens, eos_token_id=[*self.ends],
             pad_token_id=min(self.ends, default=0))
@@ -70,7 +90,7 @@ class Captioner:
         new = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, T]
         self.counts["cut at --max-new-tokens"] += sum(map(self.ends.isdisjoint, new))
         new = [[token for token in ids if token not in self.ends] for ids in new]
-        thought = "<think>" if self.prompt.rstrip().endswith("<think>") else ""  # by the template
+        thought = "<think>" * self.prompt.rstrip().endswith("<think>")  # the template has opened it
         return [thought + self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
 
     def caption(self, names):
@@ -81,15 +101,16 @@ class Captioner:
             batches, batch_size=None, collate_fn=self.prepare, num_workers=workers,
             multiprocessing_context="fork" if workers else None)
         results = []
-        for inputs, reasons in (prepared for batch in loader for prepared in batch):
-            answers = iter(self.answer(inputs) if inputs else [])
-            results += [(None, reason) if reason else (next(answers), None) for reason in reasons]
+        for batch in loader:
+            for inputs, reasons in batch:  # one pair, or one an image if the processor refused some
+                answers = iter(self.answer(inputs) if inputs else [])
+                results += [(None, why) if why else (next(answers), None) for why in reasons]
         return results
 
     def prepare(self, names):
         """-> [(the model's inputs for the images that can be read, each name's reason or None)]"""
         images, reasons = zip(*(read_image(self.args.image_root, name) for name in names))
-        images = [[image] for image in images if image]
+        images = [[image] for image in images if image]  # a list for each text
         special = not self.prompt.startswith(self.tokenizer.bos_token or "\0")  # BOS only once
         try:
             return [(self.processor(images=images, text=[self.prompt] * len(images), padding=True,
@@ -98,9 +119,9 @@ class Captioner:
         except Exception as e:  # the processor refuses an image: find out which
             if len(names) == 1:
                 return [(None, [re.sub(r" at 0x\w+", "", repr(e))])]
-            return [one for name in names for one in self.prepare([name])]
+            return [pair for name in names for pair in self.prepare([name])]
 
-
+# --- images ---------------------------------------------------------------------------------------
 def read_image(root, name):
     """-> (RGB image, None), or (None, why it cannot be read)"""
     try:
@@ -108,7 +129,6 @@ def read_image(root, name):
     except Exception as e:  # Pillow's decoders raise nearly everything, some with a memory address
         text = str(e).replace(os.path.join(os.path.abspath(root), ""), "")
         return None, f"{type(e).__name__}: {re.sub(' <_io.*?>| at 0x[0-9a-fA-F]+', '', text)}"
-
 
 def open_image(root, name):
     """An image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row
@@ -127,43 +147,19 @@ def open_image(root, name):
         raise ValueError(f"{image.width} x {image.height} pixels are no image")
     return image
 
-
 def to_rgb(image):
     """Any PIL image -> RGB, upright; transparency becomes white."""
     image.load()  # what is broken is told here, for a second attempt would give a part of it
     with suppress(Exception):  # broken metadata says nothing
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "I;16" and image.format == "PNG":  # convert would clip it
-        grey = np.asarray(image)
-        grey = np.where(grey == image.info.get("transparency", -1), 65535, grey)
-        image = Image.fromarray((grey >> 8).astype(np.uint8))
-    if image.mode[0] in "IF":
-        raise ValueError(f"grey of mode {image.mode}: the file does not say which value is white")
+    if image.mode[0] in "IF":  # 16 or 32 bits a pixel
+        raise ValueError(f"grey of mode {image.mode}: which value is white is not said")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-
-def main(argv=None):
-    args = parse_arguments(argv)
-    parts = Parts(args, args.prompt, reads={"image"}, makes={"vec"})
-    if parts.join():
-        return print(f"{args.output} is finished")
-    if args.server:
-        from data.server import Server
-        caption = Server(args, parts.counts, read_image).caption
-    else:
-        caption = Captioner(args, parts.counts).caption
-    for number, rows in parts.to_make():
-        results = [answer_line(*x) for x in caption([row.get("image") for row in rows])]
-        if rows and not any(text for text, _ in results) and (number == 0 or len(rows) > 50):
-            die(f"no caption for any of {len(rows)} rows ({results[0][1]}): wrong --image-root?")
-        for row, result in zip(rows, results):
-            parts.put(row, "vec", None, [result])
-    parts.join()
-
-
+# --- arguments ------------------------------------------------------------------------------------
 def parse_arguments(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error, add = die, parser.add_argument
@@ -180,27 +176,28 @@ def parse_arguments(argv):
     add("--server", nargs="+", metavar="URL", help="ask OpenAI-compatible servers (data/server.py)")
     return settle(parser.parse_args(argv))
 
-
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    files, root = [args.input, getattr(args, "pairs", args.input)], getattr(args, "image_root", ".")
-    missing = [x for x in files if not os.path.isfile(x)] + [root] * (not os.path.isdir(root))
-    if missing or min(args.batch_size, args.max_new_tokens) < 1:
-        die(f"no file {missing[0]}" if missing else "--batch-size or --max-new-tokens below 1")
+    paths = [args.input, getattr(args, "pairs", args.input), getattr(args, "image_root", ".")]
+    for path, exists in zip(paths, [os.path.isfile, os.path.isfile, os.path.isdir]):
+        if not exists(path):
+            die(f"no file or folder {path}")
+    if min(args.batch_size, args.max_new_tokens) < 1:
+        die("--batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = args.device == "cpu" and any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda" and not args.server:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if (local_rank := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            die(f"rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     args.dtype = args.dtype.replace("auto", "bf16" if native else "fp32")
     return args
-
 
 # === from here on the same lines in the three captioning scripts: answers, rows, restart ==========
 def die(message):
     tqdm.write("error: " + " ".join(message.split())[:600], file=sys.stderr)
     sys.exit(2)
-
 
 def answer_line(answer, reason=None):
     """The caption in a model's answer -> (caption, None), or (None, why there is none). A thought,
@@ -211,9 +208,9 @@ def answer_line(answer, reason=None):
         del lines[0]
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
-    s = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    return re.sub("^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$", r"\1\2", s).strip(), None
-
+    line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
+    quoted = "^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$"
+    return re.sub(quoted, r"\1\2", line).strip(), None
 
 def parse_row(line):
     """The line's JSON object; of any other line, a row that keeps it."""
@@ -223,27 +220,26 @@ def parse_row(line):
     line = line.decode(errors="backslashreplace").rstrip("\r\n")
     return {"error": {"line": "not a JSON object"}, "line": line}
 
-
 class Parts:
     """Exact restart. The input is cut into units of whole lines. A unit's rows become a file, its
     part, named by a hash of all that its bytes depend on (of a model: its name), and renamed to it
     only when complete. So one that exists is right; when none is missing, they are joined."""
-    def __init__(self, args, prompts, reads, makes):
+    def __init__(self, args, files, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
-        free = "input output pairs workers server batch_size " + "dtype device" * bool(args.server)
-        self.settings = {name: x for name, x in vars(args).items() if name not in free.split()}
-        self.settings |= {"server": bool(args.server), "prompts": prompts,
+        free = {"input", "output", "pairs", "workers", "batch_size"}  # in bf16 the last may matter
+        free |= {"dtype", "device"} if args.server else set()
+        self.settings = {name: value for name, value in vars(args).items() if name not in free}
+        self.settings |= {"server": bool(args.server), "files": files,
                           "script": Path(__file__).read_text(encoding="utf-8")}
-        self.counts, self.paths, content, seen = Counter(), [], hashlib.sha256(), set()
+        self.counts, self.paths, content, fields = Counter(), [], hashlib.sha256(), set()
         for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
-            if not seen & reads:  # until one is found; `makes` is looked for in these rows alone
-                seen |= {name for line in lines for name, x in parse_row(line).items() if x}
-        if self.paths and (not seen & reads or seen & makes):
-            seen -= {"error", "line"}
-            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(seen)}")
+            if fields.isdisjoint(reads):  # until one is there; `makes` is sought in these rows only
+                fields |= {name for line in lines for name, x in parse_row(line).items() if x}
+        if self.paths and (fields.isdisjoint(reads) or fields & makes):
+            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(fields)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):
@@ -258,38 +254,38 @@ class Parts:
         """Yield (number, rows) of this rank's missing parts, then write the rows, now filled."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
-            done = os.path.exists(path) or os.path.exists(self.output)
-            if number % world == rank and not done:
-                rows = [parse_row(line) for line in lines]
-                todo = [row for row in rows if row.keys() != {"error", "line"}]
-                yield number, todo
-                self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
-                self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            if number % world != rank or os.path.exists(path) or os.path.exists(self.output):
+                continue
+            rows = [parse_row(line) for line in lines]
+            todo = [row for row in rows if row.keys() != {"error", "line"}]
+            yield number, todo
+            self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
+            self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def put(self, row, field, value, results):
-        """Write [(text, None) or (None, reason)], made from `value`: a list's into a list."""
+    def put(self, row, field, results, as_list):
+        """Write [(text, None) or (None, reason)] to the row: as lists, or the only one alone."""
         if row.get(field) is not None:
             return self.counts.update([f"{field} was there before"])
         self.counts.update((reason or f"texts in {field}").split(":")[0] for _, reason in results)
         texts, reasons = [text for text, _ in results], [reason for _, reason in results]
-        row[field] = texts if isinstance(value, list) else texts[0]
+        row[field] = texts if as_list else texts[0]
         error = row.get("error") or {}
         error = error if isinstance(error, dict) else {"row": error}  # the user's own
         if any(reasons) or field in error:  # or what an earlier attempt left
-            row["error"] = error | {field: reasons if isinstance(value, list) else reasons[0]}
+            row["error"] = error | {field: reasons if as_list else reasons[0]}
 
     def write(self, path, lines):
         """Write a file whole or not at all; not if its folder goes away: then OUT was joined."""
         os.makedirs(self.folder, exist_ok=True)
-        with suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder, \
-                open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f:
+        with (suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder,
+              open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f):
             f.writelines(lines)
             f.flush()
             os.fsync(f.fileno())
             os.replace(f.name, path)
 
-    def join(self):
-        """Join the parts to OUT if none is missing -> whether OUT is there."""
+    def finish(self):
+        """Print this launch's counts. Join the parts to OUT if none is missing -> is OUT there?"""
         print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
         missing = sum(not os.path.exists(path) for path in self.paths)
         if not missing and not os.path.exists(self.output):
@@ -303,8 +299,8 @@ class Parts:
         if other := [name for name in self.made if self.made[name] != then.get(name)]:
             die(f"{self.output} was made with other {', '.join(other)}: choose a new --output")
         shutil.rmtree(self.folder, ignore_errors=True)
+        print(f"{self.output} is finished")
         return True
-
 
 if __name__ == "__main__":
     main()

@@ -39,15 +39,16 @@ def similarity(queries, keys):
     return (queries @ keys.T).masked_fill_((keys == 0).all(1), -2.0)
 
 
-def ranks_of_best(queries, keys, is_right):
+def ranks_of_best(queries, keys, query_image, key_image):
     """How many keys come before the best of a query's right ones. [Q, d], keys [K, d] -> [Q]
 
-    is_right(start, end) -> bool [end - start, K]. Of equal similarities the earlier key wins."""
+    A key is right if its image's number, key_image [K], is the query's, query_image [Q]. Of equal
+    similarities the earlier key wins."""
     ranks = torch.zeros(len(queries), dtype=torch.long)
     for start, end in blocks(len(queries), max(1, SIMILARITIES // len(keys))):
         similarities = similarity(queries[start:end], keys)
-        right = similarities.masked_fill(~is_right(start, end), -torch.inf)
-        best, place = right.max(1, keepdim=True)
+        wrong = query_image[start:end, None] != key_image  # [block, K]
+        best, place = similarities.masked_fill(wrong, -torch.inf).max(1, keepdim=True)
         earlier = torch.arange(len(keys)) < place
         ranks[start:end] = ((similarities > best) | (similarities == best) & earlier).sum(1)
     return all_reduce(ranks)
@@ -56,30 +57,23 @@ def ranks_of_best(queries, keys, is_right):
 def ranks_both_ways(images, texts, owner):
     """images [N, d], texts [T, d]; owner [T]: the image of each text. -> ranks from 0: image to
     text [N], text to image [T]"""
-    def text_is_right(start, end):
-        return owner == torch.arange(start, end)[:, None]
-
-    def image_is_right(start, end):
-        return owner[start:end, None] == torch.arange(len(images))
-
-    i2t = ranks_of_best(images, texts, text_is_right)
-    t2i = ranks_of_best(texts, images, image_is_right)
+    numbers = torch.arange(len(images))
+    i2t = ranks_of_best(images, texts, numbers, owner)
+    t2i = ranks_of_best(texts, images, owner, numbers)
     unreadable = (images == 0).all(1)
     return i2t.masked_fill(unreadable, NEVER), t2i.masked_fill(unreadable[owner], NEVER)
 
 
 def recalls(i2t, t2i, owner):
     """Ranks both ways, owner [T] -> {"i2t_r1": ...}, and with "_chance" of a random order"""
-    N, T = len(i2t), len(t2i)
-    own_texts = torch.bincount(owner, minlength=N).double()
-    metrics = {}
+    N, T, metrics = len(i2t), len(t2i), {}
+    texts_of_images = torch.bincount(owner, minlength=N).tolist()
     for k in KS:
         metrics[f"i2t_r{k}"] = (i2t < k).double().mean().item()
         metrics[f"t2i_r{k}"] = (t2i < k).double().mean().item()
-        missed = torch.ones(N, dtype=torch.double)  # P(none of its texts is among k drawn ones)
-        for i in range(min(k, T)):
-            missed *= ((T - own_texts - i) / (T - i)).clamp(min=0)
-        metrics[f"i2t_r{k}_chance"] = (1 - missed).mean().item()
+        first = min(k, T)  # P(none of an image's n texts is among the first k of a random order)
+        missed = [math.comb(T - n, first) / math.comb(T, first) for n in texts_of_images]
+        metrics[f"i2t_r{k}_chance"] = 1 - sum(missed) / N
         metrics[f"t2i_r{k}_chance"] = min(1.0, k / N)
     return metrics
 
@@ -92,9 +86,9 @@ def average_precisions(images, labels):
     query: nan."""
     precisions = torch.zeros(len(images), dtype=torch.double)
     for start, end in blocks(len(images), max(1, SIMILARITIES // len(images))):
-        order = similarity(images[start:end], images)
-        order[torch.arange(end - start), torch.arange(start, end)] = -torch.inf  # the query: last
-        order = order.sort(descending=True, stable=True).indices[:, :-1]  # of equals the earlier
+        similarities = similarity(images[start:end], images)
+        similarities.diagonal(start).fill_(-torch.inf)  # the query itself: last
+        order = similarities.argsort(descending=True, stable=True)[:, :-1]  # of equals the earlier
         right = (labels[order] == labels[start:end, None]).double()
         precision = right.cumsum(1) / torch.arange(1, len(images))
         precisions[start:end] = (precision * right).sum(1) / right.sum(1)
@@ -128,10 +122,11 @@ def text_retrieval(args, encoder):
     if rank() == 0:
         print(f"{len(names)} images, {len(texts)} texts of {args.field}, {unreadable} unreadable; "
               f"precision: {encoder.precision}")
-        columns = [f"r{k}{chance}" for k in KS for chance in ("", "_chance")]
-        print_table(["%", *(heading for k in KS for heading in (f"R@{k}", "chance"))],
-                    [[title, *(f"{100 * metrics[f'{way}_{column}']:.2f}" for column in columns)]
-                     for way, title in (("i2t", "image to text"), ("t2i", "text to image"))])
+        table = []
+        for way, title in (("i2t", "image to text"), ("t2i", "text to image")):
+            values = [metrics[f"{way}_r{k}{chance}"] for k in KS for chance in ("", "_chance")]
+            table.append([title, *(f"{100 * value:.2f}" for value in values)])
+        print_table(["%", "R@1", "chance", "R@5", "chance", "R@10", "chance"], table)
     if rank() == 0 and args.hits:
         truths = [names[i] for i in owner]
         queries = ({"query": text, "truth": name, "rank": place + 1 if place < NEVER else None}
@@ -142,14 +137,13 @@ def text_retrieval(args, encoder):
 
 def read_labels(path):
     """-> image paths, labels and domains (or None) of the rows that have a label"""
-    rows = list(image_rows(path))
-    labelled = [row for row in rows if label_of(row.get("label"))]
+    rows = [(row, label_of(row.get("label"))) for row in image_rows(path)]
+    labelled = [row for row, label in rows if label]
     if not labelled:
         die(f"--captions {path}: no row has a label")
-    tell_left_out([(row["image"], row.get("label")) for row in rows
-                   if not label_of(row.get("label"))], "label")
+    tell_left_out([(row["image"], row.get("label")) for row, label in rows if not label], "label")
     tell_spellings(path, [row["label"] for row in labelled])
-    labels = [label_of(row["label"]) for row in labelled]
+    labels = [label for _, label in rows if label]
     classes = sorted(set(labels))
     tell_same_names(path, classes, [[label] for label in classes])
     return ([row["image"] for row in labelled], labels,

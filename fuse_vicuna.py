@@ -20,13 +20,14 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from contextlib import suppress
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-# Vicuna 1.1's conversation (release), the paper's instruction (section 3.3), and that for one text
+# Vicuna 1.1's conversation (FastChat's release) and the paper's instruction (section 3.3)
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
           "gives helpful, detailed, and polite answers to the user's questions.")
 INSTRUCTION = ("Rephrase the following two sentences into one short sentence while adhering to the "
@@ -38,7 +39,7 @@ PROMPTS = Path(__file__).resolve().parent / "data" / "prompts"
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\ufeff\ud800-\udfff]")
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
+as_list = lambda value: value if isinstance(value, list) else [value]
 
 # --- the paper's idea -----------------------------------------------------------------------------
 def chat_prompt(alt, vec, instruction=INSTRUCTION):
@@ -49,74 +50,91 @@ def chat_prompt(alt, vec, instruction=INSTRUCTION):
         instruction = instruction.replace("two sentences", "sentence")
     return f"{SYSTEM} USER: {instruction} {numbered} ASSISTANT:"
 
-
 def pairs_prompt(pairs, alt, vec):
     """For base models and small ones, which follow no instruction but go on with a list; ours."""
     lines = "".join(f"{pair['vec']} + {pair['alt']} => {pair['output']}\n" for pair in pairs)
     texts = " + ".join(text for text in (vec, alt) if text)
     return f"Merge two texts about one image into one short caption.\n\n{lines}{texts} =>"
 
-
 def fuse(ask, prompt_of, texts, openings, counts):
     """Fuse [(AltText, VeC)], either of which may be "" -> [(caption, None) or (None, reason)]
 
     ask(prompts) -> [(answer, None) or (None, reason)]. A refusal is asked again with the VeC."""
+    def ask_about(pairs):
+        for answer in ask([prompt_of(*pair) for pair in pairs]):
+            caption, reason = answer_line(*answer)
+            refused = (caption or "").lower().replace("’", "'").startswith(tuple(openings))
+            yield (None, "refused") if refused else (caption, reason)
     results = [(None, "no text")] * len(texts)
-    todo = {i: pair for i, pair in enumerate(texts) if any(pair)}
-    while todo:
-        answers = ask([prompt_of(*pair) for pair in todo.values()])
-        again = {}
-        for (i, (alt, vec)), answer in zip(todo.items(), answers):
-            results[i] = caption, _ = answer_line(*answer)
-            if caption and caption.lower().replace("’", "'").startswith(tuple(openings)):
-                results[i] = None, "refused"
-                if alt and vec:
-                    again[i] = "", vec
-        counts["refused, asked again with the VeC alone"] += len(again)
-        todo = again
+    asked = [i for i, pair in enumerate(texts) if any(pair)]
+    for i, result in zip(asked, ask_about([texts[i] for i in asked])):
+        results[i] = result
+    again = [i for i in asked if results[i] == (None, "refused") and all(texts[i])]
+    for i, result in zip(again, ask_about([("", texts[i][1]) for i in again])):
+        results[i] = result
+    counts["refused, asked again with the VeC alone"] += len(again)
     return results
-
 
 def clean(text):
     """The text as one line without the prompt's separators and roles; "" for what is no text."""
     text = " ".join(CONTROLS.sub(" ", text).split()) if isinstance(text, str) else ""
-    text = re.sub(r"(?<!\S)\+(?!\S)", " ", text.replace("=>", " "))
-    return " ".join(re.sub(r"\b(USER|ASSISTANT|SYSTEM)[\s:]*:", r"\1 ", text).split())
-
+    text = re.sub(r"\b(USER|ASSISTANT|SYSTEM)\b", lambda role: role[0].lower(), text)
+    return " ".join(re.sub(r"(?<!\S)\+(?!\S)|=>", " ", text).split())
 
 def text_pairs(row, args):
-    """-> the field that the result is like, a text or the longer list, and its [(AltText, VeC)].
+    """-> the row's [(AltText, VeC)], and whether a field is a list, so that the result is one, too.
     Lists pair by index; a single text goes with every entry."""
-    alt, vec = row.get(args.alt_field) or None, row.get(args.vec_field) or None
-    lists = [value for value in (alt, vec) if isinstance(value, list)]
-    like = max(lists, key=len, default=alt)
-    n = len(like) if lists else 1
-    columns = [(x + [None] * n)[:n] if isinstance(x, list) else [x] * n for x in (alt, vec)]
-    return like, [(clean(alt), clean(vec)) for alt, vec in zip(*columns)]
+    values = [row.get(args.alt_field) or None, row.get(args.vec_field) or None]
+    lengths = [len(value) for value in values if isinstance(value, list)]
+    n = max(lengths, default=1)
+    alts, vecs = (value if isinstance(value, list) else [value] * n for value in values)
+    return [(clean(alt), clean(vec)) for alt, vec in zip_longest(alts, vecs)], bool(lengths)
 
+# --- the stage ------------------------------------------------------------------------------------
+def main(argv=None):
+    args = parse_arguments(argv)
+    openings = (PROMPTS / "refusals.txt").read_text(encoding="utf-8").splitlines()  # lower case
+    pairs = [parse_row(line) for line in open(args.pairs, "rb")]
+    if len(pairs) < SHOTS or any({"alt", "vec", "output"} - pair.keys() for pair in pairs):
+        die(f"--pairs {args.pairs}: expected {SHOTS} or more rows with alt, vec and output")
+    parts = Parts(args, [openings, pairs], {args.alt_field, args.vec_field}, makes={"vecap"})
+    if parts.finish():
+        return
+    if args.server:
+        from data.server import Server
+    model = (Server if args.server else Fuser)(args, parts.counts)
+    for number, rows in parts.to_make():
+        prompt_of = partial(chat_prompt, instruction=args.prompt)
+        if args.format == "pairs":
+            shots = np.random.default_rng([args.seed, number]).choice(pairs, SHOTS, replace=False)
+            prompt_of = partial(pairs_prompt, shots)
+        of_rows = [text_pairs(row, args) for row in rows]
+        texts = [(model.cut(alt), vec) for row_texts, _ in of_rows for alt, vec in row_texts]
+        results = iter(fuse(model.answer, prompt_of, texts, openings, parts.counts))
+        for row, (row_texts, is_list) in zip(rows, of_rows):
+            parts.put(row, "vecap", [next(results) for _ in row_texts], is_list)
+    parts.finish()
 
 # --- the model ------------------------------------------------------------------------------------
 class Fuser:
     """Vicuna: answers prompts greedily."""
-
     def __init__(self, args, counts):
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
         try:  # split_special_tokens: "</s>" in a caption is plain text
             self.tokenizer = AutoTokenizer.from_pretrained(
                 args.model, split_special_tokens=True, padding_side="left")
             self.model = AutoModelForCausalLM.from_pretrained(
                 args.model, dtype=DTYPES[args.dtype], device_map=args.device).eval()
         except Exception as e:  # transformers raises nearly everything for a folder without a model
-            die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece"))  # what it lacks
+            die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece protobuf"))
         self.args, self.counts = args, counts
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        config, how = self.model.config.get_text_config(), self.model.generation_config
-        named = [x.eos_token_id for x in (config, how, self.tokenizer)]
-        self.ends = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None}
+        config = self.model.config.get_text_config()
+        named = config, self.model.generation_config, self.tokenizer
+        self.ends = {i for x in named for i in as_list(x.eos_token_id)} - {None}
         self.model.generation_config = GenerationConfig(  # greedy, whatever the folder says
             max_new_tokens=args.max_new_tokens, eos_token_id=[*self.ends],
-            pad_token_id=min(self.ends, default=0),
+            pad_token_id=min(self.ends, default=0),  # fills up a batch's shorter answers
             stop_strings=["\n"] if args.format == "pairs" else None)
 
     @torch.inference_mode()
@@ -143,37 +161,11 @@ class Fuser:
     def cut(self, text):
         """The text, or its first --max-alt-tokens tokens"""
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        short = self.tokenizer.decode(ids[:self.args.max_alt_tokens]).strip("\ufffd ")
-        return short if len(ids) > self.args.max_alt_tokens else text
+        if len(ids) <= self.args.max_alt_tokens:
+            return text
+        return self.tokenizer.decode(ids[:self.args.max_alt_tokens]).strip("\ufffd ")
 
-
-# --- the stage ------------------------------------------------------------------------------------
-def main(argv=None):
-    args = parse_arguments(argv)
-    openings = (PROMPTS / "refusals.txt").read_text(encoding="utf-8").splitlines()  # lower case
-    pairs = [parse_row(line) for line in open(args.pairs, "rb")]
-    if len(pairs) < SHOTS or any({"alt", "vec", "output"} - pair.keys() for pair in pairs):
-        die(f"--pairs {args.pairs}: expected {SHOTS} or more rows with alt, vec and output")
-    parts = Parts(args, [SYSTEM, openings, pairs],
-                  reads={args.alt_field, args.vec_field}, makes={"vecap"})
-    if parts.join():
-        return print(f"{args.output} is finished")
-    if args.server:
-        from data.server import Server
-    fuser = (Server if args.server else Fuser)(args, parts.counts)
-    for number, rows in parts.to_make():
-        prompt = partial(chat_prompt, instruction=args.prompt)
-        if args.format == "pairs":
-            shots = np.random.default_rng([args.seed, number]).choice(pairs, SHOTS, replace=False)
-            prompt = partial(pairs_prompt, shots)
-        sources = [text_pairs(row, args) for row in rows]
-        texts = [(fuser.cut(alt), vec) for _, own in sources for alt, vec in own]
-        results = iter(fuse(fuser.answer, prompt, texts, openings, parts.counts))
-        for row, (like, own) in zip(rows, sources):
-            parts.put(row, "vecap", like, [next(results) for _ in own])
-    parts.join()
-
-
+# --- arguments ------------------------------------------------------------------------------------
 def parse_arguments(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error, add = die, parser.add_argument
@@ -183,7 +175,7 @@ def parse_arguments(argv):
     add("--alt-field", default="alt", help="AltText, a text or a list (default: %(default)s)")
     add("--vec-field", default="vec", help="VeC, of caption_llava.py (default: %(default)s)")
     add("--prompt", default=INSTRUCTION, help="the instruction (default: the paper's)")
-    add("--max-alt-tokens", type=int, default=128, help="AltText's length (default: 128, assumed)")
+    add("--max-alt-tokens", type=int, default=128, help="AltText's (default: %(default)s, assumed)")
     add("--format", default="chat", choices=["chat", "pairs"],
         help="chat: Vicuna 1.1's; pairs: in-context pairs, for base models and small ones; ours")
     add("--pairs", default=PROMPTS / "fuse_pairs.jsonl", help="JSONL of alt, vec and output")
@@ -195,27 +187,28 @@ def parse_arguments(argv):
     add("--server", nargs="+", metavar="URL", help="ask OpenAI-compatible servers (data/server.py)")
     return settle(parser.parse_args(argv))
 
-
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    files, root = [args.input, getattr(args, "pairs", args.input)], getattr(args, "image_root", ".")
-    missing = [x for x in files if not os.path.isfile(x)] + [root] * (not os.path.isdir(root))
-    if missing or min(args.batch_size, args.max_new_tokens) < 1:
-        die(f"no file {missing[0]}" if missing else "--batch-size or --max-new-tokens below 1")
+    paths = [args.input, getattr(args, "pairs", args.input), getattr(args, "image_root", ".")]
+    for path, exists in zip(paths, [os.path.isfile, os.path.isfile, os.path.isdir]):
+        if not exists(path):
+            die(f"no file or folder {path}")
+    if min(args.batch_size, args.max_new_tokens) < 1:
+        die("--batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = args.device == "cpu" and any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda" and not args.server:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if (local_rank := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            die(f"rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     args.dtype = args.dtype.replace("auto", "bf16" if native else "fp32")
     return args
-
 
 # === from here on the same lines in the three captioning scripts: answers, rows, restart ==========
 def die(message):
     tqdm.write("error: " + " ".join(message.split())[:600], file=sys.stderr)
     sys.exit(2)
-
 
 def answer_line(answer, reason=None):
     """The caption in a model's answer -> (caption, None), or (None, why there is none). A thought,
@@ -226,9 +219,9 @@ def answer_line(answer, reason=None):
         del lines[0]
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
-    s = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    return re.sub("^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$", r"\1\2", s).strip(), None
-
+    line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
+    quoted = "^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$"
+    return re.sub(quoted, r"\1\2", line).strip(), None
 
 def parse_row(line):
     """The line's JSON object; of any other line, a row that keeps it."""
@@ -238,27 +231,26 @@ def parse_row(line):
     line = line.decode(errors="backslashreplace").rstrip("\r\n")
     return {"error": {"line": "not a JSON object"}, "line": line}
 
-
 class Parts:
     """Exact restart. The input is cut into units of whole lines. A unit's rows become a file, its
     part, named by a hash of all that its bytes depend on (of a model: its name), and renamed to it
     only when complete. So one that exists is right; when none is missing, they are joined."""
-    def __init__(self, args, prompts, reads, makes):
+    def __init__(self, args, files, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
-        free = "input output pairs workers server batch_size " + "dtype device" * bool(args.server)
-        self.settings = {name: x for name, x in vars(args).items() if name not in free.split()}
-        self.settings |= {"server": bool(args.server), "prompts": prompts,
+        free = {"input", "output", "pairs", "workers", "batch_size"}  # in bf16 the last may matter
+        free |= {"dtype", "device"} if args.server else set()
+        self.settings = {name: value for name, value in vars(args).items() if name not in free}
+        self.settings |= {"server": bool(args.server), "files": files,
                           "script": Path(__file__).read_text(encoding="utf-8")}
-        self.counts, self.paths, content, seen = Counter(), [], hashlib.sha256(), set()
+        self.counts, self.paths, content, fields = Counter(), [], hashlib.sha256(), set()
         for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
-            if not seen & reads:  # until one is found; `makes` is looked for in these rows alone
-                seen |= {name for line in lines for name, x in parse_row(line).items() if x}
-        if self.paths and (not seen & reads or seen & makes):
-            seen -= {"error", "line"}
-            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(seen)}")
+            if fields.isdisjoint(reads):  # until one is there; `makes` is sought in these rows only
+                fields |= {name for line in lines for name, x in parse_row(line).items() if x}
+        if self.paths and (fields.isdisjoint(reads) or fields & makes):
+            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(fields)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):
@@ -273,38 +265,38 @@ class Parts:
         """Yield (number, rows) of this rank's missing parts, then write the rows, now filled."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
-            done = os.path.exists(path) or os.path.exists(self.output)
-            if number % world == rank and not done:
-                rows = [parse_row(line) for line in lines]
-                todo = [row for row in rows if row.keys() != {"error", "line"}]
-                yield number, todo
-                self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
-                self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            if number % world != rank or os.path.exists(path) or os.path.exists(self.output):
+                continue
+            rows = [parse_row(line) for line in lines]
+            todo = [row for row in rows if row.keys() != {"error", "line"}]
+            yield number, todo
+            self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
+            self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def put(self, row, field, value, results):
-        """Write [(text, None) or (None, reason)], made from `value`: a list's into a list."""
+    def put(self, row, field, results, as_list):
+        """Write [(text, None) or (None, reason)] to the row: as lists, or the only one alone."""
         if row.get(field) is not None:
             return self.counts.update([f"{field} was there before"])
         self.counts.update((reason or f"texts in {field}").split(":")[0] for _, reason in results)
         texts, reasons = [text for text, _ in results], [reason for _, reason in results]
-        row[field] = texts if isinstance(value, list) else texts[0]
+        row[field] = texts if as_list else texts[0]
         error = row.get("error") or {}
         error = error if isinstance(error, dict) else {"row": error}  # the user's own
         if any(reasons) or field in error:  # or what an earlier attempt left
-            row["error"] = error | {field: reasons if isinstance(value, list) else reasons[0]}
+            row["error"] = error | {field: reasons if as_list else reasons[0]}
 
     def write(self, path, lines):
         """Write a file whole or not at all; not if its folder goes away: then OUT was joined."""
         os.makedirs(self.folder, exist_ok=True)
-        with suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder, \
-                open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f:
+        with (suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder,
+              open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f):
             f.writelines(lines)
             f.flush()
             os.fsync(f.fileno())
             os.replace(f.name, path)
 
-    def join(self):
-        """Join the parts to OUT if none is missing -> whether OUT is there."""
+    def finish(self):
+        """Print this launch's counts. Join the parts to OUT if none is missing -> is OUT there?"""
         print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
         missing = sum(not os.path.exists(path) for path in self.paths)
         if not missing and not os.path.exists(self.output):
@@ -318,8 +310,8 @@ class Parts:
         if other := [name for name in self.made if self.made[name] != then.get(name)]:
             die(f"{self.output} was made with other {', '.join(other)}: choose a new --output")
         shutil.rmtree(self.folder, ignore_errors=True)
+        print(f"{self.output} is finished")
         return True
-
 
 if __name__ == "__main__":
     main()

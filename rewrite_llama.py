@@ -8,8 +8,8 @@ rewrite of every caption, so that training can sample one of M + 1 = 5 texts of 
     torchrun --nproc_per_node 8 rewrite_llama.py ...the same arguments...  # ranks share the work
 
 Row in:  {"image": "photos/1.jpg", "alt": "red bike"}, or a list of captions
-Row out: the same and "rewrite_chatgpt": "...", ...; null where "error" says why. Answers are
-kept as in the release, but one that ends in ":". The same command resumes after any kill.
+Row out: the same and "rewrite_chatgpt": "...", ...; null where "error" says why. An answer ends
+with its line or a second "=>", as in the release. The same command resumes after any kill.
 """
 import hashlib
 import json
@@ -33,56 +33,54 @@ TASK = "Rewrite each image caption in other words, keeping its meaning."  # ours
 MAX_CAPTION_TOKENS = 256  # a longer text is cut; ours
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+as_list = lambda value: value if isinstance(value, list) else [value]
 BREAKS = re.compile("=>|[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\ufeff\ud800-\udfff]")
-
 
 def clean(text):
     """The text as one line that cannot break the prompt; "" for what is not a text."""
     return " ".join(BREAKS.sub(" ", text).split()) if isinstance(text, str) else ""
 
-
-def draw_prompt(examples, shots, rng):
+def draw_prompt(pairs, shots, rng):
     """The prompt up to the caption: the task and `shots` pairs of one source (section 3.1)."""
     prompt = TASK + "\n\n"
-    for i in rng.choice(len(examples), shots, replace=False):
-        pair = examples[i].get("captions") or [examples[i]["input"], examples[i]["output"]]
-        if "captions" in examples[i]:  # MSCOCO: two captions of one image, in random order
-            pair = rng.choice(pair, 2, replace=False)
-        prompt += f"{clean(pair[0])} => {clean(pair[1])}\n"
+    for i in rng.choice(len(pairs), shots, replace=False):
+        if "captions" in pairs[i]:  # MSCOCO: two captions of one image, in random order
+            caption, rewrite = rng.choice(pairs[i]["captions"], 2, replace=False)
+        else:
+            caption, rewrite = pairs[i]["input"], pairs[i]["output"]
+        prompt += f"{clean(caption)} => {clean(rewrite)}\n"
     return prompt
-
 
 def main(argv=None):
     args = parse_arguments(argv)
-    pairs = [parse_row(line) for line in open(args.pairs, "rb")]
-    examples = {name: [p for p in pairs if p.get("source") == name] for name in args.sources}
-    broken = any("captions" not in p and {"input", "output"} - p.keys() for p in pairs)
-    if broken or not 0 <= args.shots <= min(map(len, examples.values())):
+    rows = [parse_row(line) for line in open(args.pairs, "rb")]
+    pairs = {name: [row for row in rows if row.get("source") == name] for name in args.sources}
+    broken = any("captions" not in row and {"input", "output"} - row.keys() for row in rows)
+    if broken or not 0 <= args.shots <= min(map(len, pairs.values())):
         die(f"--pairs {args.pairs}: expected JSON, --shots {args.shots} pairs of {args.sources}")
     if args.temperature < 0 or args.top_p <= 0:
         die("--temperature below 0, or --top-p not above 0")
-    parts = Parts(args, [TASK, examples], reads={args.field},
-                  makes={f"rewrite_{source}" for source in args.sources})
-    if parts.join():
-        return print(f"{args.output} is finished")
+    parts = Parts(args, pairs, reads={args.field}, makes={f"rewrite_{name}" for name in pairs})
+    if parts.finish():
+        return
     if args.server:
         from data.server import Server
-    complete = (Server if args.server else Completer)(args, parts.counts).complete
-    as_list = lambda value: value if isinstance(value, list) else [value]
+    model = (Server if args.server else Completer)(args, parts.counts)
     for number, rows in parts.to_make():
-        texts = [[clean(text) for text in as_list(row.get(args.field))] for row in rows]
-        captions = np.array([text for own in texts for text in own], object)
-        asked = captions != ""
+        values = [row.get(args.field) for row in rows]  # each is a text or a list of texts
+        texts = [[clean(text) for text in as_list(value)] for value in values]
+        captions = [text for row_texts in texts for text in row_texts]
+        asked = [i for i, caption in enumerate(captions) if caption]
         for source in args.sources:
             rng = np.random.default_rng([args.seed, number, *source.encode()])
-            prompt = draw_prompt(examples[source], args.shots, rng)  # release: one for each caption
+            prompt = draw_prompt(pairs[source], args.shots, rng)  # the release: for every caption
             uniform = rng.random((len(captions), args.max_new_tokens), "f4")  # a token's own number
-            answers = iter(complete(prompt, captions[asked].tolist(), uniform[asked]))
-            for row, own in zip(rows, texts):
-                parts.put(row, f"rewrite_{source}", row.get(args.field), [
-                    answer_line(*next(answers)) if text else (None, "no text") for text in own])
-    parts.join()
-
+            answers = iter(model.complete(prompt, [captions[i] for i in asked], uniform[asked]))
+            for row, value, row_texts in zip(rows, values, texts):
+                results = [answer_line(*next(answers)) if text else (None, "no text")
+                           for text in row_texts]
+                parts.put(row, f"rewrite_{source}", results, isinstance(value, list))
+    parts.finish()
 
 def sample(logits, uniform, temperature, top_p):
     """Nucleus sampling: logits [B, V], uniform [B] in [0, 1) -> ids [B]; temperature 0 is greedy.
@@ -96,9 +94,8 @@ def sample(logits, uniform, temperature, top_p):
     p, ids = p.topk(k)  # descending
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the smallest set that reaches top_p
     cdf = p.cumsum(-1)
-    place = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1).minimum((p > 0).sum(-1) - 1)
-    return ids.gather(1, place[:, None])[:, 0]
-
+    drawn = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1).minimum((p > 0).sum(-1) - 1)
+    return ids.gather(1, drawn[:, None])[:, 0]
 
 class Slots(StaticLayer):
     """Keys and values of B texts, [B, heads, L, d]. A step's go to `place` [B], each text's own."""
@@ -106,7 +103,6 @@ class Slots(StaticLayer):
         at = self.place[:, None, None, None]
         return (self.keys.scatter_(2, at.expand_as(keys), keys),
                 self.values.scatter_(2, at.expand_as(values), values))
-
 
 class Completer:
     """LLaMA: ends the lines of many captions behind one prompt."""
@@ -117,13 +113,13 @@ class Completer:
             self.model = AutoModelForCausalLM.from_pretrained(
                 args.model, dtype=DTYPES[args.dtype], device_map=args.device).eval()
         except Exception as e:  # transformers raises nearly everything for a folder without a model
-            die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece"))  # what it lacks
+            die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece protobuf"))
         self.args, self.counts, self.shape = args, counts, None
-        config, how = self.model.config.get_text_config(), self.model.generation_config
-        named = [x.eos_token_id for x in (config, how, self.tokenizer)]
-        self.ends = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])} - {None}
+        config = self.model.config.get_text_config()
+        named = config, self.model.generation_config, self.tokenizer
+        self.ends = {i for x in named for i in as_list(x.eos_token_id)} - {None}
         pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-        self.stops = self.ends | {i for i, piece in enumerate(pieces) if "\n" in piece}
+        self.stops = self.ends | {i for i, x in enumerate(pieces) if "\n" in x or "=>" in x}
         self.forward = self.model if args.device != "cuda" else torch.compile(  # captured, or
             self.model, mode="reduce-overhead", dynamic=False)  # launching kernels takes most time
         self.model.generation_config = GenerationConfig(  # by_generate's, whatever the folder says
@@ -131,64 +127,68 @@ class Completer:
             temperature=args.temperature or None, top_k=0, eos_token_id=[*self.stops])
         layers = DynamicCache(config=config).layers  # by_slots needs keys and values, and masks
         plain = {type(x).__name__ for x in layers} <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
-        able = self.model._can_compile_fullgraph and config.model_type not in ("bloom", "falcon")
+        masks = self.model._can_compile_fullgraph and config.model_type not in ("bloom", "falcon")
         window = min(getattr(layer, "sliding_window", sys.maxsize) for layer in layers)
-        text = MAX_CAPTION_TOKENS + len(self.tokenizer(" =>").input_ids) + args.max_new_tokens
-        self.longest_prompt = window - text if plain and able else 0  # that by_slots takes; 0: none
+        longest_line = MAX_CAPTION_TOKENS + 8 + args.max_new_tokens  # 8: more than " =>" has
+        self.longest_prompt = window - longest_line if plain and masks else 0
 
     def complete(self, prompt, captions, uniform):
-        """-> [(what follows `prompt` + caption + " =>" up to the end of its line, None)]"""
-        encode = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids
-        n = len(encode("\n"))  # a caption follows "\n": alone, LLaMA's tokenizer adds a blank
-        texts = [encode(f"\n{text}")[n:][:MAX_CAPTION_TOKENS] + encode(" =>") for text in captions]
+        """-> [(what follows `prompt` + caption + " =>", None)], up to a line's end or a "=>\""""
+        encode = lambda text: self.tokenizer("\n" + text, add_special_tokens=False).input_ids
+        n = len(encode(""))  # behind "\n", as in the prompt: alone, LLaMA's tokenizer adds a blank
+        texts = [encode(text)[n:][:MAX_CAPTION_TOKENS] + encode(" =>")[n:] for text in captions]
         prompt = self.tokenizer(prompt).input_ids
-        new = self.by_slots(prompt, texts, uniform) if len(prompt) <= self.longest_prompt else [
-            self.by_generate(prompt + text, u) for text, u in zip(texts, uniform)]
-        self.counts["cut at --max-new-tokens"] += sum(map(self.stops.isdisjoint, new))
-        new = [[token for token in ids if token not in self.ends] for ids in new]
-        return [(self.tokenizer.decode(ids, skip_special_tokens=True), None) for ids in new]
+        generate = self.by_slots if len(prompt) <= self.longest_prompt else self.by_generate
+        answers = list(generate(prompt, texts, uniform))
+        self.counts["cut at --max-new-tokens"] += sum(map(self.stops.isdisjoint, answers))
+        answers = [[token for token in ids if token not in self.ends] for ids in answers]
+        answers = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [(answer.partition("=>")[0], None) for answer in answers]
 
     @torch.inference_mode()
     def by_slots(self, prompt, texts, uniform):
         """The ids that follow the prompt and each text until its line ends. A step feeds every slot
         one token: its text's next, or the one drawn last. A slot whose line has ended takes the
         next text; the mask hides its old keys. So all steps have one shape."""
-        idle, P, W = len(texts), len(prompt), max(map(len, texts), default=0) + uniform.shape[1]
-        B = min(self.args.batch_size, 1 << (idle - 1).bit_length())  # a power of 2: few shapes
-        waiting = iter(sorted(range(idle), key=lambda i: -len(texts[i])))
-        slots, fed = [next(waiting, idle) for _ in range(B)], [0] * B
-        lines = [list(text) for text in texts] + [[0] * (W + 1)]  # the last: of idle slots
+        N, P, T = len(texts), len(prompt), uniform.shape[1]  # T: tokens of an answer, at most
+        B = min(self.args.batch_size, 1 << (N - 1).bit_length())  # a power of 2: few shapes
+        L = P + max(map(len, texts), default=0) + T
+        lines = [list(text) for text in texts] + [[0] * L]  # texts, then answers; the last: no text
+        waiting = iter(sorted(range(N), key=lambda i: -len(texts[i])))  # the longest text first
+        line_of, fed = [next(waiting, N) for _ in range(B)], [0] * B  # of every slot; N: idle
         tensor = lambda values: torch.tensor(values, device=self.model.device)
-        first = self.model(tensor([prompt]), use_cache=True, logits_to_keep=1).cache
-        if self.shape != (shape := (B, -(-(P + W) // 64) * 64)):
+        prefix = self.model(tensor([prompt]), use_cache=True, logits_to_keep=1).cache
+        shape = B, -(-L // 64) * 64
+        if shape != self.shape:  # else the same buffers, which a GPU has captured, serve again
             self.shape, self.place, self.places = shape, tensor(fed), tensor(range(shape[1]))
-            self.cache = Cache([Slots(shape[1]) for _ in first.layers])
+            self.cache = Cache([Slots(shape[1]) for _ in prefix.layers])
         self.cache.reset()
-        for layer, one in zip(self.cache.layers, first.layers):
+        for layer, one in zip(self.cache.layers, prefix.layers):
             layer.place = self.place
             StaticLayer.update(layer, *(x.expand(B, -1, -1, -1) for x in (one.keys, one.values)))
-        while any(i != idle for i in slots):
-            ids = tensor([lines[i][n] for i, n in zip(slots, fed)])
+        while any(i < N for i in line_of):
+            ids = tensor([lines[i][n] for i, n in zip(line_of, fed)])
             self.place.copy_(tensor(fed) + P)
             mask = torch.where(self.places > self.place[:, None], -torch.inf, 0)[:, None, None]
             logits = self.forward(
                 ids[:, None], position_ids=self.place[:, None], cache=self.cache, logits_to_keep=1,
                 attention_mask=mask.to(self.model.dtype)).logits[:, -1]  # [B, V]
             fed = [n + 1 for n in fed]
-            drawing = [(b, i) for b, i in enumerate(slots) if fed[b] == len(lines[i])]
+            drawing = [(b, i) for b, i in enumerate(line_of) if fed[b] == len(lines[i])]
             u = tensor([uniform[i, fed[b] - len(texts[i])] for b, i in drawing])
             new = sample(logits[[b for b, _ in drawing]], u, self.args.temperature, self.args.top_p)
             for (b, i), token in zip(drawing, new.tolist()):
                 lines[i].append(token)
-                if token in self.stops or len(lines[i]) == len(texts[i]) + uniform.shape[1]:
-                    slots[b], fed[b] = next(waiting, idle), 0  # the line has ended
+                if token in self.stops or len(lines[i]) == len(texts[i]) + T:  # the line has ended
+                    line_of[b], fed[b] = next(waiting, N), 0
         return [line[len(text):] for line, text in zip(lines, texts)]
 
-    def by_generate(self, ids, uniform):  # one text, by transformers: for all other models
-        torch.manual_seed(int(uniform[0] * 2 ** 24))
-        ids = torch.tensor([ids], device=self.model.device)
-        return self.model.generate(ids, attention_mask=ids >= 0)[0, ids.shape[1]:].tolist()
-
+    def by_generate(self, prompt, texts, uniform):  # by transformers, one by one: for other models
+        for text, own in zip(texts, uniform):
+            torch.manual_seed(int(own[0] * 2 ** 24))
+            ids = torch.tensor([prompt + text], device=self.model.device)
+            out = self.model.generate(ids, attention_mask=torch.ones_like(ids))
+            yield out[0, ids.shape[1]:].tolist()
 
 def parse_arguments(argv):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -204,33 +204,34 @@ def parse_arguments(argv):
     add("--top-p", type=float, default=0.95, help="1: off (default: %(default)s, release)")
     add("--max-new-tokens", type=int, default=77, help="default: %(default)s, release")
     add("--seed", type=int, default=0, help="of all random draws (default: %(default)s)")
-    add("--batch-size", type=int, default=256, help="slots, 0.5 MB a token of LLaMA-7B (256)")
+    add("--batch-size", type=int, default=256, help="slots (256; LLaMA-7B: up to 64 GiB)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16 if it is native")
     add("--device", default=DEVICES[0], choices=DEVICES, help="default here: %(default)s")
     add("--server", nargs="+", metavar="URL", help="ask OpenAI-compatible servers (data/server.py)")
     return settle(parser.parse_args(argv))
 
-
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    files, root = [args.input, getattr(args, "pairs", args.input)], getattr(args, "image_root", ".")
-    missing = [x for x in files if not os.path.isfile(x)] + [root] * (not os.path.isdir(root))
-    if missing or min(args.batch_size, args.max_new_tokens) < 1:
-        die(f"no file {missing[0]}" if missing else "--batch-size or --max-new-tokens below 1")
+    paths = [args.input, getattr(args, "pairs", args.input), getattr(args, "image_root", ".")]
+    for path, exists in zip(paths, [os.path.isfile, os.path.isfile, os.path.isdir]):
+        if not exists(path):
+            die(f"no file or folder {path}")
+    if min(args.batch_size, args.max_new_tokens) < 1:
+        die("--batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = args.device == "cpu" and any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda" and not args.server:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if (local_rank := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            die(f"rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     args.dtype = args.dtype.replace("auto", "bf16" if native else "fp32")
     return args
-
 
 # === from here on the same lines in the three captioning scripts: answers, rows, restart ==========
 def die(message):
     tqdm.write("error: " + " ".join(message.split())[:600], file=sys.stderr)
     sys.exit(2)
-
 
 def answer_line(answer, reason=None):
     """The caption in a model's answer -> (caption, None), or (None, why there is none). A thought,
@@ -241,9 +242,9 @@ def answer_line(answer, reason=None):
         del lines[0]
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
-    s = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    return re.sub("^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$", r"\1\2", s).strip(), None
-
+    line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
+    quoted = "^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$"
+    return re.sub(quoted, r"\1\2", line).strip(), None
 
 def parse_row(line):
     """The line's JSON object; of any other line, a row that keeps it."""
@@ -253,27 +254,26 @@ def parse_row(line):
     line = line.decode(errors="backslashreplace").rstrip("\r\n")
     return {"error": {"line": "not a JSON object"}, "line": line}
 
-
 class Parts:
     """Exact restart. The input is cut into units of whole lines. A unit's rows become a file, its
     part, named by a hash of all that its bytes depend on (of a model: its name), and renamed to it
     only when complete. So one that exists is right; when none is missing, they are joined."""
-    def __init__(self, args, prompts, reads, makes):
+    def __init__(self, args, files, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
-        free = "input output pairs workers server batch_size " + "dtype device" * bool(args.server)
-        self.settings = {name: x for name, x in vars(args).items() if name not in free.split()}
-        self.settings |= {"server": bool(args.server), "prompts": prompts,
+        free = {"input", "output", "pairs", "workers", "batch_size"}  # in bf16 the last may matter
+        free |= {"dtype", "device"} if args.server else set()
+        self.settings = {name: value for name, value in vars(args).items() if name not in free}
+        self.settings |= {"server": bool(args.server), "files": files,
                           "script": Path(__file__).read_text(encoding="utf-8")}
-        self.counts, self.paths, content, seen = Counter(), [], hashlib.sha256(), set()
+        self.counts, self.paths, content, fields = Counter(), [], hashlib.sha256(), set()
         for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
-            if not seen & reads:  # until one is found; `makes` is looked for in these rows alone
-                seen |= {name for line in lines for name, x in parse_row(line).items() if x}
-        if self.paths and (not seen & reads or seen & makes):
-            seen -= {"error", "line"}
-            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(seen)}")
+            if fields.isdisjoint(reads):  # until one is there; `makes` is sought in these rows only
+                fields |= {name for line in lines for name, x in parse_row(line).items() if x}
+        if self.paths and (fields.isdisjoint(reads) or fields & makes):
+            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(fields)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):
@@ -288,38 +288,38 @@ class Parts:
         """Yield (number, rows) of this rank's missing parts, then write the rows, now filled."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
-            done = os.path.exists(path) or os.path.exists(self.output)
-            if number % world == rank and not done:
-                rows = [parse_row(line) for line in lines]
-                todo = [row for row in rows if row.keys() != {"error", "line"}]
-                yield number, todo
-                self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
-                self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            if number % world != rank or os.path.exists(path) or os.path.exists(self.output):
+                continue
+            rows = [parse_row(line) for line in lines]
+            todo = [row for row in rows if row.keys() != {"error", "line"}]
+            yield number, todo
+            self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
+            self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def put(self, row, field, value, results):
-        """Write [(text, None) or (None, reason)], made from `value`: a list's into a list."""
+    def put(self, row, field, results, as_list):
+        """Write [(text, None) or (None, reason)] to the row: as lists, or the only one alone."""
         if row.get(field) is not None:
             return self.counts.update([f"{field} was there before"])
         self.counts.update((reason or f"texts in {field}").split(":")[0] for _, reason in results)
         texts, reasons = [text for text, _ in results], [reason for _, reason in results]
-        row[field] = texts if isinstance(value, list) else texts[0]
+        row[field] = texts if as_list else texts[0]
         error = row.get("error") or {}
         error = error if isinstance(error, dict) else {"row": error}  # the user's own
         if any(reasons) or field in error:  # or what an earlier attempt left
-            row["error"] = error | {field: reasons if isinstance(value, list) else reasons[0]}
+            row["error"] = error | {field: reasons if as_list else reasons[0]}
 
     def write(self, path, lines):
         """Write a file whole or not at all; not if its folder goes away: then OUT was joined."""
         os.makedirs(self.folder, exist_ok=True)
-        with suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder, \
-                open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f:
+        with (suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder,
+              open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f):
             f.writelines(lines)
             f.flush()
             os.fsync(f.fileno())
             os.replace(f.name, path)
 
-    def join(self):
-        """Join the parts to OUT if none is missing -> whether OUT is there."""
+    def finish(self):
+        """Print this launch's counts. Join the parts to OUT if none is missing -> is OUT there?"""
         print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
         missing = sum(not os.path.exists(path) for path in self.paths)
         if not missing and not os.path.exists(self.output):
@@ -333,8 +333,8 @@ class Parts:
         if other := [name for name in self.made if self.made[name] != then.get(name)]:
             die(f"{self.output} was made with other {', '.join(other)}: choose a new --output")
         shutil.rmtree(self.folder, ignore_errors=True)
+        print(f"{self.output} is finished")
         return True
-
 
 if __name__ == "__main__":
     main()

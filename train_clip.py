@@ -2,12 +2,12 @@
 
     CLIP        --text alt
     LaCLIP      --text alt rewrite_chatgpt rewrite_bard rewrite_coco rewrite_human  2305.20088, 3.2
-    LaCLIP-MT   LaCLIP's with --loss multitext                                      its slides
+    LaCLIP-MT   LaCLIP's with --loss multitext                                      LaCLIP's slides
     SLIP        --text alt --ssl                                                    2112.12750, 3
     LaSLIP      LaCLIP's with --ssl                                                 2305.20088, 4
     VeCLIP      --text alt=0.5 vecap=0.5                                            2310.07699
 
-    torchrun --nproc_per_node 8 train_clip.py --captions cc3m.jsonl --image-root cc3m \\
+    torchrun --nproc_per_node 8 train_clip.py --captions cc3m.rewritten.jsonl --image-root cc3m \\
         --out runs/laclip --text alt rewrite_chatgpt ...                # one machine with GPUs
     python train_clip.py --captions a.jsonl --image-root DIR --text alt --model nano --steps 20 \\
         --tokenizer tokenizer.json --batch-size 64 --out runs/try       # a few seconds on a CPU
@@ -18,7 +18,6 @@ command goes on with the next batch. --ssl, --micro-batch and --text-model each 
 Read draw_texts, clip_loss, multitext_loss, CLIP and train, in this order: they are both papers. The
 rest feeds train (samples, images, rows, tokenizer) and lets it end well (checkpoints, arguments).
 """
-import argparse
 import fcntl
 import html
 import io
@@ -32,9 +31,11 @@ import sys
 import time
 import zipfile
 import zlib
+from argparse import ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from array import array
+from bisect import bisect
 from collections import Counter, OrderedDict
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
@@ -46,6 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import RandomResizedCrop, v2
@@ -53,8 +55,8 @@ from tqdm import tqdm
 
 # === the text of a step: all that distinguishes LaCLIP and VeCLIP from CLIP =======================
 def draw_texts(row, fields, rng):
-    """LaCLIP's aug_T (eq. 2) and VeCLIP's mix (eq. 2): draw a field by its weight among those that
-    the row has, then one of its texts. fields: {name: weight}
+    """LaCLIP's aug_T (eq. 2) and VeCLIP's mix (section 3.4): draw a field by its weight among those
+    that the row has, then one of its texts. fields: {name: weight}
 
     -> a text of every field (clip_loss takes the drawn one, multitext_loss all; of a field without
     a text, the row's first), the index of the drawn field, and whether alt replaced its text: it
@@ -81,15 +83,14 @@ def texts_of(value):
     entries = value if isinstance(value, list) else [value]
     return [text if isinstance(text, str) and text.strip() else None for text in entries]
 
-def one_of_each(lists, drawn, place):
-    """A text of every list, or None, by `place` in [0, 1). Lists of one length belong together
-    entry by entry, like several AltTexts and the VeCap made from each."""
-    texts, index_of = [None] * len(lists), {}  # {length: index}
-    for k in (drawn, *range(len(lists))):
-        if usable := [i for i, text in enumerate(lists[k]) if text]:
-            i = index_of.setdefault(len(lists[k]), usable[int(place * len(usable))])
-            texts[k] = lists[k][i]
-    return texts
+def one_of_each(lists, drawn, u):
+    """A text of every list, or None, by `u` in [0, 1). Lists of one length belong together entry by
+    entry, like several AltTexts and the VeCap made from each: the drawn list chooses first."""
+    index_of = {}  # {length of a list: which of its texts}
+    for texts in (lists[drawn], *lists):
+        if usable := [i for i, text in enumerate(texts) if text]:
+            index_of.setdefault(len(texts), usable[int(u * len(usable))])
+    return [texts[index_of[len(texts)]] if len(texts) in index_of else None for texts in lists]
 
 # === losses =======================================================================================
 def info_nce(queries, keys, scale):
@@ -99,27 +100,29 @@ def info_nce(queries, keys, scale):
     labels = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
     return F.cross_entropy(scale * queries @ keys.T, labels)
 
-def clip_loss(images, texts, scale):
-    """L = (L_I + L_T) / 2 (LaCLIP eq. 1, VeCLIP eq. 1). images, texts [n, d], unit length
+def clip_loss(image_features, text_features, scale):
+    """L = (L_I + L_T) / 2 (LaCLIP and VeCLIP, eq. 1). Features [n, d] of unit length -> scalar
 
     LaCLIP (eq. 3) and VeCLIP (eq. 2) are this loss with the texts that aug_T or mix drew."""
-    return (info_nce(images, gather(texts), scale) + info_nce(texts, gather(images), scale)) / 2
+    loss_i = info_nce(image_features, gather(text_features), scale)
+    loss_t = info_nce(text_features, gather(image_features), scale)
+    return (loss_i + loss_t) / 2
 
-def multitext_loss(images, texts, drawn, scale):
-    """LaCLIP-MT: L = (L_I* + L_T) / 2. images [n, d], texts [n, M + 1, d], drawn [n] -> scalar
+def multitext_loss(image_features, text_features, drawn, scale):
+    """LaCLIP-MT: L = (L_I* + L_T) / 2. Features [n, d] and [n, M + 1, d], drawn [n] -> scalar
 
     L_I* compares an image with all its M + 1 texts, text j against the texts j of the other images.
-    L_T uses the drawn text, as LaCLIP does. The paper writes 1/M before a sum of M + 1 terms; this
+    L_T uses the drawn text, as LaCLIP does. The slides write 1/M before a sum of M + 1 terms; this
     is their mean, which is L_I if an image's texts are all the same."""
-    loss_i = torch.stack([info_nce(images, gather(text), scale) for text in texts.unbind(1)]).mean()
-    text = texts[torch.arange(len(drawn), device=drawn.device), drawn]
-    return (loss_i + info_nce(text, gather(images), scale)) / 2
+    losses = [info_nce(image_features, gather(texts), scale) for texts in text_features.unbind(1)]
+    drawn_features = text_features[torch.arange(len(drawn), device=drawn.device), drawn]
+    loss_t = info_nce(drawn_features, gather(image_features), scale)
+    return (torch.stack(losses).mean() + loss_t) / 2
 
 class Gather(torch.autograd.Function):
     """[n, d] of every rank -> [world * n, d], in the ranks' order. In the backward pass a rank
     receives the gradients of all ranks' losses. A gather without gradient (SLIP's) would drop what
     a feature contributes to the other features' losses."""
-
     @staticmethod
     def forward(ctx, x):
         gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -128,7 +131,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -183,7 +186,6 @@ PRESETS["nano-conv"] = {**PRESETS["nano"], "conv_stem": True}  # sees small obje
 
 class CLIP(nn.Module):
     """Two towers and a temperature (Radford et al. 2021): the model of both papers."""
-
     def __init__(self, c):
         super().__init__()
         self.config, W = c, c.text_width
@@ -208,8 +210,8 @@ class CLIP(nn.Module):
     def encode_text(self, texts):
         """Texts -> [B, embed_dim], not normalised: the feature at the end token. Padding would give
         the same, since attention is causal; so a text costs only its own tokens."""
-        x = F.embedding(texts.positions, self.positional_embedding)  # [...] adds in no fixed order
-        x = self.transformer(self.token_embedding(texts.ids) + x, texts)  # [T, W]
+        x = F.embedding(texts.positions, self.positional_embedding)  # indexing's gradient adds in
+        x = self.transformer(self.token_embedding(texts.ids) + x, texts)  # [T, W]; no fixed order
         return self.ln_final(x[texts.ends]) @ self.text_projection
 
     def forward(self, images, texts):
@@ -248,12 +250,11 @@ class VisionTransformer(nn.Module):
 
 class Transformer(nn.Module):
     rerun = False  # --grad-checkpointing: the backward pass computes the blocks again
-
     def __init__(self, width, layers, heads, quick_gelu, eps, qk_norm=False):
         super().__init__()
         self.resblocks = nn.ModuleList(
             ResidualAttentionBlock(width, heads, quick_gelu, eps, qk_norm) for _ in range(layers))
-        for block in self.resblocks:  # OpenAI CLIP's scales
+        for block in self.resblocks:  # OpenAI CLIP's scales for its text tower, here in both
             nn.init.normal_(block.attn.in_proj_weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=(2 * layers * width) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
@@ -294,7 +295,7 @@ class Attention(nn.Module):
         x = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         if texts is None:
             y = self.attend(x)
-        elif x.is_cuda and x.dtype != torch.float32:  # one call for all lengths
+        elif x.is_cuda and x.dtype != torch.float32:  # one call for all lengths; texts have no norm
             starts, longest = texts.starts, texts.groups[-1][0]
             y = varlen_attn(*x.unbind(1), starts, starts, longest, longest,
                             window_size=(-1, 0)).flatten(1)
@@ -305,14 +306,10 @@ class Attention(nn.Module):
         return self.out_proj(y)
 
     def attend(self, x, causal=False):  # [B, L, 3, heads, W / heads] -> [B, L, W]
-        q, k, v = x.permute(2, 0, 3, 1, 4)
-        q, k, L = self.q_norm(q), self.k_norm(k), x.shape[1]
-        if q.is_cpu and q.dtype == torch.bfloat16 and L < 128:  # here torch's kernel takes 4 x
-            hidden = torch.full((L, L), -torch.inf).triu(1) if causal else 0
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + hidden
-            y = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        q, k, v = x.permute(2, 0, 3, 1, 4)  # each [B, heads, L, W / heads]
+        slow = x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] < 128  # torch's fused kernel
+        with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
+            y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, is_causal=causal)
         return y.transpose(1, 2).flatten(2)
 
 class QuickGELU(nn.Module):
@@ -346,7 +343,7 @@ def learning_rate(step, peak, warmup, steps):
     """Linear from peak / 1000, then a cosine to peak / 100 (LaCLIP: 1e-6, 1e-3, 1e-5)"""
     if step < warmup:
         return peak * (0.001 + 0.999 * step / warmup)
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / (steps - warmup)
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 def train(args):
@@ -359,7 +356,7 @@ def train(args):
 
     torch.manual_seed(args.seed)
     model, tokenizer = from_state(state) if state else new_model(args)
-    towers = model.to(device)
+    ddp_model = model.to(device)  # with several ranks, DDP around it
     Transformer.rerun = args.grad_checkpointing
     if args.freeze_text:
         if not model.config.text_model:
@@ -369,31 +366,31 @@ def train(args):
     if args.ssl:
         from data.slip import projection_head, simclr_loss
         head = projection_head(model.config.vision_width).to(device)
-    parameters = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.wd},
-         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0}],
-        lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
+    optimizer = adamw([*model.parameters(), *head.parameters()], args)
     if start:
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
     if args.compile or args.compile is None and "cuda" in device:
         model.visual.compile()  # in place, so that names in the checkpoint stay as they are
     if world > 1:  # with device_ids, DDP would copy the inputs and wait for the copy
-        towers = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        ddp_model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     batches = load_batches(args, rows, tokenizer, model.config, start, steps, world, device)
     autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16,
                        enabled=args.precision == "bf16")
 
-    def objective(drawn, scale, images, texts, views=None):
-        loss = multitext_loss(images, texts, drawn, scale) if args.loss == "multitext" else \
-            clip_loss(images, texts[:, 0], scale)
-        return loss + simclr_loss(autocast()(head.forward), gather(views)) if args.ssl else loss
+    def objective(drawn, scale, image_features, text_features, views=None):
+        if args.loss == "multitext":
+            loss = multitext_loss(image_features, text_features, drawn, scale)
+        else:
+            loss = clip_loss(image_features, text_features[:, 0], scale)
+        if args.ssl:
+            loss = loss + simclr_loss(autocast()(head.forward), gather(views))
+        return loss
 
     progress = tqdm(total=steps, initial=start, unit="step", disable=rank() > 0)
     stopping = []  # by SIGTERM, when the node is taken back: save after this step and leave
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    counts = state["counts"] if start else [0, 0, 0]  # images, unusable, replaced; of all ranks
+    counts = torch.tensor(state["counts"] if start else [0, 0, 0])  # images, unusable, replaced
     wait, logged_at, logged_step = 0.0, time.time(), start
     for step in range(start, steps):
         asked_at = time.time()
@@ -405,10 +402,10 @@ def train(args):
         optimizer.zero_grad(set_to_none=True)
         if args.micro_batch and len(chunks) > 1:
             from data import grad_cache
-            loss = grad_cache.backward(model, towers, objective, chunks, drawn, autocast)
+            loss = grad_cache.backward(model, ddp_model, objective, chunks, drawn, autocast)
         else:
             with autocast():
-                outputs = towers(*chunks[0])
+                outputs = ddp_model(*chunks[0])
             loss = objective(drawn, *outputs)  # in fp32: at 1 / tau = 100 bf16 is too coarse
             loss.backward()
         for parameter in head.parameters():  # DDP does not hold the head
@@ -422,13 +419,13 @@ def train(args):
         for name, why in unusable:
             with open(out("bad_images.jsonl"), "a") as f:
                 f.write(json.dumps({"step": done, "image": name, "reason": why}) + "\n")
-        found = torch.tensor([len(drawn), len(unusable), replaced, len(stopping)])
-        *found, stopped = all_reduce(found).tolist()
-        images, bad, one_word = counts = [a + b for a, b in zip(counts, found)]
+        step_counts = torch.tensor([len(drawn), len(unusable), replaced, len(stopping)])
+        counts += all_reduce(step_counts)[:3]  # of all ranks
+        images, bad, one_word = counts.tolist()
         if bad > args.max_bad * max(images + bad, 1000):  # unsaved: a restart does not get past it
             progress.close()
             die(f"{bad} of {images + bad} rows are unusable (--max-bad): {out('bad_images.jsonl')}")
-        leave = stopped or done == steps
+        leave = step_counts[3] > 0 or done == steps  # a rank was told to stop
         if done in (1, steps) or done % args.log_every == 0:
             loss = all_reduce(loss.detach() / world).item()
             if not math.isfinite(loss):
@@ -447,8 +444,8 @@ def train(args):
             if not all(parameter.isfinite().all() for parameter in model.parameters()):
                 die(f"a weight is not finite after step {done}; {args.out} keeps the checkpoint")
             if rank() == 0:
-                more = dict(head=head.state_dict(), optimizer=optimizer.state_dict(), step=done,
-                            counts=counts, settings=settings, logged=os.path.getsize(metrics.name))
+                more = dict(step=done, head=head.state_dict(), optimizer=optimizer.state_dict(),
+                            counts=counts.tolist(), settings=settings, logged=metrics.tell())
                 if keep:
                     save_checkpoint(out(f"checkpoint-{done}.pt"), model, tokenizer, **more)
                 save_checkpoint(out("checkpoint.pt"), model, tokenizer, **more)
@@ -459,18 +456,25 @@ def train(args):
     if done < steps and rank() == 0:
         print(f"stopped at step {done} of {steps}: the same command goes on", file=sys.stderr)
 
+def adamw(parameters, args):  # decays matrices only
+    parameters = [p for p in parameters if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.wd},
+              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), eps=args.eps, fused=True)
+
 def begin(args, rows, device, world):
-    """-> OUT's checkpoint, --init's or {}; its step; the settings, with which alone a run goes on;
-    metrics.jsonl, cut back to that step, whose lock keeps other launches out"""
+    """-> state: OUT's checkpoint, else --init's, else {}; the step to start from; the settings that
+    must stay as they are; metrics.jsonl (rank 0's), cut to that step and locked"""
     path = os.path.join(args.out, "checkpoint.pt")
     resumed = os.path.exists(path)
-    state = read_checkpoint(path if resumed else args.init) if resumed or args.init else {}
+    source = path if resumed else args.init
+    state = read_checkpoint(source) if source else {}
     start, before = (state["step"], state["settings"]) if resumed else (0, {})
     if args.precision == "auto":  # on another machine it stays what it was
         args.precision = before.get("precision") or resolve_precision("auto", device)
     settings = read_settings(args, rows, world)
-    for name in settings if resumed else ():
-        if before.get(name) != settings[name]:
+    for name in settings:
+        if resumed and before.get(name) != settings[name]:
             die(f"{args.out} was begun with {name} = {before.get(name)!r}, not {settings[name]!r}")
     ours = torch.tensor([start, zlib.crc32(json.dumps(settings).encode())])
     if not all_reduce(ours.clone(), dist.ReduceOp.MAX).equal(ours):
@@ -492,14 +496,15 @@ def begin(args, rows, device, world):
 
 # === samples ======================================================================================
 def epoch_order(n, shuffle, seed, epoch, block=1000, window=256):
-    """The order of n rows in an epoch. full: any row at any time, for local disks. blocks: for
-    storage with slow random reads, any row of the next 256 blocks, which come in any order."""
+    """The order of n rows in an epoch. full: any. blocks, where random reads are slow: the blocks
+    of 1,000 rows in any order, then the rows of 256 successive blocks in any order."""
     rng, order = np.random.default_rng([seed, epoch]), np.arange(n, dtype=np.uint32)
-    if shuffle == "blocks":
-        order = np.concatenate([order[at:at + block] for at in rng.permutation(range(0, n, block))])
-    span = window * block if shuffle == "blocks" else n
-    for at in range(0, n, span):
-        rng.shuffle(order[at:at + span])
+    if shuffle == "full":
+        rng.shuffle(order)
+        return order
+    order = np.concatenate([order[at:at + block] for at in rng.permutation(range(0, n, block))])
+    for at in range(0, n, window * block):
+        rng.shuffle(order[at:at + window * block])
     return order
 
 def pieces(args, n, start, steps, world, size=256):
@@ -517,7 +522,6 @@ def pieces(args, n, start, steps, world, size=256):
 
 class Samples(torch.utils.data.Dataset):
     """Every random draw is a function of (seed, epoch, place), not of ranks, workers, restarts."""
-
     def __init__(self, args, rows, tokenizer, size):
         self.args, self.rows, self.tokenizer, self.size = args, rows, tokenizer, size
         self.views = [augment_crop]
@@ -531,18 +535,19 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, sample):
         """-> uint8 [V, 3, S, S]; ids of the drawn text or of all; the drawn one's index; whether
         alt replaced it; [(name, reason)] of the unusable rows that this one replaces"""
-        (epoch, place, index), args, bad = sample, self.args, []
-        rng = np.random.default_rng([args.seed, epoch, place])
+        (epoch, place, index), args = sample, self.args
+        rng, bad = np.random.default_rng([args.seed, epoch, place]), []
         while len(bad) < 100:
             name = f"row {index + 1}"
             try:
                 row = self.rows[index]
-                name = row.get("image") or name
+                name = str(row.get("image") or name)
                 texts, drawn, replaced = draw_texts(row, dict(args.text), rng)
                 texts = texts if args.loss == "multitext" else [texts[drawn]]
                 ids = [self.tokenizer.encode(text) for text in texts]
                 image = open_image(args.image_root, name)
-                image = image if self.views == [augment_crop] else to_rgb(image)  # decoded once
+                if self.views != [augment_crop]:  # which decodes at the scale that it needs
+                    image = to_rgb(image)
                 torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))  # torchvision's
                 views = [v2.functional.pil_to_tensor(view(image, self.size)) for view in self.views]
                 return torch.stack(views), ids, drawn, replaced, bad
@@ -569,8 +574,8 @@ def load_batches(args, rows, tokenizer, config, start, steps, world, device, siz
         worker_init_fn=begin_worker, pin_memory="cuda" in device,
         prefetch_factor=2 + share // size // args.workers if args.workers else None))
     for _ in range(start, steps):
-        parts = zip(*(next(loader) for _ in range(0, share, size)))
-        images, ids, lengths, drawn, replaced, bad = parts
+        parts = [next(loader) for _ in range(0, share, size)]
+        images, ids, lengths, drawn, replaced, bad = zip(*parts)
         images = torch.cat([x.to(device, non_blocking=True) for x in images])
         texts = torch.cat(ids).split(sum(lengths, []))
         K = len(texts) // share  # texts an image
@@ -601,12 +606,8 @@ def to_rgb(image):
     image.load()  # what is broken is told here, for a second attempt would give a part of it
     with suppress(Exception):  # broken metadata says nothing
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "I;16" and image.format == "PNG":  # convert would clip it
-        grey = np.asarray(image)
-        grey = np.where(grey == image.info.get("transparency", -1), 65535, grey)
-        image = Image.fromarray((grey >> 8).astype(np.uint8))
-    if image.mode[0] in "IF":
-        raise ValueError(f"grey of mode {image.mode}: the file does not say which value is white")
+    if image.mode[0] in "IF":  # 16 or 32 bits a pixel
+        raise ValueError(f"grey of mode {image.mode}: which value is white is not said")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -614,9 +615,8 @@ def to_rgb(image):
 
 def augment_crop(image, S, least=0.5):
     """LaCLIP's, but bicubic: RandomResizedCrop of a share `least` to 1 of the area, no flip, since
-    captions say left and right. -> RGB [S, S]. A JPEG of which the crop needs less than half of the
-    pixels a side is decoded at a half, a quarter or an eighth (DCT scaling); pixels change a
-    little."""
+    captions say left and right. -> RGB [S, S]. A JPEG is decoded at a half, a quarter or an eighth
+    (DCT scaling) where this leaves the crop S pixels a side or more; pixels change a little."""
     w, h = image.size
     top, left, height, width = RandomResizedCrop.get_params(image, (least, 1), (3 / 4, 4 / 3))
     shrink = max(1, min(width, height) // S)
@@ -641,39 +641,37 @@ def eval_transform(config):
 
 class Rows:
     """The rows of JSONL files, as if they were one file. Kept is where each begins: 8 bytes."""
-
     def __init__(self, paths):
-        self.paths, self.file_begins, self.checksum, begins = paths, [], 0, array("q", [0])
+        self.paths, self.first_rows, self.checksum, begins = paths, [], 0, array("q", [0])
         for path in paths:
-            self.file_begins.append(begins[-1])
+            self.first_rows.append(len(begins) - 1)
             with open(path, "rb") as f:
                 for line in f:
                     begins.append(begins[-1] + len(line))
                     self.checksum = zlib.crc32(line, self.checksum)
-        self.begins, self.file_begins = np.frombuffer(begins, np.int64), np.array(self.file_begins)
+        self.begins = np.frombuffer(begins, np.int64)
 
     def __len__(self):
         return len(self.begins) - 1
 
     def __getitem__(self, i):
         begin, end = self.begins[i:i + 2].tolist()
-        number = np.searchsorted(self.file_begins, begin, "right") - 1
+        number = bisect(self.first_rows, i) - 1
         with open(self.paths[number], "rb") as f:
-            f.seek(begin - self.file_begins[number])
+            f.seek(begin - self.begins[self.first_rows[number]])
             return json.loads(f.read(end - begin))
 
 # === tokenizer and checkpoints ====================================================================
 class Tokenizer:
     """texts -> Texts. Holds a tokenizers.Tokenizer that adds the start and end tokens."""
-
     def __init__(self, json_text, context_length=77, mend=False):
         self.json_text, self.context_length, self.mend = json_text, context_length, mend
         self.tokenizer = tokenizers.Tokenizer.from_str(json_text)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(context_length)  # cuts before the end token
         self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a caption is plain text
-        (*_, end), other = (self.tokenizer.encode(text).ids for text in ("a", "dog"))
-        if other[-1] != end or other.count(end) > 1:  # features are taken there
+        a, dog = self.tokenizer.encode("a").ids, self.tokenizer.encode("dog").ids
+        if a[-1] != dog[-1] or dog.count(dog[-1]) > 1:  # features are taken at the end token
             raise ValueError("the tokenizer's post-processor must add an end token after a text")
 
     @classmethod
@@ -734,8 +732,7 @@ def load_checkpoint(path, device="cpu"):
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = die
     add = parser.add_argument_group("data").add_argument
     add("--captions", nargs="+", required=True, help="JSONL files that are together one data set")
@@ -768,8 +765,8 @@ def parse_args(argv=None):
     add("--warmup", type=int, help="steps (default: an epoch, at most a tenth of the run)")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="default: auto")
     add("--grad-checkpointing", action="store_true", help="compute activations inside blocks twice")
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: the image tower on GPUs")
-    add("--seed", type=int, default=0)
+    add("--compile", action=BooleanOptionalAction, help="default: the image tower on GPUs")
+    add("--seed", type=int, default=0, help="of all random draws (default: 0)")
     add("--out", required=True, help="folder of checkpoint, metrics and settings")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
     add("--keep-every", type=int, metavar="N", help="keep the checkpoint of every Nth step")
@@ -786,9 +783,10 @@ def parse_args(argv=None):
         die("--init brings its model, tokenizer and sizes: none of their flags beside it")
     return args
 
-def field_and_weight(text):
-    """A type for argparse: "alt=0.5" -> ("alt", 0.5), "vecap" -> ("vecap", 1.0)"""
+def field_and_weight(text):  # "alt=0.5" -> ("alt", 0.5), "vecap" -> ("vecap", 1.0)
     field, _, weight = text.partition("=")
+    if not 0 <= float(weight or 1) < math.inf:
+        raise ValueError
     return field, float(weight or 1)
 
 def resolve_precision(name, device):
@@ -811,8 +809,7 @@ def read_settings(args, rows, world):
     warmup = min(per_epoch, steps // 10) if args.warmup is None else args.warmup
     if warmup >= steps:
         die(f"--warmup {warmup} is not less than the {steps} steps of the run (--steps, --epochs)")
-    firsts = np.searchsorted(rows.begins[:-1], rows.file_begins)[:, None] + np.arange(100)
-    for i in {*range(0, len(rows), len(rows) // 1000 or 1), *firsts.clip(max=len(rows) - 1).flat}:
+    for i in {*range(0, len(rows), len(rows) // 1000 or 1), *rows.first_rows[:1000]}:
         with suppress(ValueError, TypeError):  # no JSON; no object
             row = rows[i]
             found |= {field for field in row if any(texts_of(row[field]))}
@@ -841,7 +838,10 @@ def new_model(args):  # -> model, tokenizer
 def start_ranks(device):
     """Join torchrun's process group, if there is one. -> this rank's device, the number of ranks"""
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            die(f"rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}")
+        device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # of the patches' convolution: fp32 is fp32
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every new shape; texts have many

@@ -84,7 +84,7 @@ def evaluation_parser(description):
         help="auto: bf16 where the hardware computes in it, else fp32 (default: %(default)s)")
     add("--workers", type=number(int, 0), default=own_cpus(), help="processes of a rank that read "
         "images, 0: none (default: this rank's CPUs less one, %(default)s)")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default: a GPU")
     return parser
 
 

@@ -5,12 +5,12 @@ from contextlib import nullcontext
 import torch
 
 
-def backward(model, towers, objective, chunks, drawn, autocast):
-    """Put the gradients of the whole batch's loss into .grad, return the loss. `towers` is the
+def backward(model, ddp_model, objective, chunks, drawn, autocast):
+    """Put the gradients of the whole batch's loss into .grad, return the loss. `ddp_model` is the
     model or its DDP; chunks: [(images, Texts), ...].
 
     Compute all features without gradients, then the loss of the whole batch and its gradients with
-    respect to the features, then each chunk again, to carry these into the towers."""
+    respect to the features, then each chunk again, to carry these into the weights."""
     with torch.no_grad(), autocast():
         scales, *features = zip(*(model(*chunk) for chunk in chunks))
     scale = scales[0].requires_grad_()
@@ -19,9 +19,9 @@ def backward(model, towers, objective, chunks, drawn, autocast):
     loss.backward()
     gradients = zip(*(feature.grad.split(len(chunks[0][0])) for feature in features))
     for i, (chunk, gradient) in enumerate(zip(chunks, gradients), 1):
-        once = towers is model or i == len(chunks)  # the ranks exchange gradients in the last chunk
-        with nullcontext() if once else towers.no_sync():
+        once = ddp_model is model or i == len(chunks)  # ranks exchange gradients in the last chunk
+        with nullcontext() if once else ddp_model.no_sync():
             with autocast():
-                outputs = towers(*chunk)
+                outputs = ddp_model(*chunk)
             torch.autograd.backward(outputs, [scale.grad / len(chunks), *gradient])
     return loss

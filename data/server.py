@@ -65,7 +65,7 @@ class Server:
         """rewrite_llama.py: the end of each caption's line"""
         seeds = (uniform[:, 0] * 2 ** 24).astype(int).tolist()
         return self.ask_all(lambda text: self.ask(
-            prompt=f"{prompt}{plain(text[0])} =>", seed=text[1], stop=["\n"],
+            prompt=f"{prompt}{plain(text[0])} =>", seed=text[1], stop=["\n", "=>"],
             temperature=self.args.temperature, top_p=self.args.top_p),
             zip(captions, seeds), harmless=("a photo of a dog", 0))
 

@@ -65,16 +65,17 @@ def build(model_folder, pictures, tmp_path):
 
 # --- a batch is what `generate` writes one at a time --------------------------------------------------------------------
 
-def naive_answers(folder, prompts, limit, newline):
-    """transformers alone: its greedy generate, one text at a time -> [the answer], how many did not end"""
+def naive_answers(folder, prompts, limit, *marks):
+    """transformers alone: its greedy generate, one text at a time, up to a mark -> [the answer], how many did not end"""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
-    stops = [1] + [i for i in range(len(tokenizer)) if newline and "\n" in tokenizer.decode([i])]
+    stops = [1] + [i for i in range(len(tokenizer)) if any(mark in tokenizer.decode([i]) for mark in marks)]
     answers, endless = [], 0
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         new = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, eos_token_id=stops, pad_token_id=1)
         new = new[0, ids.shape[1]:].tolist()
-        answers.append(tokenizer.decode(new, skip_special_tokens=True))
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        answers.append(text.partition("=>")[0] if "=>" in marks else text)
         endless += new[-1] not in stops
     return answers, endless
 
@@ -103,7 +104,7 @@ def test_rewrites(family, build, model_folder, monkeypatch):
     ours, counts = build("rewrite", family, "--temperature", 0, "--max-new-tokens", 8, "--batch-size", 5)
     complete(ours, "a => b\n", TEXTS[:3])
     counts.clear()
-    expected, endless = naive_answers(model_folder(family), [f"{PROMPT}{text} =>" for text in texts], 8, True)
+    expected, endless = naive_answers(model_folder(family), [f"{PROMPT}{text} =>" for text in texts], 8, "\n", "=>")
     assert complete(ours, PROMPT, texts) == [(text, None) for text in expected]
     assert len(set(expected)) > 4 and counts == {"cut at --max-new-tokens": endless}
     assert complete(ours, PROMPT, []) == []
@@ -119,17 +120,16 @@ def test_a_rewrite_depends_on_no_other_text(family, build):
     assert len(set(drawn[0])) > 8 and drawn[0][:7] != drawn[0][7:14]  # the same text twice has random numbers of its own
 
 
-def test_a_ring_that_wraps(build, model_folder):
-    """Three slots for sixty texts of every length: the ring begins again many times."""
+def test_a_slot_takes_many_texts(build, model_folder):
+    """Three slots for sixty texts of every length, one after another."""
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(TEXTS, rng.integers(1, 5))) for _ in range(60)]
-    ours, _ = build("rewrite", "Llama", "--temperature", 0, "--max-new-tokens", 8, "--batch-size", 3)
-    steps = []
+    (ours, _), steps = build("rewrite", "Llama", "--temperature", 0, "--max-new-tokens", 8, "--batch-size", 3), []
     ours.model.register_forward_pre_hook(lambda *_: steps.append(0))
-    expected, _ = naive_answers(model_folder("Llama"), [f"{PROMPT}{text} =>" for text in texts], 8, True)
+    expected, _ = naive_answers(model_folder("Llama"), [f"{PROMPT}{text} =>" for text in texts], 8, "\n", "=>")
     assert complete(ours, PROMPT, texts) == [(text, None) for text in expected]
-    ring = 8 + max(len(ours.tokenizer(f"{text} =>").input_ids) for text in texts)
-    assert len(steps) > 5 * ring
+    longest = 8 + max(len(ours.tokenizer(f"{text} =>").input_ids) for text in texts)
+    assert len(steps) > 5 * longest
 
 
 @pytest.mark.parametrize("style", ["chat", "pairs"])
@@ -139,7 +139,7 @@ def test_answers(family, style, build, model_folder):
     pairs = read_jsonl(ROOT / "data/prompts/fuse_pairs.jsonl")[:2]
     prompts = [fuse_vicuna.chat_prompt(text, "a red wall") if style == "chat" else fuse_vicuna.pairs_prompt(pairs, text, "a red wall")
                for text in TEXTS] + TEXTS
-    expected, endless = naive_answers(model_folder(family), prompts, 12, style == "pairs")
+    expected, endless = naive_answers(model_folder(family), prompts, 12, *["\n"] * (style == "pairs"))
     for size in (1, 8):
         ours, counts = build("fuse", family, "--max-new-tokens", 12, "--batch-size", size, "--format", style)
         assert ours.answer(prompts) == [(text, None) for text in expected] and len(set(expected)) > 8

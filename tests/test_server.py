@@ -126,7 +126,7 @@ def test_every_row_gets_its_answer(stage, folder, launch, tmp_path, monkeypatch)
             assert prompt.count(" => ") == 3 if stage == "rewrite" else " USER: Rephrase the following " in prompt
         assert request.path == ("/v1/chat/completions" if stage == "caption" else "/v1/completions")
         seeds.add(body.pop("seed", None))
-        assert body == ({"temperature": 0.9, "top_p": 0.95, "stop": ["\n"]} if stage == "rewrite" else
+        assert body == ({"temperature": 0.9, "top_p": 0.95, "stop": ["\n", "=>"]} if stage == "rewrite" else
                         {"temperature": 0, "chat_template_kwargs": {"enable_thinking": False}} if stage == "caption" else {"temperature": 0})
     assert len(seeds) == (len(asked) if stage == "rewrite" else 1)  # every text and source its own
     assert "a key" not in (tmp_path / "out.settings.json").read_text()

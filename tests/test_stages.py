@@ -181,7 +181,7 @@ def test_sizes(stage, most):
 def test_the_common_block():
     """The block, without what starts the script, and the check of the arguments are the same text in all three."""
     texts = [Path(stage.__file__).read_text() for stage in STAGES.values()]
-    blocks = {text[text.index("# === from here on the same lines"):text.index("\n\n\nif __name__")] for text in texts}
+    blocks = {text[text.index("# === from here on the same lines"):text.index("\n\nif __name__")] for text in texts}
     assert len(blocks) == 1 and "class Parts" in (block := blocks.pop()) and len(block.splitlines()) <= 110
     assert len({text[text.index("def settle"):text.index("# === from here")] for text in texts}) == 1
 
@@ -595,8 +595,8 @@ def test_refusals_are_asked_again_with_the_vec_alone():
     (["a", "c"], ["b"], [("a", "b"), ("c", "")]), ("a", ["b", "d"], [("a", "b"), ("a", "d")]), ([], "b", [("", "b")])])
 def test_lists_are_fused_entry_by_entry(alt, vec, pairs, arguments):
     args = fuse_vicuna.parse_arguments(arguments("fuse"))
-    like, texts = fuse_vicuna.text_pairs({"alt": alt, "seen": vec}, args)
-    assert texts == pairs and (len(like) == len(texts) if isinstance(like, list) else len(texts) == 1)
+    texts, is_list = fuse_vicuna.text_pairs({"alt": alt, "seen": vec}, args)
+    assert texts == pairs and is_list == any(isinstance(value, list) and value for value in (alt, vec))
 
 
 def test_prompts_of_the_paper():

@@ -365,7 +365,6 @@ def test_pictures_of_every_kind(tmp_path):
     grey = np.full((8, 8), 65535 // 2, np.uint16)
     grey[0] = 300
     Image.fromarray(grey).save(tmp_path / "deep.png")
-    Image.fromarray(grey).save(tmp_path / "deep clear.png", transparency=300)
     Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "floats.tif")
     Image.new("RGB", (8, 4)).save(tmp_path / "exif.jpg", exif=TURNED)
     Image.new("RGB", (8, 4)).save(tmp_path / "broken.jpg", exif=TURNED[:-9])
@@ -378,17 +377,14 @@ def test_pictures_of_every_kind(tmp_path):
     def read(name, root=tmp_path):
         return T.to_rgb(T.open_image(str(root), name))
 
-    white, middle = (255, 255, 255), (127, 127, 127)
+    white = (255, 255, 255)
     assert read("clear.png").getpixel((0, 0)) == read("palette.png").getpixel((0, 0)) == white
     assert {read(f"{name}.{kind}").mode for name, kind in (
         ("cmyk", "jpg"), ("grey", "png"), ("link", "png"))} == {"RGB"}
-    assert read("deep.png").getpixel((0, 0)) == (1, 1, 1)
-    assert read("deep clear.png").getpixel((0, 0)) == white
-    assert read("deep.png").getpixel((0, 5)) == read("deep clear.png").getpixel((0, 5)) == middle
     assert read("exif.jpg").size == (4, 8) and read("broken.jpg").size == (8, 4)
     assert read(f"shard.tar@100+{len(blob)}").size == (8, 8)
     assert read(str(tmp_path / "grey.png")).size == (8, 8)
-    for name in ("floats.tif", "thread.png", None, "missing.png"):
+    for name in ("floats.tif", "deep.png", "thread.png", None, "missing.png"):
         pytest.raises((OSError, ValueError, TypeError), read, name)
     for name in ("/etc/hostname", "../grey.png", str(tmp_path / "grey.png"), "x/../../grey.png"):
         with pytest.raises(ValueError, match="outside --image-root"):
