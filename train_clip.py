@@ -12,8 +12,8 @@
     python train_clip.py --captions a.jsonl --image-root DIR --text alt --model nano --steps 20 \\
         --tokenizer tokenizer.json --batch-size 64 --out runs/try       # a few seconds on a CPU
 
-OUT gets checkpoint.pt, metrics.jsonl, settings.json and bad_images.jsonl. After a kill the same
-command goes on with the next batch. --ssl, --micro-batch and --text-model each are a file in data/.
+OUT gets checkpoint.pt, metrics.jsonl, settings.json and bad_images.jsonl, where a kill may double a
+row. After one the same command goes on. --ssl, --micro-batch and --text-model are files in data/.
 
 Read draw_texts, clip_loss, multitext_loss, CLIP and train, in this order: they are both papers. The
 rest feeds train (samples, images, rows, tokenizer) and lets it end well (checkpoints, arguments).

@@ -5,8 +5,8 @@
     python -m data.plan --rows 12e6 --rate rewrite=65 caption=19 train=1200   # rows/s of one GPU
     python -m data.plan --rows 12e6 --rate rewrite=28300t    # or a server's output tokens/s
 
-To measure a rate, run the stage on a few rows, `head -n 200 in.jsonl > few.jsonl`: its progress bar
-shows rows a second, for --rate. A rate that somebody measured on another model becomes FLOP/s, so
+To measure a rate, run the stage on a few rows, `head -n 200 in.jsonl > few.jsonl`: divide them by
+the seconds of its progress bar, for --rate. A rate that somebody measured on another model becomes FLOP/s, so
 that it can be applied to this one. GPU-hours are then FLOPs / (FLOP/s). "Peak x MFU" is the same
 with a data sheet's peak and an assumed share of it. tests/data/test_plan.py counts the FLOPs with
 torch and the bytes in real files. The hours are an estimate.
@@ -278,8 +278,8 @@ def read_arguments(argv):
         help="share of the peak that is reached where no rate is known (default: %(default)s, "
         "assumed)")
     add("--rate", nargs="+", default=[], metavar="STAGE=X",
-        help="rows a second on one GPU, as a stage's progress bar shows them (train: samples_per_s "
-        "of metrics.jsonl); Xt: output tokens a second, as servers state them")
+        help="rows a second on one GPU (train: samples_per_s of metrics.jsonl); Xt: output tokens "
+        "a second, as servers state them")
     add("--cores", type=positive, default=8, help="CPU cores a GPU (default: %(default)s)")
     add("--decode", type=positive, default=1000,
         help="images a second that a core decodes and crops (default: %(default)s, JPEG of 640 x "

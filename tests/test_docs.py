@@ -141,6 +141,11 @@ def test_both_equations_stand_where_readme_says():
     assert len(names) == 3 and all(places[name] <= int(count) for name in names), [(name, places[name]) for name in names]
 
 
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 180 and max(map(len, text.splitlines())) <= 120 and len(text.split()) <= 2000
+
+
 def test_the_row_that_readme_follows_is_real_output():
     text = (ROOT / "README.md").read_text().replace("\n" + " " * 9, " ")  # a line that goes on
     shown = [json.loads(line) for line in re.findall(r"^(?:in|rewrite|caption|fuse) +(\{.*\})$", text, re.M)]
