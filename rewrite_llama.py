@@ -133,7 +133,7 @@ class Completer:
         self.longest_prompt = window - longest_line if plain and masks else 0
 
     def complete(self, prompt, captions, uniform):
-        """-> [(what follows `prompt` + caption + " =>", None)], up to a line's end or a "=>\""""
+        """-> [(the end of the line prompt + caption + " =>", up to another "=>"; None)]"""
         encode = lambda text: self.tokenizer("\n" + text, add_special_tokens=False).input_ids
         n = len(encode(""))  # behind "\n", as in the prompt: alone, LLaMA's tokenizer adds a blank
         texts = [encode(text)[n:][:MAX_CAPTION_TOKENS] + encode(" =>")[n:] for text in captions]
