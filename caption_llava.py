@@ -37,7 +37,7 @@ FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()  # no EPS: it r
 def main(argv=None):
     args = parse_arguments(argv)
     parts = Parts(args, None, reads={"image"}, makes={"vec"})
-    if parts.finish():
+    if parts.finish():  # OUT is there, or only had to be joined
         return
     if args.server:
         from data.server import Server
@@ -47,11 +47,12 @@ def main(argv=None):
     for number, rows in parts.to_make():
         answers = model.caption([row.get("image") for row in rows])  # of the image alone
         results = [answer_line(*answer) for answer in answers]
+        # a unit without a caption: a disk, a path or the model is at fault, not an image
         if rows and not any(text for text, _ in results) and (number == 0 or len(rows) > 50):
             die(f"no caption for any of {len(rows)} rows ({results[0][1]}): is --image-root right? "
-                "Rows of files that are lost must be left out of --input")
+                "Leave the rows of lost files out of --input")
         for row, result in zip(rows, results):
-            parts.put(row, "vec", [result], as_list=False)
+            parts.put(row, "vec", [result], is_list=False)
     parts.finish()
 
 # --- the model ------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ class Captioner:
         import transformers
         content = [{"type": "image"}, {"type": "text", "text": args.prompt}]
         try:
-            transformers.AutoConfig.from_pretrained(args.model)  # tells best what a folder lacks
+            transformers.AutoConfig.from_pretrained(args.model)  # has the clearest errors
             self.processor = transformers.AutoProcessor.from_pretrained(args.model)
             if not hasattr(self.processor, "image_processor"):
                 die(f"--model {args.model} has no vision part: expected a model like LLaVA")
@@ -74,7 +75,7 @@ class Captioner:
             die(f"--model {args.model}: {e}")
         torch.backends.cudnn.allow_tf32 = False  # in convolutions: fp32 is fp32
         self.args, self.counts, self.tokenizer = args, counts, self.processor.tokenizer
-        self.tokenizer.padding_side = "left"  # a decoder-only model goes on at the right end
+        self.tokenizer.padding_side = "left"  # a decoder-only model continues on the right
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         config = self.model.config.get_text_config()
         named = config, self.model.generation_config, self.tokenizer
@@ -102,13 +103,14 @@ class Captioner:
             multiprocessing_context="fork" if workers else None)
         results = []
         for batch in loader:
-            for inputs, reasons in batch:  # one pair, or one an image if the processor refused some
+            for inputs, reasons in batch:  # one pair, or one an image if the processor failed
                 answers = iter(self.answer(inputs) if inputs else [])
                 results += [(None, why) if why else (next(answers), None) for why in reasons]
         return results
 
     def prepare(self, names):
-        """-> [(the model's inputs for the images that can be read, each name's reason or None)]"""
+        """-> [(the model's inputs, each name's reason or None)]: one pair for all names, or one for
+        each name if the processor refuses the batch, so that a bad image costs only itself."""
         images, reasons = zip(*(read_image(self.args.image_root, name) for name in names))
         images = [[image] for image in images if image]  # a list for each text
         special = not self.prompt.startswith(self.tokenizer.bos_token or "\0")  # BOS only once
@@ -132,7 +134,7 @@ def read_image(root, name):
 
 def open_image(root, name):
     """An image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row
-    cannot name what lies outside. A link that lies inside is the user's own, and is followed."""
+    cannot name a file outside. Links under `root` are the user's own and are followed."""
     if not isinstance(name, str) or not name:
         raise ValueError("no image")
     path, offset, size = re.fullmatch(r"(.+?)(?:@(\d+)\+(\d+))?", name, re.DOTALL).groups()
@@ -149,11 +151,11 @@ def open_image(root, name):
 
 def to_rgb(image):
     """Any PIL image -> RGB, upright; transparency becomes white."""
-    image.load()  # what is broken is told here, for a second attempt would give a part of it
-    with suppress(Exception):  # broken metadata says nothing
+    image.load()  # a broken file fails here; a second load would return part of it
+    with suppress(Exception):  # broken metadata is ignored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # 16 or 32 bits a pixel
-        raise ValueError(f"grey of mode {image.mode}: which value is white is not said")
+        raise ValueError(f"grey of mode {image.mode}: its white level is unknown")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -178,10 +180,10 @@ def parse_arguments(argv):
 
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    paths = [args.input, getattr(args, "pairs", args.input), getattr(args, "image_root", ".")]
-    for path, exists in zip(paths, [os.path.isfile, os.path.isfile, os.path.isdir]):
-        if not exists(path):
-            die(f"no file or folder {path}")
+    checks = {"input": os.path.isfile, "pairs": os.path.isfile, "image_root": os.path.isdir}
+    for name, exists in checks.items():
+        if name in args and not exists(getattr(args, name)):
+            die(f"--{name.replace('_', '-')} {getattr(args, name)}: no such file or folder")
     if min(args.batch_size, args.max_new_tokens) < 1:
         die("--batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
@@ -194,7 +196,7 @@ def settle(args):
     args.dtype = args.dtype.replace("auto", "bf16" if native else "fp32")
     return args
 
-# === from here on the same lines in the three captioning scripts: answers, rows, restart ==========
+# === from here on the same lines in the three captioning scripts, as is `settle`: restart =========
 def die(message):
     tqdm.write("error: " + " ".join(message.split())[:600], file=sys.stderr)
     sys.exit(2)
@@ -213,7 +215,7 @@ def answer_line(answer, reason=None):
     return re.sub(quoted, r"\1\2", line).strip(), None
 
 def parse_row(line):
-    """The line's JSON object; of any other line, a row that keeps it."""
+    """The line's JSON object, or a row that holds the line as it is."""
     with suppress(ValueError, RecursionError):
         if isinstance(row := json.loads(line.decode("utf-8-sig")), dict):
             return row
@@ -221,13 +223,13 @@ def parse_row(line):
     return {"error": {"line": "not a JSON object"}, "line": line}
 
 class Parts:
-    """Exact restart. The input is cut into units of whole lines. A unit's rows become a file, its
-    part, named by a hash of all that its bytes depend on (of a model: its name), and renamed to it
-    only when complete. So one that exists is right; when none is missing, they are joined."""
+    """Exact restart. The input is cut into units of whole lines; each becomes a file, its part. Its
+    name is a hash of settings (of a model: its name), script and lines, and is given only when it
+    is complete. So a part that exists is right. When none is missing, they are joined."""
     def __init__(self, args, files, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
-        free = {"input", "output", "pairs", "workers", "batch_size"}  # in bf16 the last may matter
+        free = {"input", "output", "pairs", "workers", "batch_size"}  # exact in fp32
         free |= {"dtype", "device"} if args.server else set()
         self.settings = {name: value for name, value in vars(args).items() if name not in free}
         self.settings |= {"server": bool(args.server), "files": files,
@@ -239,7 +241,7 @@ class Parts:
             if fields.isdisjoint(reads):  # until one is there; `makes` is sought in these rows only
                 fields |= {name for line in lines for name, x in parse_row(line).items() if x}
         if self.paths and (fields.isdisjoint(reads) or fields & makes):
-            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(fields)}")
+            die(f"{args.input}: expected JSONL with one of {reads}, not {makes}: {sorted(fields)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):
@@ -251,7 +253,7 @@ class Parts:
                 yield number, os.path.join(self.folder, name), lines
 
     def to_make(self):
-        """Yield (number, rows) of this rank's missing parts, then write the rows, now filled."""
+        """Yield (number, rows) of each missing part of this rank; write them once filled in."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
             if number % world != rank or os.path.exists(path) or os.path.exists(self.output):
@@ -262,20 +264,20 @@ class Parts:
             self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
             self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def put(self, row, field, results, as_list):
-        """Write [(text, None) or (None, reason)] to the row: as lists, or the only one alone."""
+    def put(self, row, field, results, is_list):
+        """Put [(text, None) or (None, reason)] into the row: as lists, or the only one alone."""
         if row.get(field) is not None:
             return self.counts.update([f"{field} was there before"])
         self.counts.update((reason or f"texts in {field}").split(":")[0] for _, reason in results)
         texts, reasons = [text for text, _ in results], [reason for _, reason in results]
-        row[field] = texts if as_list else texts[0]
+        row[field] = texts if is_list else texts[0]
         error = row.get("error") or {}
         error = error if isinstance(error, dict) else {"row": error}  # the user's own
         if any(reasons) or field in error:  # or what an earlier attempt left
-            row["error"] = error | {field: reasons if as_list else reasons[0]}
+            row["error"] = error | {field: reasons if is_list else reasons[0]}
 
     def write(self, path, lines):
-        """Write a file whole or not at all; not if its folder goes away: then OUT was joined."""
+        """Write a file whole or not at all. If its folder is gone, OUT was joined."""
         os.makedirs(self.folder, exist_ok=True)
         with (suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder,
               open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f):
@@ -285,7 +287,7 @@ class Parts:
             os.replace(f.name, path)
 
     def finish(self):
-        """Print this launch's counts. Join the parts to OUT if none is missing -> is OUT there?"""
+        """Print this launch's counts; if all parts exist, join them. -> whether OUT exists"""
         print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
         missing = sum(not os.path.exists(path) for path in self.paths)
         if not missing and not os.path.exists(self.output):

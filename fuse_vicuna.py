@@ -4,10 +4,10 @@
     torchrun --nproc_per_node 8 fuse_vicuna.py ...the same arguments...  # ranks share the work
 
 Row in:  {"image": "photos/1.jpg", "alt": "IMG_0123 sale!!", "vec": "a red bicycle by a wall"}
-Row out: the same and "vecap": "..."; a list of AltTexts gives a list; null where there is no
-answer, with the reason in "error". A refusal is asked again with the VeC alone (section 3.3). If
-one of the two is missing, the other is rewritten alone; ours. An AltText over --max-alt-tokens is
-cut, a VeC never. The same command resumes after any interruption.
+Row out: the same and "vecap": "...", or a list for a list of AltTexts; null with the reason in
+"error" if there is no answer. After a refusal the VeC is rewritten alone (section 3.3). If either
+text is missing, the other is rewritten alone (ours). An AltText over --max-alt-tokens is cut, a
+VeC never. The same command resumes after any kill.
 """
 import hashlib
 import json
@@ -34,7 +34,7 @@ INSTRUCTION = ("Rephrase the following two sentences into one short sentence whi
                "provided instructions: Place attributes before noun entities without introducing "
                "new meaning. Do not start with \"The image\".")
 SHOTS = 4  # pairs in the prompt of --format pairs; ours
-MAX_PROMPT_TOKENS = 1024  # a longer one holds something else than a caption: null; ours
+MAX_PROMPT_TOKENS = 1024  # ours: a longer one is null, since it holds no caption
 PROMPTS = Path(__file__).resolve().parent / "data" / "prompts"
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\ufeff\ud800-\udfff]")
 DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
@@ -43,7 +43,7 @@ as_list = lambda value: value if isinstance(value, list) else [value]
 
 # --- the paper's idea -----------------------------------------------------------------------------
 def chat_prompt(alt, vec, instruction=INSTRUCTION):
-    """Vicuna 1.1's conversation around the instruction. Either text may be "": then it has one."""
+    """Vicuna 1.1's conversation around the instruction. Either text may be "", and is left out."""
     texts = [text for text in (alt, vec) if text]
     numbered = " ".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
     if len(texts) == 1:
@@ -51,7 +51,7 @@ def chat_prompt(alt, vec, instruction=INSTRUCTION):
     return f"{SYSTEM} USER: {instruction} {numbered} ASSISTANT:"
 
 def pairs_prompt(pairs, alt, vec):
-    """For base models and small ones, which follow no instruction but go on with a list; ours."""
+    """For base and small models, which continue a list but do not follow instructions; ours."""
     lines = "".join(f"{pair['vec']} + {pair['alt']} => {pair['output']}\n" for pair in pairs)
     texts = " + ".join(text for text in (vec, alt) if text)
     return f"Merge two texts about one image into one short caption.\n\n{lines}{texts} =>"
@@ -60,19 +60,17 @@ def fuse(ask, prompt_of, texts, openings, counts):
     """Fuse [(AltText, VeC)], either of which may be "" -> [(caption, None) or (None, reason)]
 
     ask(prompts) -> [(answer, None) or (None, reason)]. A refusal is asked again with the VeC."""
-    def ask_about(pairs):
-        for answer in ask([prompt_of(*pair) for pair in pairs]):
+    results = [(None, "no text")] * len(texts)
+    def ask_about(numbers, texts):  # their answers become results
+        for i, answer in zip(numbers, ask([prompt_of(*texts[i]) for i in numbers])):
             caption, reason = answer_line(*answer)
             refused = (caption or "").lower().replace("’", "'").startswith(tuple(openings))
-            yield (None, "refused") if refused else (caption, reason)
-    results = [(None, "no text")] * len(texts)
-    asked = [i for i, pair in enumerate(texts) if any(pair)]
-    for i, result in zip(asked, ask_about([texts[i] for i in asked])):
-        results[i] = result
-    again = [i for i in asked if results[i] == (None, "refused") and all(texts[i])]
-    for i, result in zip(again, ask_about([("", texts[i][1]) for i in again])):
-        results[i] = result
+            results[i] = (None, "refused") if refused else (caption, reason)
+    ask_about([i for i, pair in enumerate(texts) if any(pair)], texts)
+    again = [i for i, pair in enumerate(texts) if results[i] == (None, "refused") and all(pair)]
+    ask_about(again, [("", vec) for _, vec in texts])
     counts["refused, asked again with the VeC alone"] += len(again)
+    counts["AltTexts rewritten without a VeC"] += sum(1 for alt, vec in texts if alt and not vec)
     return results
 
 def clean(text):
@@ -98,7 +96,7 @@ def main(argv=None):
     if len(pairs) < SHOTS or any({"alt", "vec", "output"} - pair.keys() for pair in pairs):
         die(f"--pairs {args.pairs}: expected {SHOTS} or more rows with alt, vec and output")
     parts = Parts(args, [openings, pairs], {args.alt_field, args.vec_field}, makes={"vecap"})
-    if parts.finish():
+    if parts.finish():  # OUT is there, or only had to be joined
         return
     if args.server:
         from data.server import Server
@@ -189,10 +187,10 @@ def parse_arguments(argv):
 
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    paths = [args.input, getattr(args, "pairs", args.input), getattr(args, "image_root", ".")]
-    for path, exists in zip(paths, [os.path.isfile, os.path.isfile, os.path.isdir]):
-        if not exists(path):
-            die(f"no file or folder {path}")
+    checks = {"input": os.path.isfile, "pairs": os.path.isfile, "image_root": os.path.isdir}
+    for name, exists in checks.items():
+        if name in args and not exists(getattr(args, name)):
+            die(f"--{name.replace('_', '-')} {getattr(args, name)}: no such file or folder")
     if min(args.batch_size, args.max_new_tokens) < 1:
         die("--batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
@@ -205,7 +203,7 @@ def settle(args):
     args.dtype = args.dtype.replace("auto", "bf16" if native else "fp32")
     return args
 
-# === from here on the same lines in the three captioning scripts: answers, rows, restart ==========
+# === from here on the same lines in the three captioning scripts, as is `settle`: restart =========
 def die(message):
     tqdm.write("error: " + " ".join(message.split())[:600], file=sys.stderr)
     sys.exit(2)
@@ -224,7 +222,7 @@ def answer_line(answer, reason=None):
     return re.sub(quoted, r"\1\2", line).strip(), None
 
 def parse_row(line):
-    """The line's JSON object; of any other line, a row that keeps it."""
+    """The line's JSON object, or a row that holds the line as it is."""
     with suppress(ValueError, RecursionError):
         if isinstance(row := json.loads(line.decode("utf-8-sig")), dict):
             return row
@@ -232,13 +230,13 @@ def parse_row(line):
     return {"error": {"line": "not a JSON object"}, "line": line}
 
 class Parts:
-    """Exact restart. The input is cut into units of whole lines. A unit's rows become a file, its
-    part, named by a hash of all that its bytes depend on (of a model: its name), and renamed to it
-    only when complete. So one that exists is right; when none is missing, they are joined."""
+    """Exact restart. The input is cut into units of whole lines; each becomes a file, its part. Its
+    name is a hash of settings (of a model: its name), script and lines, and is given only when it
+    is complete. So a part that exists is right. When none is missing, they are joined."""
     def __init__(self, args, files, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
-        free = {"input", "output", "pairs", "workers", "batch_size"}  # in bf16 the last may matter
+        free = {"input", "output", "pairs", "workers", "batch_size"}  # exact in fp32
         free |= {"dtype", "device"} if args.server else set()
         self.settings = {name: value for name, value in vars(args).items() if name not in free}
         self.settings |= {"server": bool(args.server), "files": files,
@@ -250,7 +248,7 @@ class Parts:
             if fields.isdisjoint(reads):  # until one is there; `makes` is sought in these rows only
                 fields |= {name for line in lines for name, x in parse_row(line).items() if x}
         if self.paths and (fields.isdisjoint(reads) or fields & makes):
-            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(fields)}")
+            die(f"{args.input}: expected JSONL with one of {reads}, not {makes}: {sorted(fields)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):
@@ -262,7 +260,7 @@ class Parts:
                 yield number, os.path.join(self.folder, name), lines
 
     def to_make(self):
-        """Yield (number, rows) of this rank's missing parts, then write the rows, now filled."""
+        """Yield (number, rows) of each missing part of this rank; write them once filled in."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
             if number % world != rank or os.path.exists(path) or os.path.exists(self.output):
@@ -273,20 +271,20 @@ class Parts:
             self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
             self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def put(self, row, field, results, as_list):
-        """Write [(text, None) or (None, reason)] to the row: as lists, or the only one alone."""
+    def put(self, row, field, results, is_list):
+        """Put [(text, None) or (None, reason)] into the row: as lists, or the only one alone."""
         if row.get(field) is not None:
             return self.counts.update([f"{field} was there before"])
         self.counts.update((reason or f"texts in {field}").split(":")[0] for _, reason in results)
         texts, reasons = [text for text, _ in results], [reason for _, reason in results]
-        row[field] = texts if as_list else texts[0]
+        row[field] = texts if is_list else texts[0]
         error = row.get("error") or {}
         error = error if isinstance(error, dict) else {"row": error}  # the user's own
         if any(reasons) or field in error:  # or what an earlier attempt left
-            row["error"] = error | {field: reasons if as_list else reasons[0]}
+            row["error"] = error | {field: reasons if is_list else reasons[0]}
 
     def write(self, path, lines):
-        """Write a file whole or not at all; not if its folder goes away: then OUT was joined."""
+        """Write a file whole or not at all. If its folder is gone, OUT was joined."""
         os.makedirs(self.folder, exist_ok=True)
         with (suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder,
               open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f):
@@ -296,7 +294,7 @@ class Parts:
             os.replace(f.name, path)
 
     def finish(self):
-        """Print this launch's counts. Join the parts to OUT if none is missing -> is OUT there?"""
+        """Print this launch's counts; if all parts exist, join them. -> whether OUT exists"""
         print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
         missing = sum(not os.path.exists(path) for path in self.paths)
         if not missing and not os.path.exists(self.output):

@@ -53,15 +53,15 @@ def draw_prompt(pairs, shots, rng):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    rows = [parse_row(line) for line in open(args.pairs, "rb")]
-    pairs = {name: [row for row in rows if row.get("source") == name] for name in args.sources}
-    broken = any("captions" not in row and {"input", "output"} - row.keys() for row in rows)
-    if broken or not 0 <= args.shots <= min(map(len, pairs.values())):
+    examples = [parse_row(line) for line in open(args.pairs, "rb")]
+    pairs = {name: [x for x in examples if x.get("source") == name] for name in args.sources}
+    usable = [{"input", "output"} <= x.keys() or len(x.get("captions", "")) > 1 for x in examples]
+    if not all(usable) or not 0 <= args.shots <= min(map(len, pairs.values())):
         die(f"--pairs {args.pairs}: expected JSON, --shots {args.shots} pairs of {args.sources}")
     if args.temperature < 0 or args.top_p <= 0:
         die("--temperature below 0, or --top-p not above 0")
     parts = Parts(args, pairs, reads={args.field}, makes={f"rewrite_{name}" for name in pairs})
-    if parts.finish():
+    if parts.finish():  # OUT is there, or only had to be joined
         return
     if args.server:
         from data.server import Server
@@ -69,12 +69,12 @@ def main(argv=None):
     for number, rows in parts.to_make():
         values = [row.get(args.field) for row in rows]  # each is a text or a list of texts
         texts = [[clean(text) for text in as_list(value)] for value in values]
-        captions = [text for row_texts in texts for text in row_texts]
+        captions = [text for row_texts in texts for text in row_texts]  # of all rows in one list
         asked = [i for i, caption in enumerate(captions) if caption]
         for source in args.sources:
             rng = np.random.default_rng([args.seed, number, *source.encode()])
-            prompt = draw_prompt(pairs[source], args.shots, rng)  # the release: for every caption
-            uniform = rng.random((len(captions), args.max_new_tokens), "f4")  # a token's own number
+            prompt = draw_prompt(pairs[source], args.shots, rng)  # ours: one a unit, not one a text
+            uniform = rng.random((len(captions), args.max_new_tokens), "f4")  # one for each token
             answers = iter(model.complete(prompt, [captions[i] for i in asked], uniform[asked]))
             for row, value, row_texts in zip(rows, values, texts):
                 results = [answer_line(*next(answers)) if text else (None, "no text")
@@ -88,17 +88,17 @@ def sample(logits, uniform, temperature, top_p):
     if temperature == 0:
         return logits.argmax(-1)
     p, V = (logits.float() / temperature).softmax(-1), logits.shape[-1]
-    k = V if logits.is_cuda else min(1024, V)  # a GPU sorts all of them sooner than it waits
+    k = V if logits.is_cuda else min(1024, V)  # a GPU sorts all sooner than it waits
     while k < V and (p.topk(k)[0].sum(-1) < top_p).any():  # a nucleus has more than k tokens
         k = min(8 * k, V)
     p, ids = p.topk(k)  # descending
     p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the smallest set that reaches top_p
-    cdf = p.cumsum(-1)
+    cdf = p.cumsum(-1)  # the first token whose cdf exceeds uniform * total is drawn
     drawn = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1).minimum((p > 0).sum(-1) - 1)
     return ids.gather(1, drawn[:, None])[:, 0]
 
 class Slots(StaticLayer):
-    """Keys and values of B texts, [B, heads, L, d]. A step's go to `place` [B], each text's own."""
+    """Keys and values of B texts, [B, heads, L, d]. A step writes text b's at place[b]."""
     def update(self, keys, values, *_, **__):
         at = self.place[:, None, None, None]
         return (self.keys.scatter_(2, at.expand_as(keys), keys),
@@ -120,23 +120,23 @@ class Completer:
         self.ends = {i for x in named for i in as_list(x.eos_token_id)} - {None}
         pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         self.stops = self.ends | {i for i, x in enumerate(pieces) if "\n" in x or "=>" in x}
-        self.forward = self.model if args.device != "cuda" else torch.compile(  # captured, or
+        self.forward = self.model if args.device != "cuda" else torch.compile(  # as CUDA graphs:
             self.model, mode="reduce-overhead", dynamic=False)  # launching kernels takes most time
         self.model.generation_config = GenerationConfig(  # by_generate's, whatever the folder says
             max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, top_p=args.top_p,
             temperature=args.temperature or None, top_k=0, eos_token_id=[*self.stops])
-        layers = DynamicCache(config=config).layers  # by_slots needs keys and values, and masks
+        layers = DynamicCache(config=config).layers  # by_slots needs a plain cache and our mask
         plain = {type(x).__name__ for x in layers} <= {"DynamicLayer", "DynamicSlidingWindowLayer"}
         masks = self.model._can_compile_fullgraph and config.model_type not in ("bloom", "falcon")
         window = min(getattr(layer, "sliding_window", sys.maxsize) for layer in layers)
         longest_line = MAX_CAPTION_TOKENS + 8 + args.max_new_tokens  # 8: more than " =>" has
-        self.longest_prompt = window - longest_line if plain and masks else 0
+        self.longest_prompt = window - longest_line if plain and masks else 0  # 0: by_generate
 
     def complete(self, prompt, captions, uniform):
-        """-> [(the end of the line prompt + caption + " =>", up to another "=>"; None)]"""
-        encode = lambda text: self.tokenizer("\n" + text, add_special_tokens=False).input_ids
-        n = len(encode(""))  # behind "\n", as in the prompt: alone, LLaMA's tokenizer adds a blank
-        texts = [encode(text)[n:][:MAX_CAPTION_TOKENS] + encode(" =>")[n:] for text in captions]
+        """-> [(what follows prompt + caption + " =>" in its line, up to another "=>"; None)]"""
+        line = lambda text: self.tokenizer("\n" + text, add_special_tokens=False).input_ids
+        encode = lambda text: line(text)[len(line("")):]  # alone, LLaMA's tokenizer adds a blank
+        texts = [encode(text)[:MAX_CAPTION_TOKENS] + encode(" =>") for text in captions]
         prompt = self.tokenizer(prompt).input_ids
         generate = self.by_slots if len(prompt) <= self.longest_prompt else self.by_generate
         answers = list(generate(prompt, texts, uniform))
@@ -153,17 +153,17 @@ class Completer:
         N, P, T = len(texts), len(prompt), uniform.shape[1]  # T: tokens of an answer, at most
         B = min(self.args.batch_size, 1 << (N - 1).bit_length())  # a power of 2: few shapes
         L = P + max(map(len, texts), default=0) + T
-        lines = [list(text) for text in texts] + [[0] * L]  # texts, then answers; the last: no text
+        lines = [list(text) for text in texts] + [[0] * L]  # a text, its answer; the last: idle
         waiting = iter(sorted(range(N), key=lambda i: -len(texts[i])))  # the longest text first
-        line_of, fed = [next(waiting, N) for _ in range(B)], [0] * B  # of every slot; N: idle
+        line_of, fed = [next(waiting, N) for _ in range(B)], [0] * B  # a slot's line, tokens
         tensor = lambda values: torch.tensor(values, device=self.model.device)
         prefix = self.model(tensor([prompt]), use_cache=True, logits_to_keep=1).cache
-        shape = B, -(-L // 64) * 64
-        if shape != self.shape:  # else the same buffers, which a GPU has captured, serve again
+        shape = B, -(-L // 128) * 128
+        if shape != self.shape:  # else reuse the buffers, which a GPU has captured
             self.shape, self.place, self.places = shape, tensor(fed), tensor(range(shape[1]))
             self.cache = Cache([Slots(shape[1]) for _ in prefix.layers])
         self.cache.reset()
-        for layer, one in zip(self.cache.layers, prefix.layers):
+        for layer, one in zip(self.cache.layers, prefix.layers):  # the prompt, into all slots
             layer.place = self.place
             StaticLayer.update(layer, *(x.expand(B, -1, -1, -1) for x in (one.keys, one.values)))
         while any(i < N for i in line_of):
@@ -183,9 +183,9 @@ class Completer:
                     line_of[b], fed[b] = next(waiting, N), 0
         return [line[len(text):] for line, text in zip(lines, texts)]
 
-    def by_generate(self, prompt, texts, uniform):  # by transformers, one by one: for other models
-        for text, own in zip(texts, uniform):
-            torch.manual_seed(int(own[0] * 2 ** 24))
+    def by_generate(self, prompt, texts, uniform):  # one by one, for models by_slots cannot run
+        for text, numbers in zip(texts, uniform):
+            torch.manual_seed(int(numbers[0] * 2 ** 24))
             ids = torch.tensor([prompt + text], device=self.model.device)
             out = self.model.generate(ids, attention_mask=torch.ones_like(ids))
             yield out[0, ids.shape[1]:].tolist()
@@ -204,7 +204,7 @@ def parse_arguments(argv):
     add("--top-p", type=float, default=0.95, help="1: off (default: %(default)s, release)")
     add("--max-new-tokens", type=int, default=77, help="default: %(default)s, release")
     add("--seed", type=int, default=0, help="of all random draws (default: %(default)s)")
-    add("--batch-size", type=int, default=256, help="slots (256; LLaMA-7B: up to 64 GiB)")
+    add("--batch-size", type=int, default=256, help="texts at a time (256; 7B: up to 64 GiB)")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: bf16 if it is native")
     add("--device", default=DEVICES[0], choices=DEVICES, help="default here: %(default)s")
     add("--server", nargs="+", metavar="URL", help="ask OpenAI-compatible servers (data/server.py)")
@@ -212,10 +212,10 @@ def parse_arguments(argv):
 
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    paths = [args.input, getattr(args, "pairs", args.input), getattr(args, "image_root", ".")]
-    for path, exists in zip(paths, [os.path.isfile, os.path.isfile, os.path.isdir]):
-        if not exists(path):
-            die(f"no file or folder {path}")
+    checks = {"input": os.path.isfile, "pairs": os.path.isfile, "image_root": os.path.isdir}
+    for name, exists in checks.items():
+        if name in args and not exists(getattr(args, name)):
+            die(f"--{name.replace('_', '-')} {getattr(args, name)}: no such file or folder")
     if min(args.batch_size, args.max_new_tokens) < 1:
         die("--batch-size or --max-new-tokens below 1")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
@@ -228,7 +228,7 @@ def settle(args):
     args.dtype = args.dtype.replace("auto", "bf16" if native else "fp32")
     return args
 
-# === from here on the same lines in the three captioning scripts: answers, rows, restart ==========
+# === from here on the same lines in the three captioning scripts, as is `settle`: restart =========
 def die(message):
     tqdm.write("error: " + " ".join(message.split())[:600], file=sys.stderr)
     sys.exit(2)
@@ -247,7 +247,7 @@ def answer_line(answer, reason=None):
     return re.sub(quoted, r"\1\2", line).strip(), None
 
 def parse_row(line):
-    """The line's JSON object; of any other line, a row that keeps it."""
+    """The line's JSON object, or a row that holds the line as it is."""
     with suppress(ValueError, RecursionError):
         if isinstance(row := json.loads(line.decode("utf-8-sig")), dict):
             return row
@@ -255,13 +255,13 @@ def parse_row(line):
     return {"error": {"line": "not a JSON object"}, "line": line}
 
 class Parts:
-    """Exact restart. The input is cut into units of whole lines. A unit's rows become a file, its
-    part, named by a hash of all that its bytes depend on (of a model: its name), and renamed to it
-    only when complete. So one that exists is right; when none is missing, they are joined."""
+    """Exact restart. The input is cut into units of whole lines; each becomes a file, its part. Its
+    name is a hash of settings (of a model: its name), script and lines, and is given only when it
+    is complete. So a part that exists is right. When none is missing, they are joined."""
     def __init__(self, args, files, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
-        free = {"input", "output", "pairs", "workers", "batch_size"}  # in bf16 the last may matter
+        free = {"input", "output", "pairs", "workers", "batch_size"}  # exact in fp32
         free |= {"dtype", "device"} if args.server else set()
         self.settings = {name: value for name, value in vars(args).items() if name not in free}
         self.settings |= {"server": bool(args.server), "files": files,
@@ -273,7 +273,7 @@ class Parts:
             if fields.isdisjoint(reads):  # until one is there; `makes` is sought in these rows only
                 fields |= {name for line in lines for name, x in parse_row(line).items() if x}
         if self.paths and (fields.isdisjoint(reads) or fields & makes):
-            die(f"{args.input}: expected JSONL with {reads}, without {makes}; has {sorted(fields)}")
+            die(f"{args.input}: expected JSONL with one of {reads}, not {makes}: {sorted(fields)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):
@@ -285,7 +285,7 @@ class Parts:
                 yield number, os.path.join(self.folder, name), lines
 
     def to_make(self):
-        """Yield (number, rows) of this rank's missing parts, then write the rows, now filled."""
+        """Yield (number, rows) of each missing part of this rank; write them once filled in."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
             if number % world != rank or os.path.exists(path) or os.path.exists(self.output):
@@ -296,20 +296,20 @@ class Parts:
             self.counts["lines that are not JSON objects"] += len(rows) - len(todo)
             self.write(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def put(self, row, field, results, as_list):
-        """Write [(text, None) or (None, reason)] to the row: as lists, or the only one alone."""
+    def put(self, row, field, results, is_list):
+        """Put [(text, None) or (None, reason)] into the row: as lists, or the only one alone."""
         if row.get(field) is not None:
             return self.counts.update([f"{field} was there before"])
         self.counts.update((reason or f"texts in {field}").split(":")[0] for _, reason in results)
         texts, reasons = [text for text, _ in results], [reason for _, reason in results]
-        row[field] = texts if as_list else texts[0]
+        row[field] = texts if is_list else texts[0]
         error = row.get("error") or {}
         error = error if isinstance(error, dict) else {"row": error}  # the user's own
         if any(reasons) or field in error:  # or what an earlier attempt left
-            row["error"] = error | {field: reasons if as_list else reasons[0]}
+            row["error"] = error | {field: reasons if is_list else reasons[0]}
 
     def write(self, path, lines):
-        """Write a file whole or not at all; not if its folder goes away: then OUT was joined."""
+        """Write a file whole or not at all. If its folder is gone, OUT was joined."""
         os.makedirs(self.folder, exist_ok=True)
         with (suppress(FileNotFoundError), tempfile.TemporaryDirectory(dir=self.folder) as folder,
               open(f"{folder}/part", "w", encoding="utf-8", errors="backslashreplace") as f):
@@ -319,7 +319,7 @@ class Parts:
             os.replace(f.name, path)
 
     def finish(self):
-        """Print this launch's counts. Join the parts to OUT if none is missing -> is OUT there?"""
+        """Print this launch's counts; if all parts exist, join them. -> whether OUT exists"""
         print(*(f"{count:9,d}  {what}\n" for what, count in (+self.counts).items()), sep="", end="")
         missing = sum(not os.path.exists(path) for path in self.paths)
         if not missing and not os.path.exists(self.output):

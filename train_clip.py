@@ -2,7 +2,7 @@
 
     CLIP        --text alt
     LaCLIP      --text alt rewrite_chatgpt rewrite_bard rewrite_coco rewrite_human  2305.20088, 3.2
-    LaCLIP-MT   LaCLIP's with --loss multitext                                      LaCLIP's slides
+    LaCLIP-MT   LaCLIP's with --loss multitext                                      a talk on it
     SLIP        --text alt --ssl                                                    2112.12750, 3
     LaSLIP      LaCLIP's with --ssl                                                 2305.20088, 4
     VeCLIP      --text alt=0.5 vecap=0.5                                            2310.07699
@@ -12,8 +12,8 @@
     python train_clip.py --captions a.jsonl --image-root DIR --text alt --model nano --steps 20 \\
         --tokenizer tokenizer.json --batch-size 64 --out runs/try       # a few seconds on a CPU
 
-OUT gets checkpoint.pt, metrics.jsonl, settings.json and bad_images.jsonl, where a kill may double a
-row. After one the same command goes on. --ssl, --micro-batch and --text-model are files in data/.
+OUT gets checkpoint.pt, metrics.jsonl, settings.json and bad_images.jsonl. After a kill the same
+command resumes; bad_images.jsonl may repeat a row. Some flags, such as --ssl, use a file in data/.
 
 Read draw_texts, clip_loss, multitext_loss, CLIP and train, in this order: they are both papers. The
 rest feeds train (samples, images, rows, tokenizer) and lets it end well (checkpoints, arguments).
@@ -58,9 +58,9 @@ def draw_texts(row, fields, rng):
     """LaCLIP's aug_T (eq. 2) and VeCLIP's mix (section 3.4): draw a field by its weight among those
     that the row has, then one of its texts. fields: {name: weight}
 
-    -> a text of every field (clip_loss takes the drawn one, multitext_loss all; of a field without
-    a text, the row's first), the index of the drawn field, and whether alt replaced its text: it
-    replaces texts of one word, as in LaCLIP's release."""
+    -> a text for each field, the drawn field's index, and whether alt replaced its text. clip_loss
+    uses the drawn text, multitext_loss all. A field without a text gets the row's first one. A text
+    of one word gives way to alt (LaCLIP's release)."""
     lists = [texts_of(row.get(field)) for field in (*fields, "alt")]
     present = np.array([any(texts) for texts in lists[:-1]], float)
     if not present.any():
@@ -79,13 +79,13 @@ def draw_texts(row, fields, rng):
 WORDS = re.compile(r"\S\s+\S|[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 def texts_of(value):
-    """A field's texts. Its value is a text, a list, or absent; None stands for what is no text."""
+    """A field's texts. Its value is a text, a list, or absent; None marks a missing text."""
     entries = value if isinstance(value, list) else [value]
     return [text if isinstance(text, str) and text.strip() else None for text in entries]
 
 def one_of_each(lists, drawn, u):
-    """A text of every list, or None, by `u` in [0, 1). Lists of one length belong together entry by
-    entry, like several AltTexts and the VeCap made from each: the drawn list chooses first."""
+    """Pick a text of every list, or None, by `u` in [0, 1). Lists of equal length share one index,
+    as several AltTexts and the VeCap of each must. The drawn list picks its index first."""
     index_of = {}  # {length of a list: which of its texts}
     for texts in (lists[drawn], *lists):
         if usable := [i for i, text in enumerate(texts) if text]:
@@ -112,7 +112,7 @@ def multitext_loss(image_features, text_features, drawn, scale):
     """LaCLIP-MT: L = (L_I* + L_T) / 2. Features [n, d] and [n, M + 1, d], drawn [n] -> scalar
 
     L_I* compares an image with all its M + 1 texts, text j against the texts j of the other images.
-    L_T uses the drawn text, as LaCLIP does. The slides write 1/M before a sum of M + 1 terms; this
+    L_T uses the drawn text, as LaCLIP does. The talk writes 1/M before a sum of M + 1 terms; this
     is their mean, which is L_I if an image's texts are all the same."""
     losses = [info_nce(image_features, gather(texts), scale) for texts in text_features.unbind(1)]
     drawn_features = text_features[torch.arange(len(drawn), device=drawn.device), drawn]
@@ -121,8 +121,7 @@ def multitext_loss(image_features, text_features, drawn, scale):
 
 class Gather(torch.autograd.Function):
     """[n, d] of every rank -> [world * n, d], in the ranks' order. In the backward pass a rank
-    receives the gradients of all ranks' losses. A gather without gradient (SLIP's) would drop what
-    a feature contributes to the other features' losses."""
+    receives the gradients of all ranks' losses, which a gather without gradient (SLIP's) drops."""
     @staticmethod
     def forward(ctx, x):
         gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
@@ -204,14 +203,14 @@ class CLIP(nn.Module):
             from data.text_model import replace_text_tower
             replace_text_tower(self)
 
-    def encode_image(self, images):  # [B, 3, S, S] of eval_transform -> [B, D], not normalised
+    def encode_image(self, images):  # [B, 3, S, S] of eval_transform -> [B, D], of any length
         return self.visual(images) @ self.visual.proj
 
     def encode_text(self, texts):
         """Texts -> [B, embed_dim], not normalised: the feature at the end token. Padding would give
         the same, since attention is causal; so a text costs only its own tokens."""
-        x = F.embedding(texts.positions, self.positional_embedding)  # indexing's gradient adds in
-        x = self.transformer(self.token_embedding(texts.ids) + x, texts)  # [T, W]; no fixed order
+        x = F.embedding(texts.positions, self.positional_embedding)  # reproducible, unlike indexing
+        x = self.transformer(self.token_embedding(texts.ids) + x, texts)  # [T, W]
         return self.ln_final(x[texts.ends]) @ self.text_projection
 
     def forward(self, images, texts):
@@ -295,11 +294,11 @@ class Attention(nn.Module):
         x = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         if texts is None:
             y = self.attend(x)
-        elif x.is_cuda and x.dtype != torch.float32:  # one call for all lengths; texts have no norm
+        elif x.is_cuda and x.dtype != torch.float32:  # one call for all lengths; no q/k norm here
             starts, longest = texts.starts, texts.groups[-1][0]
             y = varlen_attn(*x.unbind(1), starts, starts, longest, longest,
-                            window_size=(-1, 0)).flatten(1)
-        else:
+                            window_size=(-1, 0)).flatten(1)  # causal: all before, none after
+        else:  # a group is B texts of L tokens
             parts = zip(x.split([L * B for L, B in texts.groups]), texts.groups)
             y = [self.attend(part.unflatten(0, (B, L)), causal=True) for part, (L, B) in parts]
             y = torch.cat([part.flatten(0, 1) for part in y])
@@ -307,7 +306,7 @@ class Attention(nn.Module):
 
     def attend(self, x, causal=False):  # [B, L, 3, heads, W / heads] -> [B, L, W]
         q, k, v = x.permute(2, 0, 3, 1, 4)  # each [B, heads, L, W / heads]
-        slow = x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] < 128  # torch's fused kernel
+        slow = x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] < 128  # a fused kernel
         with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
             y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, is_causal=causal)
         return y.transpose(1, 2).flatten(2)
@@ -332,8 +331,8 @@ def pack(texts):
     lengths, order = torch.tensor([len(ids) for ids in texts]).sort()
     starts, ids = F.pad(lengths.cumsum(0), (1, 0)), torch.cat([texts[i] for i in order.tolist()])
     positions = torch.arange(len(ids)) - starts[:-1].repeat_interleave(lengths)
-    groups = [*Counter(lengths.tolist()).items()]
-    return Texts(ids, positions, (starts[1:] - 1)[order.argsort()], starts.int(), groups)
+    ends = (starts[1:] - 1)[order.argsort()]  # in the caller's order again
+    return Texts(ids, positions, ends, starts.int(), [*Counter(lengths.tolist()).items()])
 
 def to_device(x, device):  # so that the host does not wait for the copy to a GPU
     return x.pin_memory().to(device, non_blocking=True) if "cuda" in str(device) else x.to(device)
@@ -362,7 +361,7 @@ def train(args):
         if not model.config.text_model:
             die("--freeze-text: this model has no --text-model")
         model.text_encoder.requires_grad_(False)
-    head = nn.Identity()
+    head = nn.Identity()  # SLIP's, with --ssl; else it has no weights
     if args.ssl:
         from data.slip import projection_head, simclr_loss
         head = projection_head(model.config.vision_width).to(device)
@@ -383,7 +382,7 @@ def train(args):
             loss = multitext_loss(image_features, text_features, drawn, scale)
         else:
             loss = clip_loss(image_features, text_features[:, 0], scale)
-        if args.ssl:
+        if args.ssl:  # autocast() as a decorator: the head in bf16, its loss in fp32
             loss = loss + simclr_loss(autocast()(head.forward), gather(views))
         return loss
 
@@ -396,7 +395,7 @@ def train(args):
         asked_at = time.time()
         chunks, drawn, replaced, unusable = next(batches)
         wait += time.time() - asked_at
-
+        # the step: forward, loss, backward, update
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.lr, settings["warmup"], steps)
         optimizer.zero_grad(set_to_none=True)
@@ -413,16 +412,17 @@ def train(args):
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))  # tau >= 0.01 (CLIP; LaCLIP's release)
-
+        # the step is done; what follows counts, logs and saves
         done = step + 1
         progress.update()
         for name, why in unusable:
             with open(out("bad_images.jsonl"), "a") as f:
                 f.write(json.dumps({"step": done, "image": name, "reason": why}) + "\n")
-        step_counts = torch.tensor([len(drawn), len(unusable), replaced, len(stopping)])
-        counts += all_reduce(step_counts)[:3]  # of all ranks
+        step_counts = [len(drawn), len(unusable), replaced, len(stopping)]
+        step_counts = all_reduce(torch.tensor(step_counts))  # of all ranks
+        counts += step_counts[:3]
         images, bad, one_word = counts.tolist()
-        if bad > args.max_bad * max(images + bad, 1000):  # unsaved: a restart does not get past it
+        if bad > args.max_bad * max(images + bad, 1000):  # not saved, so a restart stops here, too
             progress.close()
             die(f"{bad} of {images + bad} rows are unusable (--max-bad): {out('bad_images.jsonl')}")
         leave = step_counts[3] > 0 or done == steps  # a rank was told to stop
@@ -470,7 +470,7 @@ def begin(args, rows, device, world):
     source = path if resumed else args.init
     state = read_checkpoint(source) if source else {}
     start, before = (state["step"], state["settings"]) if resumed else (0, {})
-    if args.precision == "auto":  # on another machine it stays what it was
+    if args.precision == "auto":  # a resumed run keeps its precision
         args.precision = before.get("precision") or resolve_precision("auto", device)
     settings = read_settings(args, rows, world)
     for name in settings:
@@ -496,8 +496,8 @@ def begin(args, rows, device, world):
 
 # === samples ======================================================================================
 def epoch_order(n, shuffle, seed, epoch, block=1000, window=256):
-    """The order of n rows in an epoch. full: any. blocks, where random reads are slow: the blocks
-    of 1,000 rows in any order, then the rows of 256 successive blocks in any order."""
+    """The order of n rows in an epoch. full: shuffle the rows. blocks, if random reads are slow:
+    shuffle blocks of 1,000 rows, then the rows within every 256 successive blocks."""
     rng, order = np.random.default_rng([seed, epoch]), np.arange(n, dtype=np.uint32)
     if shuffle == "full":
         rng.shuffle(order)
@@ -508,8 +508,8 @@ def epoch_order(n, shuffle, seed, epoch, block=1000, window=256):
     return order
 
 def pieces(args, n, start, steps, world, size=256):
-    """This rank's share of every batch from step `start` on, in lists of at most `size` (epoch,
-    place, number of the row): what workers hold ahead does not grow with the batch."""
+    """Yield this rank's share of every batch from step `start` on, in lists of at most `size`
+    (epoch, place, row), so that the prefetched samples do not grow with the batch."""
     share = args.batch_size // world
     for step in range(start, steps):
         epoch, batch = divmod(step, n // args.batch_size)
@@ -546,7 +546,7 @@ class Samples(torch.utils.data.Dataset):
                 texts = texts if args.loss == "multitext" else [texts[drawn]]
                 ids = [self.tokenizer.encode(text) for text in texts]
                 image = open_image(args.image_root, name)
-                if self.views != [augment_crop]:  # which decodes at the scale that it needs
+                if self.views != [augment_crop]:  # augment_crop decodes at its own scale
                     image = to_rgb(image)
                 torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))  # torchvision's
                 views = [v2.functional.pil_to_tensor(view(image, self.size)) for view in self.views]
@@ -588,7 +588,7 @@ FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"
 
 def open_image(root, name):
     """A PIL image, not yet decoded, from a file under `root` or from `shard.tar@OFFSET+SIZE`. A row
-    cannot name what lies outside; a link that lies inside is the user's own, and is followed."""
+    cannot name a file outside. Links under `root` are the user's own and are followed."""
     path, offset, size = re.fullmatch(r"(.+?)(?:@(\d+)\+(\d+))?", name, re.DOTALL).groups()
     root = os.path.join(os.path.abspath(root), "")
     path = os.path.join(root, path)
@@ -603,11 +603,11 @@ def open_image(root, name):
 
 def to_rgb(image):
     """Any PIL image -> RGB, upright; transparency becomes white."""
-    image.load()  # what is broken is told here, for a second attempt would give a part of it
-    with suppress(Exception):  # broken metadata says nothing
+    image.load()  # a broken file fails here; a second load would return part of it
+    with suppress(Exception):  # broken metadata is ignored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # 16 or 32 bits a pixel
-        raise ValueError(f"grey of mode {image.mode}: which value is white is not said")
+        raise ValueError(f"grey of mode {image.mode}: its white level is unknown")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -640,7 +640,7 @@ def eval_transform(config):
     return v2.Compose([to_rgb, *steps, v2.Normalize(config.mean, config.std)])
 
 class Rows:
-    """The rows of JSONL files, as if they were one file. Kept is where each begins: 8 bytes."""
+    """The rows of JSONL files, as if they were one file. It keeps where each begins: 8 bytes."""
     def __init__(self, paths):
         self.paths, self.first_rows, self.checksum, begins = paths, [], 0, array("q", [0])
         for path in paths:
@@ -687,7 +687,7 @@ class Tokenizer:
             import ftfy
             text = html.unescape(html.unescape(ftfy.fix_text(text)))
         *ids, end = self.tokenizer.encode(text).ids
-        return torch.tensor([i for i in ids if i != end] + [end])  # T5's "</s>" is also text
+        return torch.tensor([i for i in ids if i != end] + [end])  # T5 reads "</s>" in texts, too
 
     def __call__(self, texts):
         return pack([self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)])
@@ -735,19 +735,19 @@ def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = die
     add = parser.add_argument_group("data").add_argument
-    add("--captions", nargs="+", required=True, help="JSONL files that are together one data set")
+    add("--captions", nargs="+", required=True, help="JSONL files, read as one data set")
     add("--image-root", required=True, help="the folder that image paths in the rows start from")
     add("--text", nargs="+", metavar="FIELD[=WEIGHT]", type=field_and_weight,
-        default=[("alt", 1.0)], help="to draw from; weight 0: where others lack (default: alt)")
+        default=[("alt", 1.0)], help="drawn by weight; 0: if others are missing (default: alt)")
     add("--shuffle", choices=["full", "blocks"], default="full", help="blocks: for NFS and Lustre")
     add("--augment", choices=["crop", "drawing"], default="crop", help="drawing: the demo's")
     add("--workers", type=int, default=4, help="processes a rank that read images (default: 4)")
-    add("--max-bad", type=float, default=0.01, help="share of unusable rows (default: 0.01)")
+    add("--max-bad", type=float, default=0.01, help="unusable share allowed (default: 0.01)")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=PRESETS, help="default: ViT-B/16")
     add("--init", metavar="PATH", help="begin with a checkpoint's weights, sizes and tokenizer")
     add("--text-model", help="hub name or folder of a transformers encoder, for the text tower")
-    add("--freeze-text", action="store_true", help="train --text-model's projection only")
+    add("--freeze-text", action="store_true", help="of the text tower, train the projection only")
     add("--image-size", type=int, help="pixels a side (default: the preset's)")
     add("--context-length", type=int, help="tokens of the longest text (default: 77)")
     add("--tokenizer", help="hub name, folder or tokenizer.json (default: OpenAI CLIP's)")
@@ -770,7 +770,7 @@ def parse_args(argv=None):
     add("--out", required=True, help="folder of checkpoint, metrics and settings")
     add("--save-every", type=int, default=1000, help="steps between checkpoints (default: 1000)")
     add("--keep-every", type=int, metavar="N", help="keep the checkpoint of every Nth step")
-    add("--log-every", type=int, default=10, help="steps between logged ones (default: 10)")
+    add("--log-every", type=int, default=10, help="steps between log rows (default: 10)")
     add("--device", default=DEVICES[0], choices=DEVICES, help="default here: %(default)s")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():  # None and False are no numbers
@@ -780,7 +780,7 @@ def parse_args(argv=None):
             die(f"--{name.replace('_', '-')} {value}: expected {least}")
     beside = args.model, args.text_model, args.tokenizer, args.image_size, args.context_length
     if args.init and any(beside):
-        die("--init brings its model, tokenizer and sizes: none of their flags beside it")
+        die("--init sets model, tokenizer and sizes: leave their flags out")
     return args
 
 def field_and_weight(text):  # "alt=0.5" -> ("alt", 0.5), "vecap" -> ("vecap", 1.0)
@@ -795,26 +795,26 @@ def resolve_precision(name, device):
     has_bf16 = kind == "cpu" and any(map(able.get, ("avx512_bf16", "amx_bf16", "bf16")))
     if kind == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return name if name != "auto" else "bf16" if has_bf16 else "fp32"
+    return name.replace("auto", "bf16" if has_bf16 else "fp32")
 
 MAY_CHANGE = ("captions", "image_root", "workers", "max_bad", "micro_batch", "grad_checkpointing",
               "compile", "out", "save_every", "keep_every", "log_every", "device", "epochs")
 
 def read_settings(args, rows, world):
-    """What changes the mathematics: a run goes on only with the same. Ends at a user's mistakes."""
-    per_epoch, found = len(rows) // args.batch_size, set()
+    """The settings that change results: a run resumes only with these. Ends at mistakes in them."""
+    per_epoch, fields = len(rows) // args.batch_size, set()
     if not per_epoch or args.batch_size % world:
-        die(f"--batch-size {args.batch_size}: expected up to {len(rows)} (rows), in {world} shares")
+        die(f"--batch-size {args.batch_size}: expected a multiple of {world}, at most {len(rows)}")
     steps = args.steps or round(args.epochs * per_epoch)
     warmup = min(per_epoch, steps // 10) if args.warmup is None else args.warmup
     if warmup >= steps:
         die(f"--warmup {warmup} is not less than the {steps} steps of the run (--steps, --epochs)")
-    for i in {*range(0, len(rows), len(rows) // 1000 or 1), *rows.first_rows[:1000]}:
+    for i in {*range(0, len(rows), len(rows) // 1000 or 1), *rows.first_rows[:1000]}:  # a sample
         with suppress(ValueError, TypeError):  # no JSON; no object
             row = rows[i]
-            found |= {field for field in row if any(texts_of(row[field]))}
-    if missing := dict(args.text).keys() - found:
-        die(f"--text {' '.join(missing)}: no such text in {' '.join(args.captions)} (as JSONL)")
+            fields |= {field for field in row if any(texts_of(row[field]))}
+    if missing := dict(args.text).keys() - fields:
+        die(f"--text {' '.join(missing)}: in no sampled JSONL row of {' '.join(args.captions)}")
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     return {**settings, "steps": steps, "warmup": warmup, "rows": len(rows),
             "checksum of --captions": rows.checksum}
