@@ -1,4 +1,4 @@
-"""Retrieval with a CLIP checkpoint: recall@1, 5 and 10 both ways, and mAP of images with one label.
+"""Retrieval with a CLIP checkpoint: recall@1, 5 and 10 both ways, and mAP of images by label.
 
     python eval_retrieval.py --checkpoint clip.pt --captions coco_test.jsonl --image-root DIR
     torchrun --nproc_per_node 8 eval_retrieval.py --checkpoint clip.pt --captions coco_test.jsonl \\
@@ -10,7 +10,7 @@ A row has any number of texts (COCO and Flickr30k: five). Image to text is right
 image's own texts is among the first k, text to image if the text's image is (VeCLIP, section 4.1).
 The table also shows the recall of a random order (chance). An unreadable image is named on stderr
 and counts as not found. The similarity matrix is never whole in memory. The metrics do not depend
-on the number of ranks. eval_zeroshot.py has how images and texts become features.
+on the number of ranks. eval_zeroshot.Encoder makes features of images and texts.
 """
 import json
 import math
@@ -23,49 +23,49 @@ from data.common import die, in_one_line, print_table
 from data.evaluation import (all_reduce, blocks, first_few, image_rows, label_of, parse_args, rank,
                              rows_parser, tell, tell_left_out, tell_spellings)
 from data.search import best_images, write_hits
-from data.texts import texts_of
+from data.texts import texts_of as usable_texts
 from eval_zeroshot import load_encoder
 from train_clip import open_image
 
 KS = (1, 5, 10)
-NEVER = 2 ** 62  # the rank of an image that is not found
+NEVER = 2 ** 62  # the place of an image that is not found
 SIMILARITIES = 2 ** 25  # in memory at a time
 
 
 # === metrics ======================================================================================
 
 def similarity(queries, keys):
-    """[Q, d], [K, d] -> [Q, K]. An unreadable image, a key of zeros, comes after all others."""
+    """[Q, d], [K, d] -> [Q, K]. An unreadable image is a key of zeros and comes last."""
     return (queries @ keys.T).masked_fill_((keys == 0).all(1), -2.0)
 
 
-def ranks_of_best(queries, keys, query_image, key_image):
+def places_of_best(queries, keys, query_image, key_image):
     """How many keys come before the best of a query's right ones. [Q, d], keys [K, d] -> [Q]
 
     A key is right if its image's number, key_image [K], is the query's, query_image [Q]. Of equal
     similarities the earlier key wins."""
-    ranks = torch.zeros(len(queries), dtype=torch.long)
-    for start, end in blocks(len(queries), max(1, SIMILARITIES // len(keys))):
+    places = torch.zeros(len(queries), dtype=torch.long)  # a rank fills its blocks; others add 0
+    for start, end in blocks(len(queries), max(1, SIMILARITIES // len(keys))):  # this rank's
         similarities = similarity(queries[start:end], keys)
         wrong = query_image[start:end, None] != key_image  # [block, K]
-        best, place = similarities.masked_fill(wrong, -torch.inf).max(1, keepdim=True)
-        earlier = torch.arange(len(keys)) < place
-        ranks[start:end] = ((similarities > best) | (similarities == best) & earlier).sum(1)
-    return all_reduce(ranks)
+        best, index = similarities.masked_fill(wrong, -torch.inf).max(1, keepdim=True)
+        earlier = torch.arange(len(keys)) < index
+        places[start:end] = ((similarities > best) | (similarities == best) & earlier).sum(1)
+    return all_reduce(places)
 
 
-def ranks_both_ways(images, texts, owner):
-    """images [N, d], texts [T, d]; owner [T]: the image of each text. -> ranks from 0: image to
+def places_both_ways(images, texts, owner):
+    """images [N, d], texts [T, d]; owner [T]: the image of each text. -> places from 0: image to
     text [N], text to image [T]"""
     numbers = torch.arange(len(images))
-    i2t = ranks_of_best(images, texts, numbers, owner)
-    t2i = ranks_of_best(texts, images, owner, numbers)
+    i2t = places_of_best(images, texts, numbers, owner)
+    t2i = places_of_best(texts, images, owner, numbers)
     unreadable = (images == 0).all(1)
     return i2t.masked_fill(unreadable, NEVER), t2i.masked_fill(unreadable[owner], NEVER)
 
 
 def recalls(i2t, t2i, owner):
-    """Ranks both ways, owner [T] -> {"i2t_r1": ...}, and with "_chance" of a random order"""
+    """Places both ways, owner [T] -> {"i2t_r1": ...}, and with "_chance" of a random order"""
     N, T, metrics = len(i2t), len(t2i), {}
     texts_of_images = torch.bincount(owner, minlength=N).tolist()
     for k in KS:
@@ -82,17 +82,17 @@ def average_precisions(images, labels):
     """GPR1200's rule (VeCLIP, section 4.1): every image is a query; its label's others are right.
 
     images [N, d], labels [N] -> [N], the mean of the precisions at the places of the right images.
-    An unreadable image scores 0 and is found last. An image that is alone with its label is no
-    query: nan."""
+    An unreadable image scores 0 and comes last. The only image of a label is no query: nan."""
     precisions = torch.zeros(len(images), dtype=torch.double)
     for start, end in blocks(len(images), max(1, SIMILARITIES // len(images))):
         similarities = similarity(images[start:end], images)
         similarities.diagonal(start).fill_(-torch.inf)  # the query itself: last
-        order = similarities.argsort(descending=True, stable=True)[:, :-1]  # of equals the earlier
+        order = similarities.argsort(descending=True, stable=True)[:, :-1]  # without the query
         right = (labels[order] == labels[start:end, None]).double()
         precision = right.cumsum(1) / torch.arange(1, len(images))
         precisions[start:end] = (precision * right).sum(1) / right.sum(1)
-    return all_reduce(precisions).where((images != 0).any(1) | precisions.isnan(), 0.0)
+    precisions = all_reduce(precisions)
+    return precisions.where((images != 0).any(1) | precisions.isnan(), 0.0)  # unreadable: 0
 
 
 # === the command ==================================================================================
@@ -101,7 +101,7 @@ def read_captions(path, field):
     """-> (image paths [N], texts [T], the image of each text [T]). Rows of one image are joined."""
     number_of, texts, owner, without = {}, [], [], []
     for row in image_rows(path):
-        if row_texts := texts_of(row.get(field)):
+        if row_texts := usable_texts(row.get(field)):
             owner += [number_of.setdefault(row["image"], len(number_of))] * len(row_texts)
             texts += row_texts
         else:
@@ -117,7 +117,7 @@ def text_retrieval(args, encoder):
     names, texts, owner = read_captions(args.captions, args.field)
     images = encoder.encode_images(names, partial(open_image, args.image_root))
     text_features = encoder.encode_texts(texts)
-    i2t, t2i = ranks_both_ways(images, text_features, owner)
+    i2t, t2i = places_both_ways(images, text_features, owner)
     metrics, unreadable = recalls(i2t, t2i, owner), int((images == 0).all(1).sum())
     if rank() == 0:
         print(f"{len(names)} images, {len(texts)} texts of {args.field}, {unreadable} unreadable; "

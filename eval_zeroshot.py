@@ -7,10 +7,10 @@
     python eval_zeroshot.py --checkpoint clip.pt --dataset jsonl:test.jsonl --image-root DIR
 
 The second command is LaCLIP's tables 2 to 4 without ImageNet; what the paper leaves open is marked
-as assumed. Beside the accuracies stand chance and that of always answering the largest class; * is
-the metric that papers report of a set. What is missing counts as wrong and is named on stderr: an
-image that cannot be read, a class without an image. The metrics do not depend on the number of
-ranks. First come the protocols, then how images and texts become features.
+as assumed. The table also shows chance and the accuracy of always answering the largest class; *
+marks the metric that papers report for a set. An unreadable image and a class without an image
+count as wrong and are named on stderr. The metrics do not depend on the number of ranks. First
+come the protocols, then how images and texts become features.
 """
 import json
 import sys
@@ -198,7 +198,7 @@ def evaluate(spec, parts, args, encoder):
     """One data set, as read_sets returns it -> its metrics, fractions of 1"""
     keys, targets = number_classes(spec, parts)
     names = [[key] for key in keys]  # the set's own, for the protocols without texts
-    if "zeroshot" in args.protocol:  # a mistake in these is told before the images are read
+    if "zeroshot" in args.protocol:  # so that a mistake shows before images are read
         templates = read_templates(args.templates, spec)
         names = class_names(spec, parts["test"], keys, args)
     tell_same_names(spec, keys, names)
@@ -249,7 +249,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.json:
         check_output(args.json, args.checkpoint, *input_files(args))
-    sets = read_sets(args, learn="linear" in args.protocol)  # a missing set is told now
+    sets = read_sets(args, learn="linear" in args.protocol)  # a missing set ends here
     encoder, results = load_encoder(args), {}
     for spec in list(sets):
         results[spec] = evaluate(spec, sets.pop(spec), args, encoder)

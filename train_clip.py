@@ -522,8 +522,8 @@ def pieces(args, n, start, steps, world, size=256):
 
 class Samples(torch.utils.data.Dataset):
     """Every random draw is a function of (seed, epoch, place), not of ranks, workers, restarts."""
-    def __init__(self, args, rows, tokenizer, size):
-        self.args, self.rows, self.tokenizer, self.size = args, rows, tokenizer, size
+    def __init__(self, args, rows, tokenizer, S):  # S: pixels a side
+        self.args, self.rows, self.tokenizer, self.S = args, rows, tokenizer, S
         self.views = [augment_crop]
         if args.augment == "drawing":
             from data.drawing import augment_drawing
@@ -549,7 +549,7 @@ class Samples(torch.utils.data.Dataset):
                 if self.views != [augment_crop]:  # augment_crop decodes at its own scale
                     image = to_rgb(image)
                 torch.default_generator.manual_seed(int(rng.integers(2 ** 63)))  # torchvision's
-                views = [v2.functional.pil_to_tensor(view(image, self.size)) for view in self.views]
+                views = [v2.functional.pil_to_tensor(view(image, self.S)) for view in self.views]
                 return torch.stack(views), ids, drawn, replaced, bad
             except Exception as e:  # Pillow raises nearly everything; no file may end a month's run
                 bad.append((name, f"{type(e).__name__}: {re.sub(' <_io.*?>', '', str(e))}"))

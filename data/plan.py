@@ -20,7 +20,7 @@ from data.common import check_output, die, in_one_line, new_parser, number, prin
 from train_clip import CLIP, PRESETS, Config
 
 SOURCES = ["chatgpt", "bard", "coco", "human"]  # as in rewrite_llama.py
-GROUP = 512  # captions that share a prompt there, about
+GROUP = 512  # captions that share a prompt there, at least about
 
 
 # --- FLOPs: a matrix of n weights costs a token 2n, one multiplication and one addition a weight --

@@ -13,7 +13,7 @@ connection, 429, 5xx) and waits as long as the server's Retry-After says. What h
 
 The end is one line, and nothing is lost: the same command goes on. A second run may give other
 texts. The tokenizer is not here, so what looks like a special token is cut from the data's texts,
-and a token counts as four bytes.
+a token counts as four bytes, and the server alone limits the length of captions and prompts.
 """
 import base64
 import io

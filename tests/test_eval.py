@@ -92,7 +92,7 @@ def owners(images, texts, seed=3):
 
 
 def recalls(images, texts, owner):
-    return eval_retrieval.recalls(*eval_retrieval.ranks_both_ways(images, texts, owner), owner)
+    return eval_retrieval.recalls(*eval_retrieval.places_both_ways(images, texts, owner), owner)
 
 
 @pytest.mark.parametrize("block", [100, 2 ** 25])

@@ -147,7 +147,7 @@ def blocks():
     """In a process of its own, so that its peak is its own."""
     images, texts = (F.normalize(torch.randn(n, 512), dim=-1) for n in (30_000, 150_000))
     owner, start = torch.arange(30_000).repeat_interleave(5), time.perf_counter()
-    eval_retrieval.recalls(*eval_retrieval.ranks_both_ways(images, texts, owner), owner)
+    eval_retrieval.recalls(*eval_retrieval.places_both_ways(images, texts, owner), owner)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     print(f"blocks: 30,000 images x 150,000 texts both ways in {time.perf_counter() - start:.0f} s, peak of the process "
           f"{peak:.1f} GiB; the matrix alone would be {30_000 * 150_000 * 4 / 2 ** 30:.1f} GiB", flush=True)
