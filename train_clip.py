@@ -487,7 +487,7 @@ def begin(args, rows, device, world):
         fcntl.lockf(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
     except (BlockingIOError, PermissionError):
         die(f"--out {args.out}: another launch is at work in it")
-    metrics.truncate(min(metrics.tell(), state["logged"] if resumed else 0))
+    metrics.seek(metrics.truncate(min(metrics.tell(), state["logged"] if resumed else 0)))
     with open(os.path.join(args.out, "settings.json"), "w") as f:
         json.dump({**settings, "command": sys.argv, "torch": torch.__version__}, f, indent=1)
     print(f"{len(rows)} rows; {args.precision}; steps {start} to {settings['steps']}; chance: "

@@ -722,6 +722,16 @@ def test_kept_checkpoints(shapes, tmp_path):
     assert steps == {"checkpoint-3.pt": 3, "checkpoint-6.pt": 6, "checkpoint.pt": 7}
 
 
+def test_what_was_logged_behind_a_checkpoint_is_cut_off(shapes, tmp_path):
+    """Also by a run that goes on from a step which logs nothing, and is killed again after the next."""
+    arguments = train_arguments(shapes, tmp_path, "--steps", 12, "--log-every", 5, "--keep-every", 1)
+    T.main(arguments)
+    for step in (3, 4):
+        os.replace(tmp_path / f"checkpoint-{step}.pt", tmp_path / "checkpoint.pt")
+        T.main(arguments)
+        assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 5, 10, 12]
+
+
 def test_ranks_that_differ_stop(shapes, tmp_path):
     """Each with an OUT of its own, as on nodes that do not share their disks."""
     T.main(train_arguments(shapes, tmp_path / "0", "--steps", 4, "--save-every", 2,
