@@ -78,7 +78,7 @@ class Captioner:
         self.tokenizer.padding_side = "left"  # a decoder-only model continues on the right
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         config = self.model.config.get_text_config()
-        named = config, self.model.generation_config, self.tokenizer
+        named = config, self.model.generation_config, self.tokenizer  # each may name an end token
         self.ends = {i for x in named for i in as_list(x.eos_token_id)} - {None}
         self.model.generation_config = transformers.GenerationConfig(  # greedy
             max_new_tokens=args.max_new_tokens, eos_token_id=[*self.ends],
@@ -115,9 +115,10 @@ class Captioner:
         images = [[image] for image in images if image]  # a list for each text
         special = not self.prompt.startswith(self.tokenizer.bos_token or "\0")  # BOS only once
         try:
-            return [(self.processor(images=images, text=[self.prompt] * len(images), padding=True,
-                                    add_special_tokens=special, return_tensors="pt")
-                     if images else None, reasons)]
+            inputs = images and self.processor(
+                images=images, text=[self.prompt] * len(images), padding=True,
+                add_special_tokens=special, return_tensors="pt")
+            return [(inputs, reasons)]
         except Exception as e:  # the processor refuses an image: find out which
             if len(names) == 1:
                 return [(None, [re.sub(r" at 0x\w+", "", repr(e))])]
@@ -229,7 +230,7 @@ class Parts:
     def __init__(self, args, files, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
-        free = {"input", "output", "pairs", "workers", "batch_size"}  # exact in fp32
+        free = {"input", "output", "pairs", "workers", "batch_size"}  # change no text (in fp32)
         free |= {"dtype", "device"} if args.server else set()
         self.settings = {name: value for name, value in vars(args).items() if name not in free}
         self.settings |= {"server": bool(args.server), "files": files,
@@ -238,10 +239,10 @@ class Parts:
         for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
-            if fields.isdisjoint(reads):  # until one is there; `makes` is sought in these rows only
+            if fields.isdisjoint(reads):  # look into units until one has the field to read
                 fields |= {name for line in lines for name, x in parse_row(line).items() if x}
         if self.paths and (fields.isdisjoint(reads) or fields & makes):
-            die(f"{args.input}: expected JSONL with one of {reads}, not {makes}: {sorted(fields)}")
+            die(f"{args.input}: JSONL needs {[*reads]}, not {[*makes]}; it has {sorted(fields)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):

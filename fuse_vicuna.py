@@ -61,14 +61,15 @@ def fuse(ask, prompt_of, texts, openings, counts):
 
     ask(prompts) -> [(answer, None) or (None, reason)]. A refusal is asked again with the VeC."""
     results = [(None, "no text")] * len(texts)
-    def ask_about(numbers, texts):  # their answers become results
-        for i, answer in zip(numbers, ask([prompt_of(*texts[i]) for i in numbers])):
+    def ask_about(numbers, pairs):  # the answer for pairs[k] becomes results[numbers[k]]
+        for i, answer in zip(numbers, ask([prompt_of(*pair) for pair in pairs])):
             caption, reason = answer_line(*answer)
             refused = (caption or "").lower().replace("’", "'").startswith(tuple(openings))
             results[i] = (None, "refused") if refused else (caption, reason)
-    ask_about([i for i, pair in enumerate(texts) if any(pair)], texts)
-    again = [i for i, pair in enumerate(texts) if results[i] == (None, "refused") and all(pair)]
-    ask_about(again, [("", vec) for _, vec in texts])
+    asked = [i for i, pair in enumerate(texts) if any(pair)]
+    ask_about(asked, [texts[i] for i in asked])
+    again = [i for i in asked if results[i] == (None, "refused") and all(texts[i])]
+    ask_about(again, [("", texts[i][1]) for i in again])
     counts["refused, asked again with the VeC alone"] += len(again)
     counts["AltTexts rewritten without a VeC"] += sum(1 for alt, vec in texts if alt and not vec)
     return results
@@ -92,6 +93,7 @@ def text_pairs(row, args):
 def main(argv=None):
     args = parse_arguments(argv)
     openings = (PROMPTS / "refusals.txt").read_text(encoding="utf-8").splitlines()  # lower case
+    openings = [opening for opening in openings if opening.strip()]
     pairs = [parse_row(line) for line in open(args.pairs, "rb")]
     if len(pairs) < SHOTS or any({"alt", "vec", "output"} - pair.keys() for pair in pairs):
         die(f"--pairs {args.pairs}: expected {SHOTS} or more rows with alt, vec and output")
@@ -128,7 +130,7 @@ class Fuser:
         self.args, self.counts = args, counts
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         config = self.model.config.get_text_config()
-        named = config, self.model.generation_config, self.tokenizer
+        named = config, self.model.generation_config, self.tokenizer  # each may name an end token
         self.ends = {i for x in named for i in as_list(x.eos_token_id)} - {None}
         self.model.generation_config = GenerationConfig(  # greedy, whatever the folder says
             max_new_tokens=args.max_new_tokens, eos_token_id=[*self.ends],
@@ -236,7 +238,7 @@ class Parts:
     def __init__(self, args, files, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
-        free = {"input", "output", "pairs", "workers", "batch_size"}  # exact in fp32
+        free = {"input", "output", "pairs", "workers", "batch_size"}  # change no text (in fp32)
         free |= {"dtype", "device"} if args.server else set()
         self.settings = {name: value for name, value in vars(args).items() if name not in free}
         self.settings |= {"server": bool(args.server), "files": files,
@@ -245,10 +247,10 @@ class Parts:
         for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
-            if fields.isdisjoint(reads):  # until one is there; `makes` is sought in these rows only
+            if fields.isdisjoint(reads):  # look into units until one has the field to read
                 fields |= {name for line in lines for name, x in parse_row(line).items() if x}
         if self.paths and (fields.isdisjoint(reads) or fields & makes):
-            die(f"{args.input}: expected JSONL with one of {reads}, not {makes}: {sorted(fields)}")
+            die(f"{args.input}: JSONL needs {[*reads]}, not {[*makes]}; it has {sorted(fields)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):

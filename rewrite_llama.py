@@ -58,8 +58,8 @@ def main(argv=None):
     usable = [{"input", "output"} <= x.keys() or len(x.get("captions", "")) > 1 for x in examples]
     if not all(usable) or not 0 <= args.shots <= min(map(len, pairs.values())):
         die(f"--pairs {args.pairs}: expected JSON, --shots {args.shots} pairs of {args.sources}")
-    if args.temperature < 0 or args.top_p <= 0:
-        die("--temperature below 0, or --top-p not above 0")
+    if not (args.temperature >= 0 and args.top_p > 0 and args.seed >= 0):  # NaN fails, too
+        die("--temperature or --seed below 0, or --top-p not above 0")
     parts = Parts(args, pairs, reads={args.field}, makes={f"rewrite_{name}" for name in pairs})
     if parts.finish():  # OUT is there, or only had to be joined
         return
@@ -69,7 +69,7 @@ def main(argv=None):
     for number, rows in parts.to_make():
         values = [row.get(args.field) for row in rows]  # each is a text or a list of texts
         texts = [[clean(text) for text in as_list(value)] for value in values]
-        captions = [text for row_texts in texts for text in row_texts]  # of all rows in one list
+        captions = [text for row_texts in texts for text in row_texts]  # the unit's, in one list
         asked = [i for i, caption in enumerate(captions) if caption]
         for source in args.sources:
             rng = np.random.default_rng([args.seed, number, *source.encode()])
@@ -116,12 +116,12 @@ class Completer:
             die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece protobuf"))
         self.args, self.counts, self.shape = args, counts, None
         config = self.model.config.get_text_config()
-        named = config, self.model.generation_config, self.tokenizer
+        named = config, self.model.generation_config, self.tokenizer  # each may name an end token
         self.ends = {i for x in named for i in as_list(x.eos_token_id)} - {None}
         pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         self.stops = self.ends | {i for i, x in enumerate(pieces) if "\n" in x or "=>" in x}
-        self.forward = self.model if args.device != "cuda" else torch.compile(  # as CUDA graphs:
-            self.model, mode="reduce-overhead", dynamic=False)  # launching kernels takes most time
+        self.forward = self.model if args.device != "cuda" else torch.compile(
+            self.model, mode="reduce-overhead", dynamic=False)  # CUDA graphs: one launch a step
         self.model.generation_config = GenerationConfig(  # by_generate's, whatever the folder says
             max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, top_p=args.top_p,
             temperature=args.temperature or None, top_k=0, eos_token_id=[*self.stops])
@@ -153,9 +153,9 @@ class Completer:
         N, P, T = len(texts), len(prompt), uniform.shape[1]  # T: tokens of an answer, at most
         B = min(self.args.batch_size, 1 << (N - 1).bit_length())  # a power of 2: few shapes
         L = P + max(map(len, texts), default=0) + T
-        lines = [list(text) for text in texts] + [[0] * L]  # a text, its answer; the last: idle
+        lines = [list(text) for text in texts] + [[0] * L]  # a text and its answer; line N: idle
         waiting = iter(sorted(range(N), key=lambda i: -len(texts[i])))  # the longest text first
-        line_of, fed = [next(waiting, N) for _ in range(B)], [0] * B  # a slot's line, tokens
+        line_of, fed = [next(waiting, N) for _ in range(B)], [0] * B  # a slot's line; tokens fed
         tensor = lambda values: torch.tensor(values, device=self.model.device)
         prefix = self.model(tensor([prompt]), use_cache=True, logits_to_keep=1).cache
         shape = B, -(-L // 128) * 128
@@ -261,7 +261,7 @@ class Parts:
     def __init__(self, args, files, reads, makes):
         """The input must have a field of `reads`, and its first rows none of `makes`."""
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
-        free = {"input", "output", "pairs", "workers", "batch_size"}  # exact in fp32
+        free = {"input", "output", "pairs", "workers", "batch_size"}  # change no text (in fp32)
         free |= {"dtype", "device"} if args.server else set()
         self.settings = {name: value for name, value in vars(args).items() if name not in free}
         self.settings |= {"server": bool(args.server), "files": files,
@@ -270,10 +270,10 @@ class Parts:
         for _, path, lines in self.units():
             self.paths.append(path)
             content.update(b"".join(lines))
-            if fields.isdisjoint(reads):  # until one is there; `makes` is sought in these rows only
+            if fields.isdisjoint(reads):  # look into units until one has the field to read
                 fields |= {name for line in lines for name, x in parse_row(line).items() if x}
         if self.paths and (fields.isdisjoint(reads) or fields & makes):
-            die(f"{args.input}: expected JSONL with one of {reads}, not {makes}: {sorted(fields)}")
+            die(f"{args.input}: JSONL needs {[*reads]}, not {[*makes]}; it has {sorted(fields)}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):

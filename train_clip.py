@@ -84,8 +84,8 @@ def texts_of(value):
     return [text if isinstance(text, str) and text.strip() else None for text in entries]
 
 def one_of_each(lists, drawn, u):
-    """Pick a text of every list, or None, by `u` in [0, 1). Lists of equal length share one index,
-    as several AltTexts and the VeCap of each must. The drawn list picks its index first."""
+    """Pick a text of every list, or None. `u` in [0, 1) picks an index among the usable texts of
+    the drawn list; lists as long share it, as several AltTexts and the VeCap of each must."""
     index_of = {}  # {length of a list: which of its texts}
     for texts in (lists[drawn], *lists):
         if usable := [i for i, text in enumerate(texts) if text]:
@@ -101,9 +101,8 @@ def info_nce(queries, keys, scale):
     return F.cross_entropy(scale * queries @ keys.T, labels)
 
 def clip_loss(image_features, text_features, scale):
-    """L = (L_I + L_T) / 2 (LaCLIP and VeCLIP, eq. 1). Features [n, d] of unit length -> scalar
-
-    LaCLIP (eq. 3) and VeCLIP (eq. 2) are this loss with the texts that aug_T or mix drew."""
+    """L = (L_I + L_T) / 2. Features [n, d] of unit length -> scalar. L_I is eq. 1 of both papers;
+    with the texts that aug_T or mix drew, LaCLIP's eq. 3 and VeCLIP's eq. 2."""
     loss_i = info_nce(image_features, gather(text_features), scale)
     loss_t = info_nce(text_features, gather(image_features), scale)
     return (loss_i + loss_t) / 2
@@ -306,7 +305,7 @@ class Attention(nn.Module):
 
     def attend(self, x, causal=False):  # [B, L, 3, heads, W / heads] -> [B, L, W]
         q, k, v = x.permute(2, 0, 3, 1, 4)  # each [B, heads, L, W / heads]
-        slow = x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] < 128  # a fused kernel
+        slow = x.is_cpu and x.dtype == torch.bfloat16 and x.shape[1] < 128  # in the fused kernel
         with sdpa_kernel(SDPBackend.MATH) if slow else nullcontext():
             y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, is_causal=causal)
         return y.transpose(1, 2).flatten(2)
@@ -352,7 +351,6 @@ def train(args):
     steps, per_epoch = settings["steps"], len(rows) // args.batch_size
     if start == steps:
         return print(f"{args.out} is finished: {steps} steps")
-
     torch.manual_seed(args.seed)
     model, tokenizer = from_state(state) if state else new_model(args)
     ddp_model = model.to(device)  # with several ranks, DDP around it
@@ -382,7 +380,7 @@ def train(args):
             loss = multitext_loss(image_features, text_features, drawn, scale)
         else:
             loss = clip_loss(image_features, text_features[:, 0], scale)
-        if args.ssl:  # autocast() as a decorator: the head in bf16, its loss in fp32
+        if args.ssl:  # autocast() also wraps a function: the head in bf16, its loss in fp32
             loss = loss + simclr_loss(autocast()(head.forward), gather(views))
         return loss
 
@@ -418,8 +416,7 @@ def train(args):
         for name, why in unusable:
             with open(out("bad_images.jsonl"), "a") as f:
                 f.write(json.dumps({"step": done, "image": name, "reason": why}) + "\n")
-        step_counts = [len(drawn), len(unusable), replaced, len(stopping)]
-        step_counts = all_reduce(torch.tensor(step_counts))  # of all ranks
+        step_counts = all_reduce(torch.tensor([len(drawn), len(unusable), replaced, len(stopping)]))
         counts += step_counts[:3]
         images, bad, one_word = counts.tolist()
         if bad > args.max_bad * max(images + bad, 1000):  # not saved, so a restart stops here, too
@@ -487,7 +484,10 @@ def begin(args, rows, device, world):
         fcntl.lockf(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
     except (BlockingIOError, PermissionError):
         die(f"--out {args.out}: another launch is at work in it")
-    metrics.seek(metrics.truncate(min(metrics.tell(), state["logged"] if resumed else 0)))
+    except OSError as e:  # NFS and Lustre may have no locks
+        print(f"--out {args.out}: no lock ({e.strerror}), start no second launch", file=sys.stderr)
+    logged = state["logged"] if resumed else 0  # bytes, up to the checkpoint's step
+    metrics.seek(metrics.truncate(min(metrics.tell(), logged)))
     with open(os.path.join(args.out, "settings.json"), "w") as f:
         json.dump({**settings, "command": sys.argv, "torch": torch.__version__}, f, indent=1)
     print(f"{len(rows)} rows; {args.precision}; steps {start} to {settings['steps']}; chance: "
@@ -672,7 +672,7 @@ class Tokenizer:
         self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a caption is plain text
         a, dog = self.tokenizer.encode("a").ids, self.tokenizer.encode("dog").ids
         if a[-1] != dog[-1] or dog.count(dog[-1]) > 1:  # features are taken at the end token
-            raise ValueError("the tokenizer's post-processor must add an end token after a text")
+            raise OSError("--tokenizer: expected one that adds an end token to every text")
 
     @classmethod
     def load(cls, name, context_length=77):  # from a tokenizer.json, a folder or a hub name

@@ -6,10 +6,10 @@
     python -m data.plan --rows 12e6 --rate rewrite=28300t    # or a server's output tokens/s
 
 To measure a rate, run the stage on a few rows, `head -n 200 in.jsonl > few.jsonl`: divide them by
-the seconds of its progress bar, for --rate. A rate that somebody measured on another model becomes FLOP/s, so
-that it can be applied to this one. GPU-hours are then FLOPs / (FLOP/s). "Peak x MFU" is the same
-with a data sheet's peak and an assumed share of it. tests/data/test_plan.py counts the FLOPs with
-torch and the bytes in real files. The hours are an estimate.
+the seconds of its progress bar, for --rate. A rate that somebody measured on another model becomes
+FLOP/s, so that it can be applied to this one. GPU-hours are then FLOPs / (FLOP/s). "Peak x MFU" is
+the same with a data sheet's peak and an assumed share of it. tests/data/test_plan.py counts the
+FLOPs with torch and the bytes in real files. The hours are an estimate.
 """
 import json
 from typing import NamedTuple
