@@ -57,7 +57,7 @@ def main(argv=None):
     pairs = {name: [x for x in examples if x.get("source") == name] for name in args.sources}
     usable = [{"input", "output"} <= x.keys() or len(x.get("captions", "")) > 1 for x in examples]
     if not all(usable) or not 0 <= args.shots <= min(map(len, pairs.values())):
-        die(f"--pairs {args.pairs}: expected JSON, --shots {args.shots} pairs of {args.sources}")
+        die(f"--pairs {args.pairs} needs --shots {args.shots} pairs of --sources {args.sources}")
     if not (args.temperature >= 0 and args.top_p > 0 and args.seed >= 0):  # NaN fails, too
         die("--temperature or --seed below 0, or --top-p not above 0")
     parts = Parts(args, pairs, reads={args.field}, makes={f"rewrite_{name}" for name in pairs})

@@ -490,8 +490,8 @@ def begin(args, rows, device, world):
     metrics.seek(metrics.truncate(min(metrics.tell(), logged)))
     with open(os.path.join(args.out, "settings.json"), "w") as f:
         json.dump({**settings, "command": sys.argv, "torch": torch.__version__}, f, indent=1)
-    print(f"{len(rows)} rows; {args.precision}; steps {start} to {settings['steps']}; chance: "
-          f"ln(batch) = {math.log(args.batch_size):.2f}", file=sys.stderr)
+    print(f"{len(rows)} rows; {args.precision}; steps {start} to {settings['steps']}; CLIP's "
+          f"loss by chance: ln(batch) = {math.log(args.batch_size):.2f}", file=sys.stderr)
     return state, start, settings, metrics
 
 # === samples ======================================================================================
@@ -804,7 +804,7 @@ def read_settings(args, rows, world):
     """The settings that change results: a run resumes only with these. Ends at mistakes in them."""
     per_epoch, fields = len(rows) // args.batch_size, set()
     if not per_epoch or args.batch_size % world:
-        die(f"--batch-size {args.batch_size}: expected a multiple of {world}, at most {len(rows)}")
+        die(f"--batch-size {args.batch_size}: at most {len(rows)} rows, in {world} equal shares")
     steps = args.steps or round(args.epochs * per_epoch)
     warmup = min(per_epoch, steps // 10) if args.warmup is None else args.warmup
     if warmup >= steps:
