@@ -145,9 +145,8 @@ def train_and_measure(row, seed, args):
     """One run: train, evaluate, append the result."""
     _, files, flags, _ = ROWS[row]
     out, folder = args.out, os.path.join(args.out, "runs", f"{row}-{seed}")
-    tokenizer = "--tokenizer out/demo/tokenizer.json"
-    if "--minilm" in flags:
-        flags, tokenizer = flags.replace("--minilm", f"--text-model {args.minilm}"), ""
+    tokenizer = "--tokenizer out/demo/tokenizer.json" * ("--minilm" not in flags)
+    flags = flags.replace("--minilm", f"--text-model {args.minilm}")
     os.makedirs(folder, exist_ok=True)
     captions = " ".join(f"{out}/{name}.jsonl" for name in files.split())
     run(f"python train_clip.py --captions {captions} --image-root {out}/images {tokenizer} "
