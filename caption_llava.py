@@ -181,7 +181,8 @@ def parse_arguments(argv):
 
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    checks = {"input": os.path.isfile, "pairs": os.path.isfile, "image_root": os.path.isdir}
+    checks = {"input": os.path.isfile, "pairs": os.path.isfile, "image_root": os.path.isdir,
+              "model": lambda x: args.server or os.path.isdir(x) or x.count("/") < 2}  # hub name
     for name, exists in checks.items():
         if name in args and not exists(getattr(args, name)):
             die(f"--{name.replace('_', '-')} {getattr(args, name)}: no such file or folder")

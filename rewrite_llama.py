@@ -67,8 +67,7 @@ def main(argv=None):
         from data.server import Server
     model = (Server if args.server else Completer)(args, parts.counts)
     for number, rows in parts.to_make():
-        values = [row.get(args.field) for row in rows]  # each is a text or a list of texts
-        texts = [[clean(text) for text in as_list(value)] for value in values]
+        texts = [[clean(text) for text in as_list(row.get(args.field))] for row in rows]
         captions = [text for row_texts in texts for text in row_texts]  # the unit's, in one list
         asked = [i for i, caption in enumerate(captions) if caption]
         for source in args.sources:
@@ -76,10 +75,10 @@ def main(argv=None):
             prompt = draw_prompt(pairs[source], args.shots, rng)  # ours: one a unit, not one a text
             uniform = rng.random((len(captions), args.max_new_tokens), "f4")  # one for each token
             answers = iter(model.complete(prompt, [captions[i] for i in asked], uniform[asked]))
-            for row, value, row_texts in zip(rows, values, texts):
+            for row, row_texts in zip(rows, texts):
                 results = [answer_line(*next(answers)) if text else (None, "no text")
                            for text in row_texts]
-                parts.put(row, f"rewrite_{source}", results, isinstance(value, list))
+                parts.put(row, f"rewrite_{source}", results, isinstance(row.get(args.field), list))
     parts.finish()
 
 def sample(logits, uniform, temperature, top_p):
@@ -212,7 +211,8 @@ def parse_arguments(argv):
 
 def settle(args):
     """Check what all stages share, and choose --dtype: emulated bf16 is many times slower."""
-    checks = {"input": os.path.isfile, "pairs": os.path.isfile, "image_root": os.path.isdir}
+    checks = {"input": os.path.isfile, "pairs": os.path.isfile, "image_root": os.path.isdir,
+              "model": lambda x: args.server or os.path.isdir(x) or x.count("/") < 2}  # hub name
     for name, exists in checks.items():
         if name in args and not exists(getattr(args, name)):
             die(f"--{name.replace('_', '-')} {getattr(args, name)}: no such file or folder")
