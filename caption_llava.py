@@ -156,7 +156,7 @@ def to_rgb(image):
     with suppress(Exception):  # broken metadata is ignored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # 16 or 32 bits a pixel
-        raise ValueError(f"grey of mode {image.mode}: its white level is unknown")
+        raise ValueError(f"grey of mode {image.mode}: expected 8 bits a channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -212,9 +212,8 @@ def answer_line(answer, reason=None):
         del lines[0]
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
-    line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    quoted = "^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$"
-    return re.sub(quoted, r"\1\2", line).strip(), None
+    s = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
+    return re.sub("^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$", r"\1\2", s).strip(), None
 
 def parse_row(line):
     """The line's JSON object, or a row that holds the line as it is."""
@@ -243,7 +242,8 @@ class Parts:
             if fields.isdisjoint(reads):  # look into units until one has the field to read
                 fields |= {name for line in lines for name, x in parse_row(line).items() if x}
         if self.paths and (fields.isdisjoint(reads) or fields & makes):
-            die(f"{args.input}: JSONL needs {[*reads]}, not {[*makes]}; it has {sorted(fields)}")
+            fields = sorted(fields - {"error", "line"})
+            die(f"{args.input}: JSONL needs {[*reads]}, not {[*makes]}; it has {fields}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):

@@ -220,9 +220,8 @@ def answer_line(answer, reason=None):
         del lines[0]
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
-    line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    quoted = "^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$"
-    return re.sub(quoted, r"\1\2", line).strip(), None
+    s = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
+    return re.sub("^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$", r"\1\2", s).strip(), None
 
 def parse_row(line):
     """The line's JSON object, or a row that holds the line as it is."""
@@ -251,7 +250,8 @@ class Parts:
             if fields.isdisjoint(reads):  # look into units until one has the field to read
                 fields |= {name for line in lines for name, x in parse_row(line).items() if x}
         if self.paths and (fields.isdisjoint(reads) or fields & makes):
-            die(f"{args.input}: JSONL needs {[*reads]}, not {[*makes]}; it has {sorted(fields)}")
+            fields = sorted(fields - {"error", "line"})
+            die(f"{args.input}: JSONL needs {[*reads]}, not {[*makes]}; it has {fields}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):

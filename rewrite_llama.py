@@ -133,9 +133,9 @@ class Completer:
 
     def complete(self, prompt, captions, uniform):
         """-> [(what follows prompt + caption + " =>" in its line, up to another "=>"; None)]"""
-        line = lambda text: self.tokenizer("\n" + text, add_special_tokens=False).input_ids
-        encode = lambda text: line(text)[len(line("")):]  # alone, LLaMA's tokenizer adds a blank
-        texts = [encode(text)[:MAX_CAPTION_TOKENS] + encode(" =>") for text in captions]
+        encode = lambda text: self.tokenizer("\n" + text, add_special_tokens=False).input_ids
+        n, arrow = len(encode("")), encode(" =>")  # after "\n": alone, LLaMA's adds a blank
+        texts = [encode(text)[n:][:MAX_CAPTION_TOKENS] + arrow[n:] for text in captions]
         prompt = self.tokenizer(prompt).input_ids
         generate = self.by_slots if len(prompt) <= self.longest_prompt else self.by_generate
         answers = list(generate(prompt, texts, uniform))
@@ -242,9 +242,8 @@ def answer_line(answer, reason=None):
         del lines[0]
     if "<think>" in text or not lines:
         return None, reason or ("a thought without end" if "<think>" in text else "empty")
-    line = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
-    quoted = "^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$"
-    return re.sub(quoted, r"\1\2", line).strip(), None
+    s = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
+    return re.sub("^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$", r"\1\2", s).strip(), None
 
 def parse_row(line):
     """The line's JSON object, or a row that holds the line as it is."""
@@ -273,7 +272,8 @@ class Parts:
             if fields.isdisjoint(reads):  # look into units until one has the field to read
                 fields |= {name for line in lines for name, x in parse_row(line).items() if x}
         if self.paths and (fields.isdisjoint(reads) or fields & makes):
-            die(f"{args.input}: JSONL needs {[*reads]}, not {[*makes]}; it has {sorted(fields)}")
+            fields = sorted(fields - {"error", "line"})
+            die(f"{args.input}: JSONL needs {[*reads]}, not {[*makes]}; it has {fields}")
         self.made = self.settings | {"input": content.hexdigest()}
 
     def units(self):

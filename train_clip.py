@@ -383,7 +383,6 @@ def train(args):
         if args.ssl:  # autocast() also wraps a function: the head in bf16, its loss in fp32
             loss = loss + simclr_loss(autocast()(head.forward), gather(views))
         return loss
-
     progress = tqdm(total=steps, initial=start, unit="step", disable=rank() > 0)
     stopping = []  # by SIGTERM, when the node is taken back: save after this step and leave
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
@@ -607,7 +606,7 @@ def to_rgb(image):
     with suppress(Exception):  # broken metadata is ignored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # 16 or 32 bits a pixel
-        raise ValueError(f"grey of mode {image.mode}: its white level is unknown")
+        raise ValueError(f"grey of mode {image.mode}: expected 8 bits a channel")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -809,7 +808,8 @@ def read_settings(args, rows, world):
     warmup = min(per_epoch, steps // 10) if args.warmup is None else args.warmup
     if warmup >= steps:
         die(f"--warmup {warmup} is not less than the {steps} steps of the run (--steps, --epochs)")
-    for i in {*range(0, len(rows), len(rows) // 1000 or 1), *rows.first_rows[:1000]}:  # a sample
+    sampled = {first + i for first in rows.first_rows[:1000] for i in range(100)}  # 100 a file
+    for i in sampled.union(range(0, len(rows), len(rows) // 1000 or 1)):  # and 1,000 in all
         with suppress(ValueError, TypeError):  # no JSON; no object
             row = rows[i]
             fields |= {field for field in row if any(texts_of(row[field]))}
