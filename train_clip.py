@@ -810,9 +810,8 @@ def read_settings(args, rows, world):
         die(f"--warmup {warmup} is not less than the {steps} steps of the run (--steps, --epochs)")
     sampled = {first + i for first in rows.first_rows[:1000] for i in range(100)}  # 100 a file
     for i in sampled.union(range(0, len(rows), len(rows) // 1000 or 1)):  # and 1,000 in all
-        with suppress(ValueError, TypeError):  # no JSON; no object
-            row = rows[i]
-            fields |= {field for field in row if any(texts_of(row[field]))}
+        with suppress(ValueError, AttributeError):  # no JSON; no object
+            fields |= {field for field, value in rows[i].items() if any(texts_of(value))}
     if missing := dict(args.text).keys() - fields:
         die(f"--text {' '.join(missing)}: in no sampled JSONL row of {' '.join(args.captions)}")
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
@@ -868,9 +867,10 @@ def main(argv=None):
         train(parse_args(argv))
         if dist.is_initialized():  # else gloo's threads outlive the interpreter, which may abort
             dist.destroy_process_group()
+    except (ConnectionError, EOFError) as e:  # its pipe broke before torch saw that it is gone
+        die(f"a worker was killed: {e!r}")
     except OSError as e:  # a missing file, a full disk; from a worker, behind its traceback
-        told = str(e).rpartition("\nOSError: ")[2]
-        die(f"a worker was killed: {e}" if isinstance(e, ConnectionError) else told)
+        die(str(e).rpartition("\nOSError: ")[2])
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
         for worker in multiprocessing.active_children():  # they ignore SIGTERM
