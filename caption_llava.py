@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 PROMPT = "Describe the image concisely, less than 20 words"  # paper, section 3.2
-DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
+DEVICES = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 as_list = lambda value: value if isinstance(value, list) else [value]
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM JPEG2000 AVIF".split()  # no EPS: it runs programs
@@ -91,19 +91,18 @@ class Captioner:
         new = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, T]
         self.counts["cut at --max-new-tokens"] += sum(map(self.ends.isdisjoint, new))
         new = [[token for token in ids if token not in self.ends] for ids in new]
-        thought = "<think>" * self.prompt.rstrip().endswith("<think>")  # the template has opened it
+        thought = "<think>" if self.prompt.rstrip().endswith("<think>") else ""  # of the template
         return [thought + self.tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
 
     def caption(self, names):
         """-> [(answer, None) or (None, reason)] for the images with these names"""
-        size, workers = self.args.batch_size, self.args.workers
-        batches = [names[at:at + size] for at in range(0, len(names), size)]
+        workers = self.args.workers
         loader = DataLoader(  # workers prepare the batches
-            batches, batch_size=None, collate_fn=self.prepare, num_workers=workers,
+            names, self.args.batch_size, collate_fn=self.prepare, num_workers=workers,
             multiprocessing_context="fork" if workers else None)
         results = []
         for batch in loader:
-            for inputs, reasons in batch:  # one pair, or one an image if the processor failed
+            for inputs, reasons in batch:  # one pair; one for each image if the processor refused
                 answers = iter(self.answer(inputs) if inputs else [])
                 results += [(None, why) if why else (next(answers), None) for why in reasons]
         return results
@@ -186,8 +185,9 @@ def settle(args):
     for name, exists in checks.items():
         if name in args and not exists(getattr(args, name)):
             die(f"--{name.replace('_', '-')} {getattr(args, name)}: no such file or folder")
-    if min(args.batch_size, args.max_new_tokens) < 1:
-        die("--batch-size or --max-new-tokens below 1")
+    for name, least in {"batch_size": 1, "max_new_tokens": 1, "workers": 0, "seed": 0}.items():
+        if getattr(args, name, least) < least:
+            die(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = args.device == "cpu" and any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda" and not args.server:
@@ -227,8 +227,7 @@ class Parts:
     """Exact restart. The input is cut into units of whole lines; each becomes a file, its part. Its
     name is a hash of settings (of a model: its name), script and lines, and is given only when it
     is complete. So a part that exists is right. When none is missing, they are joined."""
-    def __init__(self, args, files, reads, makes):
-        """The input must have a field of `reads`, and its first rows none of `makes`."""
+    def __init__(self, args, files, reads, makes):  # input: a field of reads, none of makes
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
         free = {"input", "output", "pairs", "workers", "batch_size"}  # change no text (in fp32)
         free |= {"dtype", "device"} if args.server else set()
@@ -259,7 +258,7 @@ class Parts:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
             if number % world != rank or os.path.exists(path) or os.path.exists(self.output):
-                continue
+                continue  # another rank's, or made before
             rows = [parse_row(line) for line in lines]
             todo = [row for row in rows if row.keys() != {"error", "line"}]
             yield number, todo

@@ -31,13 +31,10 @@ KS = (1, 5, 10)
 NEVER = 2 ** 62  # the place of an image that is not found
 SIMILARITIES = 2 ** 25  # in memory at a time
 
-
 # === metrics ======================================================================================
-
 def similarity(queries, keys):
     """[Q, d], [K, d] -> [Q, K]. An unreadable image is a key of zeros and comes last."""
     return (queries @ keys.T).masked_fill_((keys == 0).all(1), -2.0)
-
 
 def places_of_best(queries, keys, query_image, key_image):
     """How many keys come before the best of a query's right ones. [Q, d], keys [K, d] -> [Q]
@@ -53,7 +50,6 @@ def places_of_best(queries, keys, query_image, key_image):
         places[start:end] = ((similarities > best) | (similarities == best) & earlier).sum(1)
     return all_reduce(places)
 
-
 def places_both_ways(images, texts, owner):
     """images [N, d], texts [T, d]; owner [T]: the image of each text. -> places from 0: image to
     text [N], text to image [T]"""
@@ -62,7 +58,6 @@ def places_both_ways(images, texts, owner):
     t2i = places_of_best(texts, images, owner, numbers)
     unreadable = (images == 0).all(1)
     return i2t.masked_fill(unreadable, NEVER), t2i.masked_fill(unreadable[owner], NEVER)
-
 
 def recalls(i2t, t2i, owner):
     """Places both ways, owner [T] -> {"i2t_r1": ...}, and with "_chance" of a random order"""
@@ -76,7 +71,6 @@ def recalls(i2t, t2i, owner):
         metrics[f"i2t_r{k}_chance"] = 1 - sum(missed) / N
         metrics[f"t2i_r{k}_chance"] = min(1.0, k / N)
     return metrics
-
 
 def average_precisions(images, labels):
     """GPR1200's rule (VeCLIP, section 4.1): every image is a query; its label's others are right.
@@ -94,9 +88,7 @@ def average_precisions(images, labels):
     precisions = all_reduce(precisions)
     return precisions.where((images != 0).any(1) | precisions.isnan(), 0.0)  # unreadable: 0
 
-
 # === the command ==================================================================================
-
 def read_captions(path, field):
     """-> (image paths [N], texts [T], the image of each text [T]). Rows of one image are joined."""
     number_of, texts, owner, without = {}, [], [], []
@@ -110,7 +102,6 @@ def read_captions(path, field):
         die(f"--captions {path}: no row has a text in {field!r}")
     tell_left_out(without, field)
     return list(number_of), texts, torch.tensor(owner)
-
 
 def text_retrieval(args, encoder):
     """-> the metrics of --captions, fractions of 1"""
@@ -134,7 +125,6 @@ def text_retrieval(args, encoder):
         write_hits(args.hits, queries, best_images(text_features, images), names, names)
     return {**metrics, "images": len(names), "texts": len(texts), "unreadable": unreadable}
 
-
 def read_labels(path):
     """-> image paths, labels and domains (or None) of the rows that have a label"""
     rows = [(row, label_of(row.get("label"))) for row in image_rows(path)]
@@ -148,7 +138,6 @@ def read_labels(path):
     tell_same_names(path, classes, [[label] for label in classes])
     return ([row["image"] for row in labelled], labels,
             [label_of(row.get("domain")) for row in labelled])
-
 
 def image_retrieval(args, encoder):
     """-> {"map": ..., and of every domain "map_DOMAIN": ...}, fractions of 1"""
@@ -177,7 +166,6 @@ def image_retrieval(args, encoder):
         write_hits(args.hits, queries, best_images(images, images, leave_out=True), names, labels)
     return {**metrics, "images": len(names), "labels": len(number_of), "alone": len(alone)}
 
-
 @in_one_line
 def main(argv=None):
     parser = rows_parser(__doc__)
@@ -197,7 +185,6 @@ def main(argv=None):
     if args.json and rank() == 0:
         with open(args.json, "w") as f:
             json.dump(metrics, f, indent=1)
-
 
 if __name__ == "__main__":
     main()

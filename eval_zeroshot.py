@@ -32,9 +32,7 @@ from train_clip import load_checkpoint, resolve_precision
 QUERIES = 6  # images of a class that an episode classifies; assumed
 PENALTIES = [10.0 ** -i for i in range(1, 8)]  # of the linear probe, the strongest first; assumed
 
-
 # === protocols ====================================================================================
-
 def classifier(encode_texts, names, templates):
     """names: for each of C classes its synonyms; templates: with {} for the name -> [C, d].
 
@@ -45,7 +43,6 @@ def classifier(encode_texts, names, templates):
         sizes.append(len(synonyms) * len(templates))
     classes = encode_texts(prompts).split(sizes)  # each [its prompts, d]
     return F.normalize(torch.stack([features.mean(0) for features in classes]), dim=-1)
-
 
 def accuracies(features, weights, targets, block=4096):
     """features [N, d], weights [C, d], targets [N] -> {"top1": ..., ...}, fractions of 1.
@@ -65,12 +62,10 @@ def accuracies(features, weights, targets, block=4096):
     return {**metrics, "chance": 1 / len(weights),
             "largest_class": targets.bincount().max().item() / len(targets)}
 
-
 def mean_per_class(right, targets, classes):
     """right, targets [N] -> the mean of the classes' accuracies; 0 for a class without an image"""
     images = targets.bincount(minlength=classes).clamp(min=1)
     return (targets.bincount(right.double(), minlength=classes) / images).mean().item()
-
 
 def draw_episodes(targets, ways=5, images=11, episodes=600, seed=0):
     """targets [N] -> [E, ways, images]: each episode draws `ways` classes, `images` images of each.
@@ -84,7 +79,6 @@ def draw_episodes(targets, ways=5, images=11, episodes=600, seed=0):
     drawn = [[rng.choice(classes[c], images, replace=False)
               for c in rng.choice(len(classes), ways, replace=False)] for _ in range(episodes)]
     return torch.from_numpy(np.array(drawn))
-
 
 def fewshot(features, episodes, shots=5):
     """`shots` images of each class make its prototype, which classifies the other images (LaCLIP).
@@ -105,7 +99,6 @@ def fewshot(features, episodes, shots=5):
     return {"fewshot_mean": accuracy.mean().item(),
             "fewshot_ci95": 1.96 * accuracy.std().item() / len(episodes) ** 0.5}
 
-
 def linear_probe(train, val, classes, penalties=PENALTIES):
     """train, val: (features [n, d], targets [n]) -> (probe, penalty)
 
@@ -119,9 +112,7 @@ def linear_probe(train, val, classes, penalties=PENALTIES):
     best = max(penalties, key=right.get)
     return probe.fit(torch.cat([x, vx]), torch.cat([y, vy]), best), best
 
-
 # === images and texts -> features =================================================================
-
 class Images(torch.utils.data.Dataset):
     def __init__(self, names, read, transform, image_size):
         self.names, self.read, self.transform = names, read, transform
@@ -133,7 +124,6 @@ class Images(torch.utils.data.Dataset):
             return self.transform(self.read(self.names[i])), ""
         except Exception as e:  # Pillow raises nearly everything
             return self.blank, f"{type(e).__name__}: {e}"
-
 
 class Encoder:
     """A checkpoint's model: images or texts -> features of unit length, fp32, on all ranks' CPUs"""
@@ -182,9 +172,7 @@ class Encoder:
             features = tower(batch.to(self.device))
         return F.normalize(features.float(), dim=-1).cpu()
 
-
 # === the command ==================================================================================
-
 def load_encoder(args):
     """Start the ranks. -> the Encoder of --checkpoint"""
     device = pick_device(args.device)
@@ -192,7 +180,6 @@ def load_encoder(args):
     precision = resolve_precision(args.precision, torch.device(device))
     model, tokenizer, transform = open_checkpoint(load_checkpoint, args.checkpoint, device)
     return Encoder(model, tokenizer, transform, args.batch_size, args.workers, precision)
-
 
 def evaluate(spec, parts, args, encoder):
     """One data set, as read_sets returns it -> its metrics, fractions of 1"""
@@ -220,7 +207,6 @@ def evaluate(spec, parts, args, encoder):
         metrics |= evaluate_probe(spec, features, targets, keys, encoder.device)
     return metrics
 
-
 def evaluate_probe(spec, features, targets, keys, device):
     """features and targets of "train", "val" and "test" -> the probe's metrics on test"""
     readable = {part: (x != 0).any(1) for part, x in features.items()}
@@ -232,7 +218,6 @@ def evaluate_probe(spec, features, targets, keys, device):
     right = (answers == targets["test"]) & readable["test"]
     return {"penalty": penalty, "linear_top1": right.double().mean().item(),
             "linear_mean_per_class": mean_per_class(right, targets["test"], len(keys))}
-
 
 @in_one_line
 def main(argv=None):
@@ -259,7 +244,6 @@ def main(argv=None):
     if rank() == 0:
         print(f"precision: {encoder.precision}")
         print_results(results)
-
 
 if __name__ == "__main__":
     main()

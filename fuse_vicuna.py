@@ -37,7 +37,7 @@ SHOTS = 4  # pairs in the prompt of --format pairs; ours
 MAX_PROMPT_TOKENS = 1024  # ours: a longer one is null, since it holds no caption
 PROMPTS = Path(__file__).resolve().parent / "data" / "prompts"
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\ufeff\ud800-\udfff]")
-DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
+DEVICES = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 as_list = lambda value: value if isinstance(value, list) else [value]
 
@@ -56,28 +56,29 @@ def pairs_prompt(pairs, alt, vec):
     texts = " + ".join(text for text in (vec, alt) if text)
     return f"Merge two texts about one image into one short caption.\n\n{lines}{texts} =>"
 
-def fuse(ask, prompt_of, texts, openings, counts):
+def fuse(ask, prompt_of, pairs, openings, counts):
     """Fuse [(AltText, VeC)], either of which may be "" -> [(caption, None) or (None, reason)]
 
     ask(prompts) -> [(answer, None) or (None, reason)]. A refusal is asked again with the VeC."""
-    results = [(None, "no text")] * len(texts)
-    def ask_about(numbers, pairs):  # the answer for pairs[k] becomes results[numbers[k]]
-        for i, answer in zip(numbers, ask([prompt_of(*pair) for pair in pairs])):
+    results = [(None, "no text")] * len(pairs)
+    def ask_about(asked):  # {i: (AltText, VeC)}: what to ask for pairs[i]
+        for i, answer in zip(asked, ask([prompt_of(*pair) for pair in asked.values()])):
             caption, reason = answer_line(*answer)
             refused = (caption or "").lower().replace("’", "'").startswith(tuple(openings))
             results[i] = (None, "refused") if refused else (caption, reason)
-    asked = [i for i, pair in enumerate(texts) if any(pair)]
-    ask_about(asked, [texts[i] for i in asked])
-    again = [i for i in asked if results[i] == (None, "refused") and all(texts[i])]
-    ask_about(again, [("", texts[i][1]) for i in again])
+    ask_about({i: pair for i, pair in enumerate(pairs) if any(pair)})
+    again = {i: ("", vec) for i, (alt, vec) in enumerate(pairs)
+             if results[i] == (None, "refused") and alt and vec}
+    ask_about(again)
     counts["refused, asked again with the VeC alone"] += len(again)
-    counts["AltTexts rewritten without a VeC"] += sum(1 for alt, vec in texts if alt and not vec)
+    counts["AltTexts rewritten without a VeC"] += sum(1 for alt, vec in pairs if alt and not vec)
     return results
 
-def clean(text):
-    """The text as one line without the prompt's separators and roles; "" for what is no text."""
+def clean(text, prompt_format):
+    """The text as one line that holds no role or separator of the prompt; "" for what is no text"""
     text = " ".join(CONTROLS.sub(" ", text).split()) if isinstance(text, str) else ""
-    text = re.sub(r"\b(USER|ASSISTANT|SYSTEM)\b", lambda role: role[0].lower(), text)
+    if prompt_format == "chat":
+        return re.sub(r"\b(USER|ASSISTANT|SYSTEM)\b", lambda role: role[0].lower(), text)
     return " ".join(re.sub(r"(?<!\S)\+(?!\S)|=>", " ", text).split())
 
 def text_pairs(row, args):
@@ -87,7 +88,9 @@ def text_pairs(row, args):
     lengths = [len(value) for value in values if isinstance(value, list)]
     n = max(lengths, default=1)
     alts, vecs = (value if isinstance(value, list) else [value] * n for value in values)
-    return [(clean(alt), clean(vec)) for alt, vec in zip_longest(alts, vecs)], bool(lengths)
+    pairs = [(clean(alt, args.format), clean(vec, args.format))
+             for alt, vec in zip_longest(alts, vecs)]
+    return pairs, bool(lengths)
 
 # --- the stage ------------------------------------------------------------------------------------
 def main(argv=None):
@@ -109,10 +112,10 @@ def main(argv=None):
             shots = np.random.default_rng([args.seed, number]).choice(pairs, SHOTS, replace=False)
             prompt_of = partial(pairs_prompt, shots)
         of_rows = [text_pairs(row, args) for row in rows]
-        texts = [(model.cut(alt), vec) for row_texts, _ in of_rows for alt, vec in row_texts]
-        results = iter(fuse(model.answer, prompt_of, texts, openings, parts.counts))
-        for row, (row_texts, is_list) in zip(rows, of_rows):
-            parts.put(row, "vecap", [next(results) for _ in row_texts], is_list)
+        to_fuse = [(model.cut(alt), vec) for row_pairs, _ in of_rows for alt, vec in row_pairs]
+        results = iter(fuse(model.answer, prompt_of, to_fuse, openings, parts.counts))
+        for row, (row_pairs, is_list) in zip(rows, of_rows):
+            parts.put(row, "vecap", [next(results) for _ in row_pairs], is_list)
     parts.finish()
 
 # --- the model ------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ class Fuser:
             for i, tokens in zip(batch, new):
                 kept = [token for token in tokens if token not in self.ends]
                 text = self.tokenizer.decode(kept, skip_special_tokens=True)
-                ended = len(kept) < len(tokens) or self.args.format == "pairs" and "\n" in text
+                ended = len(kept) < len(tokens) or (self.args.format == "pairs" and "\n" in text)
                 self.counts["cut at --max-new-tokens"] += not ended
                 results[i] = text, None
         return results
@@ -194,8 +197,9 @@ def settle(args):
     for name, exists in checks.items():
         if name in args and not exists(getattr(args, name)):
             die(f"--{name.replace('_', '-')} {getattr(args, name)}: no such file or folder")
-    if min(args.batch_size, args.max_new_tokens) < 1:
-        die("--batch-size or --max-new-tokens below 1")
+    for name, least in {"batch_size": 1, "max_new_tokens": 1, "workers": 0, "seed": 0}.items():
+        if getattr(args, name, least) < least:
+            die(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = args.device == "cpu" and any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda" and not args.server:
@@ -235,8 +239,7 @@ class Parts:
     """Exact restart. The input is cut into units of whole lines; each becomes a file, its part. Its
     name is a hash of settings (of a model: its name), script and lines, and is given only when it
     is complete. So a part that exists is right. When none is missing, they are joined."""
-    def __init__(self, args, files, reads, makes):
-        """The input must have a field of `reads`, and its first rows none of `makes`."""
+    def __init__(self, args, files, reads, makes):  # input: a field of reads, none of makes
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
         free = {"input", "output", "pairs", "workers", "batch_size"}  # change no text (in fp32)
         free |= {"dtype", "device"} if args.server else set()
@@ -267,7 +270,7 @@ class Parts:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
             if number % world != rank or os.path.exists(path) or os.path.exists(self.output):
-                continue
+                continue  # another rank's, or made before
             rows = [parse_row(line) for line in lines]
             todo = [row for row in rows if row.keys() != {"error", "line"}]
             yield number, todo

@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 SOURCES = ["chatgpt", "bard", "coco", "human"]  # M = 4 rewrites a caption (paper, section 3.1)
 TASK = "Rewrite each image caption in other words, keeping its meaning."  # ours, not the release's
 MAX_CAPTION_TOKENS = 256  # a longer text is cut; ours
-DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
+DEVICES = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 as_list = lambda value: value if isinstance(value, list) else [value]
 BREAKS = re.compile("=>|[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\ufeff\ud800-\udfff]")
@@ -55,11 +55,11 @@ def main(argv=None):
     args = parse_arguments(argv)
     examples = [parse_row(line) for line in open(args.pairs, "rb")]
     pairs = {name: [x for x in examples if x.get("source") == name] for name in args.sources}
-    usable = [{"input", "output"} <= x.keys() or len(x.get("captions", "")) > 1 for x in examples]
-    if not all(usable) or not 0 <= args.shots <= min(map(len, pairs.values())):
+    ok = [{"input", "output"} <= x.keys() or len(as_list(x.get("captions"))) > 1 for x in examples]
+    if not all(ok) or not 0 <= args.shots <= min(map(len, pairs.values())):
         die(f"--pairs {args.pairs} needs --shots {args.shots} pairs of --sources {args.sources}")
-    if not (args.temperature >= 0 and args.top_p > 0 and args.seed >= 0):  # NaN fails, too
-        die("--temperature or --seed below 0, or --top-p not above 0")
+    if not (args.temperature >= 0 and args.top_p > 0):  # NaN fails, too
+        die("--temperature below 0, or --top-p not above 0")
     parts = Parts(args, pairs, reads={args.field}, makes={f"rewrite_{name}" for name in pairs})
     if parts.finish():  # OUT is there, or only had to be joined
         return
@@ -73,7 +73,7 @@ def main(argv=None):
         for source in args.sources:
             rng = np.random.default_rng([args.seed, number, *source.encode()])
             prompt = draw_prompt(pairs[source], args.shots, rng)  # ours: one a unit, not one a text
-            uniform = rng.random((len(captions), args.max_new_tokens), "f4")  # one for each token
+            uniform = rng.random((len(captions), args.max_new_tokens), "f4")  # [text, its token]
             answers = iter(model.complete(prompt, [captions[i] for i in asked], uniform[asked]))
             for row, row_texts in zip(rows, texts):
                 results = [answer_line(*next(answers)) if text else (None, "no text")
@@ -134,7 +134,7 @@ class Completer:
     def complete(self, prompt, captions, uniform):
         """-> [(what follows prompt + caption + " =>" in its line, up to another "=>"; None)]"""
         encode = lambda text: self.tokenizer("\n" + text, add_special_tokens=False).input_ids
-        n, arrow = len(encode("")), encode(" =>")  # after "\n": alone, LLaMA's adds a blank
+        n, arrow = len(encode("")), encode(" =>")  # n: of "\n", without which LLaMA's adds a blank
         texts = [encode(text)[n:][:MAX_CAPTION_TOKENS] + arrow[n:] for text in captions]
         prompt = self.tokenizer(prompt).input_ids
         generate = self.by_slots if len(prompt) <= self.longest_prompt else self.by_generate
@@ -152,9 +152,9 @@ class Completer:
         N, P, T = len(texts), len(prompt), uniform.shape[1]  # T: tokens of an answer, at most
         B = min(self.args.batch_size, 1 << (N - 1).bit_length())  # a power of 2: few shapes
         L = P + max(map(len, texts), default=0) + T
-        lines = [list(text) for text in texts] + [[0] * L]  # a text and its answer; line N: idle
+        lines = [list(text) for text in texts] + [[0] * L]  # text + answer so far; line N: idle
         waiting = iter(sorted(range(N), key=lambda i: -len(texts[i])))  # the longest text first
-        line_of, fed = [next(waiting, N) for _ in range(B)], [0] * B  # a slot's line; tokens fed
+        line_of, fed = [next(waiting, N) for _ in range(B)], [0] * B  # slot -> its line; tokens fed
         tensor = lambda values: torch.tensor(values, device=self.model.device)
         prefix = self.model(tensor([prompt]), use_cache=True, logits_to_keep=1).cache
         shape = B, -(-L // 128) * 128
@@ -216,8 +216,9 @@ def settle(args):
     for name, exists in checks.items():
         if name in args and not exists(getattr(args, name)):
             die(f"--{name.replace('_', '-')} {getattr(args, name)}: no such file or folder")
-    if min(args.batch_size, args.max_new_tokens) < 1:
-        die("--batch-size or --max-new-tokens below 1")
+    for name, least in {"batch_size": 1, "max_new_tokens": 1, "workers": 0, "seed": 0}.items():
+        if getattr(args, name, least) < least:
+            die(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {least} or more")
     cpu = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.13 cannot tell
     native = args.device == "cpu" and any(map(cpu.get, ["avx512_bf16", "amx_bf16", "bf16"]))
     if args.device == "cuda" and not args.server:
@@ -257,8 +258,7 @@ class Parts:
     """Exact restart. The input is cut into units of whole lines; each becomes a file, its part. Its
     name is a hash of settings (of a model: its name), script and lines, and is given only when it
     is complete. So a part that exists is right. When none is missing, they are joined."""
-    def __init__(self, args, files, reads, makes):
-        """The input must have a field of `reads`, and its first rows none of `makes`."""
+    def __init__(self, args, files, reads, makes):  # input: a field of reads, none of makes
         self.input, self.output, self.folder = args.input, args.output, args.output + ".parts"
         free = {"input", "output", "pairs", "workers", "batch_size"}  # change no text (in fp32)
         free |= {"dtype", "device"} if args.server else set()
@@ -289,7 +289,7 @@ class Parts:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         for number, path, lines in tqdm(self.units(), total=len(self.paths), disable=rank, delay=1):
             if number % world != rank or os.path.exists(path) or os.path.exists(self.output):
-                continue
+                continue  # another rank's, or made before
             rows = [parse_row(line) for line in lines]
             todo = [row for row in rows if row.keys() != {"error", "line"}]
             yield number, todo

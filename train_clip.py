@@ -60,7 +60,7 @@ def draw_texts(row, fields, rng):
 
     -> a text for each field, the drawn field's index, and whether alt replaced its text. clip_loss
     uses the drawn text, multitext_loss all. A field without a text gets the row's first one. A text
-    of one word gives way to alt (LaCLIP's release)."""
+    of one word gives way to alt (LaCLIP's release), even if `fields` lacks alt."""
     lists = [texts_of(row.get(field)) for field in (*fields, "alt")]
     present = np.array([any(texts) for texts in lists[:-1]], float)
     if not present.any():
@@ -69,14 +69,14 @@ def draw_texts(row, fields, rng):
     weights = weights if weights.any() else present  # weight 0: where the others are missing
     drawn = int(rng.choice(len(fields), p=weights / weights.sum()))
     *texts, alt = one_of_each(lists, drawn, rng.random())
-    replaced = [bool(text and alt) and field != "alt" and not WORDS.search(text)
+    replaced = [bool(text and alt) and field != "alt" and not SEVERAL_WORDS.search(text)
                 for field, text in zip(fields, texts)]
     texts = [alt if one_word else text for one_word, text in zip(replaced, texts)]
     first = next(filter(None, texts))
     return [text or first for text in texts], drawn, replaced[drawn]
 
-# Several words, or the letters of a language that writes no blanks: Thai, Chinese, Japanese
-WORDS = re.compile(r"\S\s+\S|[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+# A blank between words, or letters of a language that writes none: Thai, Chinese, Japanese
+SEVERAL_WORDS = re.compile(r"\S\s+\S|[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 def texts_of(value):
     """A field's texts. Its value is a text, a list, or absent; None marks a missing text."""
@@ -84,8 +84,8 @@ def texts_of(value):
     return [text if isinstance(text, str) and text.strip() else None for text in entries]
 
 def one_of_each(lists, drawn, u):
-    """Pick a text of every list, or None. `u` in [0, 1) picks an index among the usable texts of
-    the drawn list; lists as long share it, as several AltTexts and the VeCap of each must."""
+    """One text of every list, or None. `u` in [0, 1) picks among the drawn list's usable texts.
+    Lists of equal length share the index, so that an AltText goes with its own VeCap."""
     index_of = {}  # {length of a list: which of its texts}
     for texts in (lists[drawn], *lists):
         if usable := [i for i, text in enumerate(texts) if text]:
@@ -202,7 +202,7 @@ class CLIP(nn.Module):
             from data.text_model import replace_text_tower
             replace_text_tower(self)
 
-    def encode_image(self, images):  # [B, 3, S, S] of eval_transform -> [B, D], of any length
+    def encode_image(self, images):  # [B, 3, S, S] of eval_transform -> [B, D], not normalised
         return self.visual(images) @ self.visual.proj
 
     def encode_text(self, texts):
@@ -379,7 +379,7 @@ def train(args):
         if args.loss == "multitext":
             loss = multitext_loss(image_features, text_features, drawn, scale)
         else:
-            loss = clip_loss(image_features, text_features[:, 0], scale)
+            loss = clip_loss(image_features, text_features[:, 0], scale)  # K = 1: the drawn text
         if args.ssl:  # autocast() also wraps a function: the head in bf16, its loss in fp32
             loss = loss + simclr_loss(autocast()(head.forward), gather(views))
         return loss
@@ -418,7 +418,7 @@ def train(args):
         step_counts = all_reduce(torch.tensor([len(drawn), len(unusable), replaced, len(stopping)]))
         counts += step_counts[:3]
         images, bad, one_word = counts.tolist()
-        if bad > args.max_bad * max(images + bad, 1000):  # not saved, so a restart stops here, too
+        if bad > args.max_bad * max(images + bad, 1000):  # and so does a restart: it is not saved
             progress.close()
             die(f"{bad} of {images + bad} rows are unusable (--max-bad): {out('bad_images.jsonl')}")
         leave = step_counts[3] > 0 or done == steps  # a rank was told to stop
@@ -472,8 +472,8 @@ def begin(args, rows, device, world):
     for name in settings:
         if resumed and before.get(name) != settings[name]:
             die(f"{args.out} was begun with {name} = {before.get(name)!r}, not {settings[name]!r}")
-    ours = torch.tensor([start, zlib.crc32(json.dumps(settings).encode())])
-    if not all_reduce(ours.clone(), dist.ReduceOp.MAX).equal(ours):
+    mine = torch.tensor([start, zlib.crc32(json.dumps(settings).encode())])
+    if not all_reduce(mine.clone(), dist.ReduceOp.MAX).equal(mine):  # on one rank at least
         die(f"the ranks begin at different steps (this one at {start}) or with different rows")
     os.makedirs(args.out, exist_ok=True)  # on every node, since nodes may not share it
     if rank() > 0:
@@ -728,7 +728,7 @@ def load_checkpoint(path, device="cpu"):
     return model.eval().to(device), tokenizer, eval_transform(model.config)
 
 # === the command, and ranks =======================================================================
-DEVICES = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.mps.is_available() + ["cpu"]
+DEVICES = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -808,7 +808,7 @@ def read_settings(args, rows, world):
     warmup = min(per_epoch, steps // 10) if args.warmup is None else args.warmup
     if warmup >= steps:
         die(f"--warmup {warmup} is not less than the {steps} steps of the run (--steps, --epochs)")
-    sampled = {first + i for first in rows.first_rows[:1000] for i in range(100)}  # 100 a file
+    sampled = {i for first in rows.first_rows[:1000] for i in range(len(rows))[first:first + 100]}
     for i in sampled.union(range(0, len(rows), len(rows) // 1000 or 1)):  # and 1,000 in all
         with suppress(ValueError, AttributeError):  # no JSON; no object
             fields |= {field for field, value in rows[i].items() if any(texts_of(value))}

@@ -503,16 +503,16 @@ HOSTILE = [
     "x" * 5_000, "a + b => c", 5, 1.5, None, True, {"a": "b"}, [], [None, "", 3, "red bike", "=>"], [["red bike"]], ["</s>\n=> USER:", None]]
 
 
-@pytest.mark.parametrize("stage", ["rewrite", "fuse"])
+@pytest.mark.parametrize("kind", ["rewrite", "chat", "pairs"])
 @pytest.mark.parametrize("text", [text for text in HOSTILE if isinstance(text, str)], ids=lambda text: ascii(text[:20]))
-def test_cleaned_texts_cannot_break_a_prompt(stage, text):
-    cleaned = STAGES[stage].clean(text)
-    assert cleaned.isprintable() and len(cleaned.splitlines()) <= 1 and cleaned == cleaned.strip() and "=>" not in cleaned
+def test_cleaned_texts_cannot_break_a_prompt(kind, text):
+    clean = rewrite_llama.clean if kind == "rewrite" else partial(fuse_vicuna.clean, prompt_format=kind)
+    cleaned = clean(text)
+    assert cleaned.isprintable() and len(cleaned.splitlines()) <= 1 and cleaned == cleaned.strip()
     cleaned.encode("utf-8")
-    assert STAGES[stage].clean(cleaned) == cleaned
-    for plain in ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "a \U0001f468\u200d\U0001f469\u200d\U0001f467", "C++ in a+b", "user: a"):
-        assert STAGES[stage].clean(plain) == plain  # words of other scripts and emoji stay whole
-    assert stage == "rewrite" or " + " not in cleaned and not re.search(r"(USER|ASSISTANT|SYSTEM)\s*:", cleaned)
+    for plain in (cleaned, "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "a \U0001f468\u200d\U0001f469\u200d\U0001f467", "C++ in a+b", "user: a"):
+        assert clean(plain) == plain  # words of other scripts and emoji stay whole
+    assert not re.search({"rewrite": "=>", "chat": r"(USER|ASSISTANT|SYSTEM)\s*:", "pairs": r"=>| \+ "}[kind], cleaned)
 
 
 @pytest.mark.parametrize("stage", ["rewrite", "fuse"])
@@ -529,7 +529,7 @@ def test_hostile_texts_touch_no_other_row(stage, arguments, tmp_path):
         for name, them in (("hostile", rows), ("plain", plain)))
     assert_rows_kept([json.loads(json.dumps(row)) for row in rows], got)
     assert got[::2] == expected[::2]
-    empty = [row for row in got[1::2] if not isinstance(row["alt"], list) and not STAGES[stage].clean(row["alt"])]
+    empty = [row for row in got[1::2] if not isinstance(row["alt"], list) and not rewrite_llama.clean(row["alt"])]
     assert len(empty) > 10 and (stage == "fuse" or all(set(outputs(row).values()) == {None} for row in empty))
 
 
@@ -683,7 +683,7 @@ def test_missing_things_are_named(stage, arguments, mistake, tmp_path):
     mistake(stage, ["--output", tmp_path / "out.jsonl"], "--input")
     for flag, path in ("--input", tmp_path / "absent.jsonl"), ("--input", tmp_path), ("--model", tmp_path / "model"):
         mistake(stage, arguments(stage, flag, path), f"{flag} {path}: no such file or folder")
-    for flags in ("--no-such-flag 1", "--device", "--batch-size many", "--batch-size 0", "--max-new-tokens 0", "--dtype fp8"):
+    for flags in ("--device", "--batch-size many", "--batch-size 0", "--max-new-tokens 0", "--dtype fp8", "--workers -1", "--seed -1"):
         mistake(stage, arguments(stage, *flags.split()), flags.split()[0])
     rows = [b"[]", *({"picture": "0.png", "text": "red bike", "alt": None} for _ in range(3))]
     field = {"rewrite": "alt", "caption": "image", "fuse": "seen"}[stage]
@@ -692,10 +692,10 @@ def test_missing_things_are_named(stage, arguments, mistake, tmp_path):
         mistake(stage, arguments(stage, "--image-root" if stage == "caption" else "--pairs", path), path.name)
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--sources chatgpt nobody", ["nobody"]), ("--shots 17", ["chatgpt", "--shots 17"]), ("--shots -1", ["--shots -1"])])
+@pytest.mark.parametrize("flags, words", [("--sources chatgpt nobody", "nobody"), ("--shots 17", "chatgpt --shots 17"), ("--shots -1", "--shots -1"),
+    ("--temperature -1", "--temperature"), ("--temperature nan", "--temperature"), ("--top-p 0", "--top-p")])
 def test_pairs_and_sampling_that_cannot_be(flags, words, arguments, mistake):
-    mistake("rewrite", arguments("rewrite", *flags.split()), *words)
+    mistake("rewrite", arguments("rewrite", *flags.split()), *words.split())
 
 
 @pytest.mark.parametrize("stage, field", [("rewrite", "rewrite_coco"), ("caption", "vec"), ("fuse", "vecap")])
