@@ -74,7 +74,7 @@ def fuse(ask, prompt_of, pairs, openings, counts):
     counts["AltTexts rewritten without a VeC"] += sum(1 for alt, vec in pairs if alt and not vec)
     return results
 
-def clean(text, prompt_format):
+def clean(text, prompt_format="chat"):
     """The text as one line that holds no role or separator of the prompt; "" for what is no text"""
     text = " ".join(CONTROLS.sub(" ", text).split()) if isinstance(text, str) else ""
     if prompt_format == "chat":

@@ -99,9 +99,9 @@ def sample(logits, uniform, temperature, top_p):
 class Slots(StaticLayer):
     """Keys and values of B texts, [B, heads, L, d]. A step writes text b's at place[b]."""
     def update(self, keys, values, *_, **__):
-        at = self.place[:, None, None, None]
-        return (self.keys.scatter_(2, at.expand_as(keys), keys),
-                self.values.scatter_(2, at.expand_as(values), values))
+        at = torch.arange(len(keys), device=keys.device), slice(None), self.place
+        self.keys[at], self.values[at] = keys[:, :, 0], values[:, :, 0]  # scatter_ would copy all
+        return self.keys, self.values
 
 class Completer:
     """LLaMA: ends the lines of many captions behind one prompt."""

@@ -23,7 +23,6 @@ import html
 import io
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -570,7 +569,8 @@ def load_batches(args, rows, tokenizer, config, start, steps, world, device, siz
     loader = iter(torch.utils.data.DataLoader(
         Samples(args, rows, tokenizer, config.image_size), num_workers=args.workers,
         batch_sampler=pieces(args, len(rows), start, steps, world, size), collate_fn=collate,
-        worker_init_fn=begin_worker, pin_memory="cuda" in device,
+        multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None,
+        worker_init_fn=begin_worker, pin_memory="cuda" in device,  # forks share the rows' memory
         prefetch_factor=2 + share // size // args.workers if args.workers else None))
     for _ in range(start, steps):
         parts = [next(loader) for _ in range(0, share, size)]
@@ -873,7 +873,7 @@ def main(argv=None):
         die(str(e).rpartition("\nOSError: ")[2])
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
-        for worker in multiprocessing.active_children():  # they ignore SIGTERM
+        for worker in torch.multiprocessing.active_children():  # they ignore SIGTERM
             worker.kill()
 
 if __name__ == "__main__":

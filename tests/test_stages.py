@@ -47,7 +47,6 @@ def write_jsonl(path, rows):
 def folder(tmp_path_factory):
     """llama/, llava/, images/, and rows.jsonl: 200 rows, 10 units, some alts lists."""
     folder = tmp_path_factory.mktemp("stages")
-    torch.set_num_threads(1)  # forks share no threads
     make_llama(folder / "llama")
     make_llava(folder / "llava")
     (folder / "images").mkdir()
