@@ -26,9 +26,10 @@ def simclr_loss(head, views, temperature=0.1):
     """NT-Xent. views [N, 2, W]: the image tower's features of two views of all ranks' images
 
     A view must find the other view of its image among both views of all images, itself excluded.
-    BatchNorm needs the whole batch, so every rank computes the loss of all ranks' features."""
-    views = views.transpose(0, 1).flatten(0, 1)  # [2 N, W]: all views 0, then all views 1
-    z = F.normalize(head(views).float(), dim=-1)
+    BatchNorm needs the whole batch, so every rank computes the loss of all ranks' features. As in
+    the release, the head sees the first views, then the second."""
+    z = torch.cat([head(view) for view in views.unbind(1)])  # [2 N, 256]
+    z = F.normalize(z.float(), dim=-1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     labels = torch.arange(len(z), device=z.device).roll(len(z) // 2)
     return F.cross_entropy((z @ z.T / temperature).masked_fill(itself, -torch.inf), labels)

@@ -13,14 +13,15 @@ from tools import word_tokenizer
 
 
 def test_simclr_loss_equals_the_formula():
-    """NT-Xent of SimCLR (eq. 1) over 2 N views, the pair of a view its image's other view"""
+    """NT-Xent of SimCLR (eq. 1) over 2 N views, the pair of a view its image's other view. BatchNorm is of each view, as in SLIP."""
     torch.manual_seed(0)
     views = torch.randn(5, 2, 8, dtype=torch.float64, requires_grad=True)
-    z = views / views.norm(dim=-1, keepdim=True)
-    z = [z[i, a] for a in (0, 1) for i in range(5)]  # view 0 of all images, then view 1
+    z = (views - views.mean(0)) / (views.var(0, correction=0) + 1e-5) ** 0.5
+    z = [z[i, a] / z[i, a].norm() for a in (0, 1) for i in range(5)]  # view 0 of all, then view 1
     terms = [-(torch.exp(z[i] @ z[(i + 5) % 10] / 0.1) / sum(
         torch.exp(z[i] @ z[k] / 0.1) for k in range(10) if k != i)).log() for i in range(10)]
-    loss = slip.simclr_loss(torch.nn.Identity(), views)  # the head's output is taken as float32
+    head = torch.nn.BatchNorm1d(8, affine=False, dtype=torch.float64)
+    loss = slip.simclr_loss(head, views)  # the head's output is taken as float32
     torch.testing.assert_close(loss, (sum(terms) / 10).float(), atol=1e-6, rtol=1e-6)
     for a, b in zip(torch.autograd.grad(loss, views), torch.autograd.grad(sum(terms) / 10, views)):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
