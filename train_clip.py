@@ -77,8 +77,7 @@ def draw_texts(row, fields, rng):
 # A blank between words, or letters of a language that writes none: Thai, Chinese, Japanese
 SEVERAL_WORDS = re.compile(r"\S\s+\S|[\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
-def texts_of(value):
-    """A field's texts. Its value is a text, a list, or absent; None marks a missing text."""
+def texts_of(value):  # of a field: a text, a list or absent -> its texts; None: a missing one
     entries = value if isinstance(value, list) else [value]
     return [text if isinstance(text, str) and text.strip() else None for text in entries]
 
@@ -369,7 +368,7 @@ def train(args):
     if args.compile or args.compile is None and "cuda" in device:
         model.visual.compile()  # in place, so that names in the checkpoint stay as they are
     if world > 1:  # with device_ids, DDP would copy the inputs and wait for the copy
-        ddp_model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        ddp_model = nn.parallel.DistributedDataParallel(model)
     batches = load_batches(args, rows, tokenizer, model.config, start, steps, world, device)
     autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16,
                        enabled=args.precision == "bf16")
@@ -638,8 +637,7 @@ def eval_transform(config):
         steps = [v2.Resize(S, v2.InterpolationMode(config.resize)), v2.CenterCrop(S), *to_floats]
     return v2.Compose([to_rgb, *steps, v2.Normalize(config.mean, config.std)])
 
-class Rows:
-    """The rows of JSONL files, as if they were one file. It keeps where each begins: 8 bytes."""
+class Rows:  # of JSONL files, as if they were one; it keeps where each row begins: 8 bytes
     def __init__(self, paths):
         self.paths, self.first_rows, self.checksum, begins = paths, [], 0, array("q", [0])
         for path in paths:
@@ -661,8 +659,7 @@ class Rows:
             return json.loads(f.read(end - begin))
 
 # === tokenizer and checkpoints ====================================================================
-class Tokenizer:
-    """texts -> Texts. Holds a tokenizers.Tokenizer that adds the start and end tokens."""
+class Tokenizer:  # texts -> Texts, by a tokenizers.Tokenizer that adds start and end tokens
     def __init__(self, json_text, context_length=77, mend=False):
         self.json_text, self.context_length, self.mend = json_text, context_length, mend
         self.tokenizer = tokenizers.Tokenizer.from_str(json_text)
@@ -777,6 +774,8 @@ def parse_args(argv=None):
         if type(value) in (int, float) and not (value > 0 or value == 0 and may_be_0):
             least = "0 or more" if may_be_0 else "more than 0"
             die(f"--{name.replace('_', '-')} {value}: expected {least}")
+    if len(dict(args.text)) < len(args.text):
+        die("--text names a field twice: give it a weight instead, FIELD=WEIGHT")
     beside = args.model, args.text_model, args.tokenizer, args.image_size, args.context_length
     if args.init and any(beside):
         die("--init sets model, tokenizer and sizes: leave their flags out")
@@ -834,8 +833,7 @@ def new_model(args):  # -> model, tokenizer
     model.load_state_dict({**model.state_dict(), **weights})
     return model, tokenizer
 
-def start_ranks(device):
-    """Join torchrun's process group, if there is one. -> this rank's device, the number of ranks"""
+def start_ranks(device):  # joins torchrun's, if any -> this rank's device, the number of ranks
     if device == "cuda":
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if local_rank >= torch.cuda.device_count():
@@ -857,8 +855,7 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
         dist.all_reduce(x, op)
     return x
 
-def die(message):
-    """A user's mistake: one line on stderr and exit status 2"""
+def die(message):  # a user's mistake: one line on stderr and exit status 2
     tqdm.write(f"train_clip.py: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -869,8 +866,11 @@ def main(argv=None):
             dist.destroy_process_group()
     except (ConnectionError, EOFError) as e:  # its pipe broke before torch saw that it is gone
         die(f"a worker was killed: {e!r}")
-    except OSError as e:  # a missing file, a full disk; from a worker, behind its traceback
-        die(str(e).rpartition("\nOSError: ")[2])
+    except (OSError, RuntimeError) as e:  # a missing file; a full disk, which torch.save wraps
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError):
+            raise
+        die(str(cause).rpartition("\nOSError: ")[2])  # from a worker, behind its traceback
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
         for worker in torch.multiprocessing.active_children():  # they ignore SIGTERM

@@ -39,7 +39,10 @@ def in_one_line(main):
     def run(argv=None):
         try:
             main(argv)
-        except (RuntimeError, OSError, EOFError) as e:
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        except (RuntimeError, OSError, EOFError, ImportError) as e:
             told = machine_fault(e)
             if not told:
                 raise
@@ -62,6 +65,8 @@ def machine_fault(error):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for the next one
         return ("a worker that reads images was killed, perhaps because memory was full (then try "
                 f"fewer --workers): {reason(error)}")
+    if isinstance(error, ImportError):
+        return f"{text}: pip install -r data/requirements.txt"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 

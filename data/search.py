@@ -9,7 +9,7 @@ hits`.
 import json
 from functools import partial
 
-from data.common import in_one_line
+from data.common import die, in_one_line
 from data.evaluation import image_rows, parse_args, rank, rows_parser
 from eval_zeroshot import load_encoder
 from train_clip import open_image
@@ -54,8 +54,10 @@ def main(argv=None):
     parser.add_argument("--hits", metavar="OUT.jsonl",
                         help="write each query with its ten best images")
     args = parse_args(parser, argv, "hits")
-    encoder = load_encoder(args)
     names = list(dict.fromkeys(row["image"] for row in image_rows(args.captions)))
+    if not names:
+        die(f"--captions {args.captions}: no rows")
+    encoder = load_encoder(args)
     images = encoder.encode_images(names, partial(open_image, args.image_root))
     queries = encoder.encode_texts(args.query)
     if rank() > 0:

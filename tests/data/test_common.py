@@ -49,14 +49,12 @@ def test_a_file_that_is_no_jsonl_is_told_as_that(kind, tmp_path):
     ("filter_captions rows out --max-words 0", "--max-words"), ("filter_captions rows out --min-gain 0", "clip_score"),
     ("make_tokenizer rows out --text nothing", "nothing"), ("make_tokenizer rows out --vocab-size 258", "--vocab-size"),
     ("baselines eda rows out", "--wordnet"), ("baselines eda rows rows --wordnet .", "is read"),
-    ("baselines eda rows out --wordnet .", "wordnet-base"),
-    ("baselines eda rows no/out --wordnet .", "no such folder"),
+    ("baselines eda rows out --wordnet .", "wordnet-base"), ("baselines eda rows no/out --wordnet .", "no such folder"),
     ("baselines eda rows out --wordnet . --alpha 1", "--alpha"), ("make_pairs", "COMMAND"),
     ("baselines eda rows out --wordnet . --field vecap", "vecap, only alt"),
     ("make_pairs coco two", "--output"), ("make_pairs human --output out", "--captions"),
     ("make_pairs human --captions rows --output rows", "exists"), ("make_pairs coco list --output out", "neither"),
-    ("make_pairs human --captions rows --output no/out", "folder"),
-    ("make_pairs human --captions rows --field title --output out", "'title'"),
+    ("make_pairs human --captions rows --output no/out", "folder"), ("make_pairs human --captions rows --field title --output out", "'title'"),
     ("make_pairs coco two --number 2 --output out", "1 images"), ("view", "COMMAND"),
     ("make_pairs coco broken --output out", "neither"), ("make_pairs coco absent --output out", "No such file"),
     ("make_pairs chatbot --captions rows --model absent --output out", "--model"),
@@ -65,10 +63,11 @@ def test_a_file_that_is_no_jsonl_is_told_as_that(kind, tmp_path):
     ("plan --model RN50", "ViT-B/16"), ("plan --image-size 225", "multiple"), ("plan --json no/out", "no such folder"),
     ("view rows rows out", "--image-root"), ("view rows rows no/out --image-root .", "no such folder"),
     ("view rows rows rows --image-root .", "is read"), ("view rows rows out --image-root absent", "not a folder"),
+    ("search --captions empty --checkpoint rows --image-root . --query a", "no rows"),
     ("view rows /dev/null out --image-root .", "no rows"), ("view rows rows out --image-root . --limit -1", "--limit")])
 def test_mistakes_are_one_line_and_write_nothing(command, told, tmp_path):
     annotations = [{"image_id": 1, "caption": "one"}, {"image_id": 1, "caption": "two"}]
-    files = {"rows": json.dumps(ROW), "two": json.dumps({"annotations": annotations}), "list": "[1]", "broken": "{"}
+    files = {"rows": json.dumps(ROW), "two": json.dumps({"annotations": annotations}), "list": "[1]", "broken": "{", "empty": ""}
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     assert_mistake(run_words(command, tmp_path), told)
