@@ -49,15 +49,14 @@ def main(argv=None):
         results = [answer_line(*answer) for answer in answers]
         # a unit without a caption: a disk, a path or the model is at fault, not an image
         if rows and not any(text for text, _ in results) and (number == 0 or len(rows) > 50):
-            die(f"no caption for any of {len(rows)} rows ({results[0][1]}): is --image-root right? "
-                "Leave the rows of lost files out of --input")
+            die(f"no caption for any of {len(rows)} rows ({results[0][1]}): are --image-root, "
+                "--model and --dtype right? Leave the rows of lost files out of --input")
         for row, result in zip(rows, results):
             parts.put(row, "vec", [result], is_list=False)
     parts.finish()
 
 # --- the model ------------------------------------------------------------------------------------
-class Captioner:
-    """LLaVA: captions images, greedily, by the prompt alone."""
+class Captioner:  # LLaVA: captions images, greedily, by the prompt alone
     def __init__(self, args, counts):
         import transformers
         content = [{"type": "image"}, {"type": "text", "text": args.prompt}]
@@ -76,7 +75,8 @@ class Captioner:
         torch.backends.cudnn.allow_tf32 = False  # in convolutions: fp32 is fp32
         self.args, self.counts, self.tokenizer = args, counts, self.processor.tokenizer
         self.tokenizer.padding_side = "left"  # a decoder-only model continues on the right
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.tokenizer.pad_token = (self.tokenizer.pad_token or self.tokenizer.eos_token
+                                    or self.tokenizer.convert_ids_to_tokens(0))  # any will do
         config = self.model.config.get_text_config()
         named = config, self.model.generation_config, self.tokenizer  # each may name an end token
         self.ends = {i for x in named for i in as_list(x.eos_token_id)} - {None}
@@ -85,8 +85,7 @@ class Captioner:
             pad_token_id=min(self.ends, default=0))
 
     @torch.inference_mode()
-    def answer(self, inputs):
-        """Greedy answers to the model's inputs for B images"""
+    def answer(self, inputs):  # of B images -> B answers
         inputs = inputs.to(self.model.device, self.model.dtype)
         new = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1]:].tolist()  # [B, T]
         self.counts["cut at --max-new-tokens"] += sum(map(self.ends.isdisjoint, new))
@@ -124,8 +123,7 @@ class Captioner:
             return [pair for name in names for pair in self.prepare([name])]
 
 # --- images ---------------------------------------------------------------------------------------
-def read_image(root, name):
-    """-> (RGB image, None), or (None, why it cannot be read)"""
+def read_image(root, name):  # -> (RGB image, None), or (None, why it cannot be read)
     try:
         return to_rgb(open_image(root, name)), None
     except Exception as e:  # Pillow's decoders raise nearly everything, some with a memory address
@@ -215,8 +213,7 @@ def answer_line(answer, reason=None):
     s = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
     return re.sub("^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$", r"\1\2", s).strip(), None
 
-def parse_row(line):
-    """The line's JSON object, or a row that holds the line as it is."""
+def parse_row(line):  # -> the line's JSON object, or a row that holds the line as it is
     with suppress(ValueError, RecursionError):
         if isinstance(row := json.loads(line.decode("utf-8-sig")), dict):
             return row
@@ -306,4 +303,7 @@ class Parts:
         return True
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as e:  # a full disk, a folder that takes no files; nothing finished is lost
+        die(str(e))

@@ -98,6 +98,8 @@ def main(argv=None):
     openings = (PROMPTS / "refusals.txt").read_text(encoding="utf-8").splitlines()  # lower case
     openings = [opening for opening in openings if opening.strip()]
     pairs = [parse_row(line) for line in open(args.pairs, "rb")]
+    if args.max_alt_tokens < 1:
+        die(f"--max-alt-tokens {args.max_alt_tokens}: expected 1 or more")
     if len(pairs) < SHOTS or any({"alt", "vec", "output"} - pair.keys() for pair in pairs):
         die(f"--pairs {args.pairs}: expected {SHOTS} or more rows with alt, vec and output")
     parts = Parts(args, [openings, pairs], {args.alt_field, args.vec_field}, makes={"vecap"})
@@ -113,7 +115,10 @@ def main(argv=None):
             prompt_of = partial(pairs_prompt, shots)
         of_rows = [text_pairs(row, args) for row in rows]
         to_fuse = [(model.cut(alt), vec) for row_pairs, _ in of_rows for alt, vec in row_pairs]
-        results = iter(fuse(model.answer, prompt_of, to_fuse, openings, parts.counts))
+        results = fuse(model.answer, prompt_of, to_fuse, openings, parts.counts)
+        if (asked := sum(map(any, to_fuse))) > 50 and not any(text for text, _ in results):
+            die(f"no caption for any of {asked} texts: are --model and --dtype right?")
+        results = iter(results)
         for row, (row_pairs, is_list) in zip(rows, of_rows):
             parts.put(row, "vecap", [next(results) for _ in row_pairs], is_list)
     parts.finish()
@@ -131,7 +136,8 @@ class Fuser:
         except Exception as e:  # transformers raises nearly everything for a folder without a model
             die(f"--model {args.model}: {e}".replace("tiktoken", "sentencepiece protobuf"))
         self.args, self.counts = args, counts
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.tokenizer.pad_token = (self.tokenizer.pad_token or self.tokenizer.eos_token
+                                    or self.tokenizer.convert_ids_to_tokens(0))  # any will do
         config = self.model.config.get_text_config()
         named = config, self.model.generation_config, self.tokenizer  # each may name an end token
         self.ends = {i for x in named for i in as_list(x.eos_token_id)} - {None}
@@ -227,8 +233,7 @@ def answer_line(answer, reason=None):
     s = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
     return re.sub("^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$", r"\1\2", s).strip(), None
 
-def parse_row(line):
-    """The line's JSON object, or a row that holds the line as it is."""
+def parse_row(line):  # -> the line's JSON object, or a row that holds the line as it is
     with suppress(ValueError, RecursionError):
         if isinstance(row := json.loads(line.decode("utf-8-sig")), dict):
             return row
@@ -318,4 +323,7 @@ class Parts:
         return True
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as e:  # a full disk, a folder that takes no files; nothing finished is lost
+        die(str(e))

@@ -36,8 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 as_list = lambda value: value if isinstance(value, list) else [value]
 BREAKS = re.compile("=>|[\0-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\ufeff\ud800-\udfff]")
 
-def clean(text):
-    """The text as one line that cannot break the prompt; "" for what is not a text."""
+def clean(text):  # -> one line that cannot break the prompt; "" for what is not a text
     return " ".join(BREAKS.sub(" ", text).split()) if isinstance(text, str) else ""
 
 def draw_prompt(pairs, shots, rng):
@@ -96,15 +95,13 @@ def sample(logits, uniform, temperature, top_p):
     drawn = (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1).minimum((p > 0).sum(-1) - 1)
     return ids.gather(1, drawn[:, None])[:, 0]
 
-class Slots(StaticLayer):
-    """Keys and values of B texts, [B, heads, L, d]. A step writes text b's at place[b]."""
+class Slots(StaticLayer):  # B texts' keys, values: [B, heads, L, d]; a step writes at place[b]
     def update(self, keys, values, *_, **__):
         at = torch.arange(len(keys), device=keys.device), slice(None), self.place
         self.keys[at], self.values[at] = keys[:, :, 0], values[:, :, 0]  # scatter_ would copy all
         return self.keys, self.values
 
-class Completer:
-    """LLaMA: ends the lines of many captions behind one prompt."""
+class Completer:  # LLaMA: ends the lines of many captions behind one prompt
     def __init__(self, args, counts):
         from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
         try:  # split_special_tokens: "</s>" in a caption is plain text
@@ -150,19 +147,20 @@ class Completer:
         one token: its text's next, or the one drawn last. A slot whose line has ended takes the
         next text; the mask hides its old keys. So all steps have one shape."""
         N, P, T = len(texts), len(prompt), uniform.shape[1]  # T: tokens of an answer, at most
-        B = min(self.args.batch_size, 1 << (N - 1).bit_length())  # a power of 2: few shapes
-        L = P + max(map(len, texts), default=0) + T
+        B = min(self.args.batch_size, 1 << (N - 1).bit_length())  # a power of 2
+        L = -(-(P + max(map(len, texts), default=0) + T) // 128) * 128  # few shapes
         lines = [list(text) for text in texts] + [[0] * L]  # text + answer so far; line N: idle
         waiting = iter(sorted(range(N), key=lambda i: -len(texts[i])))  # the longest text first
         line_of, fed = [next(waiting, N) for _ in range(B)], [0] * B  # slot -> its line; tokens fed
         tensor = lambda values: torch.tensor(values, device=self.model.device)
-        prefix = self.model(tensor([prompt]), use_cache=True, logits_to_keep=1).cache
-        shape = B, -(-L // 128) * 128
-        if shape != self.shape:  # else reuse the buffers, which a GPU has captured
-            self.shape, self.place, self.places = shape, tensor(fed), tensor(range(shape[1]))
-            self.cache = Cache([Slots(shape[1]) for _ in prefix.layers])
+        prefix = self.model(tensor([prompt]), use_cache=True, logits_to_keep=1)
+        if not prefix.logits.isfinite().all():
+            die(f"--model {self.args.model} in {self.args.dtype}: its logits are not finite")
+        if self.shape != (B, L):  # else reuse the buffers, which a GPU has captured
+            self.shape, self.place, self.places = (B, L), tensor(fed), tensor(range(L))
+            self.cache = Cache([Slots(L) for _ in prefix.cache.layers])
         self.cache.reset()
-        for layer, one in zip(self.cache.layers, prefix.layers):  # the prompt, into all slots
+        for layer, one in zip(self.cache.layers, prefix.cache.layers):  # the prompt, into all slots
             layer.place = self.place
             StaticLayer.update(layer, *(x.expand(B, -1, -1, -1) for x in (one.keys, one.values)))
         while any(i < N for i in line_of):
@@ -246,8 +244,7 @@ def answer_line(answer, reason=None):
     s = " ".join(lines[0]).strip("\ufffd ")  # half a character, where the answer was cut
     return re.sub("^[\"“„«「]([^\"“-„«»「」]+)[\"”“»」]$|^['‘]([^'‘]+)['’]$", r"\1\2", s).strip(), None
 
-def parse_row(line):
-    """The line's JSON object, or a row that holds the line as it is."""
+def parse_row(line):  # -> the line's JSON object, or a row that holds the line as it is
     with suppress(ValueError, RecursionError):
         if isinstance(row := json.loads(line.decode("utf-8-sig")), dict):
             return row
@@ -337,4 +334,7 @@ class Parts:
         return True
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as e:  # a full disk, a folder that takes no files; nothing finished is lost
+        die(str(e))
