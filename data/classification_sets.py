@@ -120,6 +120,9 @@ def read_folder(spec, path, source=""):
         examples.clear()
     names = [name for name in files if "/" in name]
     labels = [os.path.dirname(name) for name in names]
+    parts = {os.path.dirname(label) for label in labels}
+    if len(parts) > 1 and parts <= {"train", "val", "validation", "test"}:
+        die(f"--dataset {spec} has the parts {', '.join(sorted(parts))}: name one, as in DIR/val")
     while (len(classes := set(labels)) > 1 and all("/" in label for label in classes)
            and len({os.path.basename(label) for label in classes}) == 1):
         labels = [os.path.dirname(label) for label in labels]

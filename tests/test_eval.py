@@ -533,13 +533,14 @@ def test_a_killed_worker_is_told_in_one_line(shapes, common, tmp_path):
     (eval_retrieval, "{all} --workers -1", ["--workers", "0"]),
     (eval_retrieval, "{all} --precision fp16", ["--precision", "bf16"]),
     (eval_retrieval, "{all} --field vecap", ["vecap"]),
-    (search, "{all}", ["--query"]),
-    (search, "{all} --query a --hits {rows}", ["is read"]),
-    (clip_scores, "{all}", ["--output"]),
-    (clip_scores, "{all} --output {rows}", ["is read"]),
+    (search, "{all}", ["--query"]), (search, "{all} --query a --hits {rows}", ["is read"]),
+    (clip_scores, "{all}", ["--output"]), (clip_scores, "{all} --output {rows}", ["is read"]),
+    (eval_zeroshot, "--dataset imagefolder:{parts}", ["train, val", "name one"]),
 ])
 def test_mistakes(shapes, trained, module, arguments, words, capfd, tmp_path):
-    paths = {name: tmp_path / name for name in ("empty", "run", "blob")}
+    paths = {name: tmp_path / name for name in ("empty", "run", "blob", "parts")}
+    for part in ("train", "val"):
+        class_folders(shapes, paths["parts"] / part)
     paths |= {"rows": shapes / "captions.jsonl", "wide": tmp_path / "wide.jsonl",
               "array": tmp_path / "array.json", "classes": tmp_path / "classes.json",
               "nolabel": tmp_path / "nolabel.jsonl", "notok": tmp_path / "notok.pt",
