@@ -8,9 +8,9 @@
 
 The second command is LaCLIP's tables 2 to 4 without ImageNet; what the paper leaves open is marked
 as assumed. The table also shows chance and the accuracy of always answering the largest class; *
-marks the metric that papers report for a set. An unreadable image and a class without an image
-count as wrong and are named on stderr. The metrics do not depend on the number of ranks. First
-come the protocols, then how images and texts become features.
+marks the metric that papers report for a set. An unreadable image is wrong, a class without an
+image scores 0 in mean_per_class; stderr names both. The metrics do not depend on the number of
+ranks. First come the protocols, then how images and texts become features.
 """
 import json
 import sys

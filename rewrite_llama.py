@@ -43,10 +43,9 @@ def draw_prompt(pairs, shots, rng):
     """The prompt up to the caption: the task and `shots` pairs of one source (section 3.1)."""
     prompt = TASK + "\n\n"
     for i in rng.choice(len(pairs), shots, replace=False):
+        caption, rewrite = pairs[i].get("input"), pairs[i].get("output")
         if "captions" in pairs[i]:  # MSCOCO: two captions of one image, in random order
             caption, rewrite = rng.choice(pairs[i]["captions"], 2, replace=False)
-        else:
-            caption, rewrite = pairs[i]["input"], pairs[i]["output"]
         prompt += f"{clean(caption)} => {clean(rewrite)}\n"
     return prompt
 
@@ -73,11 +72,12 @@ def main(argv=None):
             rng = np.random.default_rng([args.seed, number, *source.encode()])
             prompt = draw_prompt(pairs[source], args.shots, rng)  # ours: one a unit, not one a text
             uniform = rng.random((len(captions), args.max_new_tokens), "f4")  # [text, its token]
-            answers = iter(model.complete(prompt, [captions[i] for i in asked], uniform[asked]))
+            found = iter(model.complete(prompt, [captions[i] for i in asked], uniform[asked]))
             for row, row_texts in zip(rows, texts):
-                results = [answer_line(*next(answers)) if text else (None, "no text")
-                           for text in row_texts]
+                results = [answer_line(*next(found)) if x else (None, "no text") for x in row_texts]
                 parts.put(row, f"rewrite_{source}", results, isinstance(row.get(args.field), list))
+        if len(asked) > 50 and not any(parts.counts[f"texts in rewrite_{name}"] for name in pairs):
+            die(f"no rewrite of any of {len(asked)} texts: are --model and --dtype right?")
     parts.finish()
 
 def sample(logits, uniform, temperature, top_p):
@@ -129,7 +129,7 @@ class Completer:  # LLaMA: ends the lines of many captions behind one prompt
         self.longest_prompt = window - longest_line if plain and masks else 0  # 0: by_generate
 
     def complete(self, prompt, captions, uniform):
-        """-> [(what follows prompt + caption + " =>" in its line, up to another "=>"; None)]"""
+        """-> [(answer, None)]: what follows prompt + caption + " =>", to its line's end or "=>"."""
         encode = lambda text: self.tokenizer("\n" + text, add_special_tokens=False).input_ids
         n, arrow = len(encode("")), encode(" =>")  # n: of "\n", without which LLaMA's adds a blank
         texts = [encode(text)[n:][:MAX_CAPTION_TOKENS] + arrow[n:] for text in captions]

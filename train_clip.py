@@ -163,7 +163,7 @@ class Config:
     mend_texts: bool = False  # by ftfy, as OpenAI's, open_clip's and LaCLIP's tokenizers do
     text_model: dict | None = None  # with --text-model: the configuration of that encoder
 
-PRESETS = {  # as open_clip has them
+PRESETS = {  # ViT-S/16 to H/14 as open_clip has them; nano is ours, -laclip the release's
     "nano":     dict(embed_dim=128, image_size=32, patch_size=8, vision_width=128, vision_layers=2,
                      vision_heads=2, text_width=128, text_layers=2, text_heads=2,
                      mean=(1.0, 1.0, 1.0), std=(0.27, 0.27, 0.27)),  # for drawings: white is 0
@@ -351,7 +351,7 @@ def train(args):
         return print(f"{args.out} is finished: {steps} steps")
     torch.manual_seed(args.seed)
     model, tokenizer = from_state(state) if state else new_model(args)
-    ddp_model = model.to(device)  # with several ranks, DDP around it
+    model.to(device)
     Transformer.rerun = args.grad_checkpointing
     if args.freeze_text:
         if not model.config.text_model:
@@ -367,8 +367,8 @@ def train(args):
         optimizer.load_state_dict(state["optimizer"])
     if args.compile or args.compile is None and "cuda" in device:
         model.visual.compile()  # in place, so that names in the checkpoint stay as they are
-    if world > 1:  # with device_ids, DDP would copy the inputs and wait for the copy
-        ddp_model = nn.parallel.DistributedDataParallel(model)
+    # no device_ids: with them DDP would copy the inputs and wait for the copy
+    ddp_model = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     batches = load_batches(args, rows, tokenizer, model.config, start, steps, world, device)
     autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16,
                        enabled=args.precision == "bf16")
@@ -416,7 +416,7 @@ def train(args):
         step_counts = all_reduce(torch.tensor([len(drawn), len(unusable), replaced, len(stopping)]))
         counts += step_counts[:3]
         images, bad, one_word = counts.tolist()
-        if bad > args.max_bad * max(images + bad, 1000):  # and so does a restart: it is not saved
+        if bad > args.max_bad * max(images + bad, 1000):  # before saving: a restart ends here, too
             progress.close()
             die(f"{bad} of {images + bad} rows are unusable (--max-bad): {out('bad_images.jsonl')}")
         leave = step_counts[3] > 0 or done == steps  # a rank was told to stop
@@ -450,7 +450,7 @@ def train(args):
     if done < steps and rank() == 0:
         print(f"stopped at step {done} of {steps}: the same command goes on", file=sys.stderr)
 
-def adamw(parameters, args):  # decays matrices only
+def adamw(parameters, args):  # decays what has 2 or more dimensions: kernels, embeddings, too
     parameters = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.wd},
               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0}]
@@ -569,7 +569,7 @@ def load_batches(args, rows, tokenizer, config, start, steps, world, device, siz
         Samples(args, rows, tokenizer, config.image_size), num_workers=args.workers,
         batch_sampler=pieces(args, len(rows), start, steps, world, size), collate_fn=collate,
         multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None,
-        worker_init_fn=begin_worker, pin_memory="cuda" in device,  # forks share the rows' memory
+        worker_init_fn=begin_worker, pin_memory="cuda" in device,  # forks share Rows' memory
         prefetch_factor=2 + share // size // args.workers if args.workers else None))
     for _ in range(start, steps):
         parts = [next(loader) for _ in range(0, share, size)]
@@ -747,7 +747,7 @@ def parse_args(argv=None):
     add("--image-size", type=int, help="pixels a side (default: the preset's)")
     add("--context-length", type=int, help="tokens of the longest text (default: 77)")
     add("--tokenizer", help="hub name, folder or tokenizer.json (default: OpenAI CLIP's)")
-    add = parser.add_argument_group("training; defaults: LaCLIP on CC3M").add_argument
+    add = parser.add_argument_group("training; defaults: LaCLIP on CC3M, assumed").add_argument
     add("--loss", choices=["infonce", "multitext"], default="infonce", help="multitext: LaCLIP-MT")
     add("--ssl", action="store_true", help="add SLIP's loss on two more views of every image")
     add("--batch-size", type=int, default=8192, help="of all ranks together (default: 8192)")
@@ -864,10 +864,10 @@ def main(argv=None):
         train(parse_args(argv))
         if dist.is_initialized():  # else gloo's threads outlive the interpreter, which may abort
             dist.destroy_process_group()
-    except (ConnectionError, EOFError) as e:  # its pipe broke before torch saw that it is gone
-        die(f"a worker was killed: {e!r}")
-    except (OSError, RuntimeError) as e:  # a missing file; a full disk, which torch.save wraps
-        cause = e if isinstance(e, OSError) else e.__context__
+    except (OSError, EOFError, RuntimeError) as e:  # torch.save wraps a full disk's OSError
+        cause = e.__context__ if isinstance(e, RuntimeError) else e
+        if isinstance(cause, (ConnectionError, EOFError)):  # the pipe to it broke
+            die(f"a worker was killed: {cause!r}")
         if not isinstance(cause, OSError):
             raise
         die(str(cause).rpartition("\nOSError: ")[2])  # from a worker, behind its traceback
