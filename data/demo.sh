@@ -70,7 +70,7 @@ veclip_track() { # the captioner learns from other teams' scenes and clean capti
 }
 
 # --- both papers --------------------------------------------------------------------------------------------
-echo "Two tracks, side by side: about eight minutes on two cores with bf16, fifteen without."
+echo "Two tracks, side by side: seven to twelve minutes on two cores with bf16, fifteen without."
 laclip_track &
 other=$!
 trap 'pkill -P $other; kill $other 2>/dev/null || true' EXIT
