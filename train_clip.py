@@ -694,8 +694,11 @@ class Tokenizer:  # texts -> Texts, by a tokenizers.Tokenizer that adds start an
 def save_checkpoint(path, model, tokenizer, **more):
     """The file is complete or absent: written under a temporary name, synced, then renamed."""
     with open(path + ".tmp", "wb") as f:
-        torch.save({"model": model.state_dict(), "config": asdict(model.config),
-                    "tokenizer": tokenizer.json_text, **more}, f)
+        try:
+            torch.save({"model": model.state_dict(), "config": asdict(model.config),
+                        "tokenizer": tokenizer.json_text, **more}, f)
+        except RuntimeError as e:  # torch hides why the file took no more, as on a full disk
+            raise e.__context__ or e
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
@@ -864,13 +867,10 @@ def main(argv=None):
         train(parse_args(argv))
         if dist.is_initialized():  # else gloo's threads outlive the interpreter, which may abort
             dist.destroy_process_group()
-    except (OSError, EOFError, RuntimeError) as e:  # torch.save wraps a full disk's OSError
-        cause = e.__context__ if isinstance(e, RuntimeError) else e
-        if isinstance(cause, (ConnectionError, EOFError)):  # the pipe to it broke
-            die(f"a worker was killed: {cause!r}")
-        if not isinstance(cause, OSError):
-            raise
-        die(str(cause).rpartition("\nOSError: ")[2])  # from a worker, behind its traceback
+    except (ConnectionError, EOFError) as e:  # the pipe to it broke before torch saw its end
+        die(f"a worker was killed: {e!r}")
+    except OSError as e:  # a missing file, a full disk; from a worker, behind its traceback
+        die(str(e).rpartition("\nOSError: ")[2])
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
         for worker in torch.multiprocessing.active_children():  # they ignore SIGTERM

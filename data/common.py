@@ -39,10 +39,7 @@ def in_one_line(main):
     def run(argv=None):
         try:
             main(argv)
-        except BrokenPipeError:  # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
-        except (RuntimeError, OSError, EOFError, ImportError) as e:
+        except (RuntimeError, OSError, EOFError, ModuleNotFoundError) as e:
             told = machine_fault(e)
             if not told:
                 raise
@@ -60,12 +57,14 @@ def machine_fault(error):
         return f"the GPU's memory is full, a smaller --batch-size helps: {reason(error)}"
     if kind.startswith("Dist") or "gloo" in text:
         return "another rank left; its own line says why"
+    if isinstance(error, BrokenPipeError):
+        return "a pipe is closed: what reads the output has left, or a worker was killed"
     lost_worker = "DataLoader worker" in text and "Caught" not in text
     if lost_worker or isinstance(error, (ConnectionError, EOFError)):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for the next one
         return ("a worker that reads images was killed, perhaps because memory was full (then try "
                 f"fewer --workers): {reason(error)}")
-    if isinstance(error, ImportError):
+    if isinstance(error, ModuleNotFoundError):
         return f"{text}: pip install -r data/requirements.txt"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -682,7 +682,7 @@ def test_missing_things_are_named(stage, arguments, mistake, tmp_path):
     mistake(stage, ["--output", tmp_path / "out.jsonl"], "--input")
     for flag, path in ("--input", tmp_path / "absent.jsonl"), ("--input", tmp_path), ("--model", tmp_path / "model"):
         mistake(stage, arguments(stage, flag, path), f"{flag} {path}: no such file or folder")
-    for flags in ("--device", "--batch-size many", "--batch-size 0", "--max-new-tokens 0", "--dtype fp8", "--workers -1", "--seed -1"):
+    for flags in ("--device", "--batch-size many", "--batch-size 0", "--max-new-tokens 0", "--dtype fp8", "--workers -1", "--seed -1", "--max-alt-tokens 0"):
         mistake(stage, arguments(stage, *flags.split()), flags.split()[0])
     rows = [b"[]", *({"picture": "0.png", "text": "red bike", "alt": None} for _ in range(3))]
     field = {"rewrite": "alt", "caption": "image", "fuse": "seen"}[stage]

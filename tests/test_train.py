@@ -660,7 +660,7 @@ MISTAKES = {
     "--text alt=much": "alt=much", "--model ViT-Z": "nano", "--batch-size 17": "17",
     "--batch-size 0": "--batch-size 0", "--tokenizer missing.json": "missing.json",
     "--init missing.pt": "--init", "--precision fp8": "fp8", "--nonsense": "--nonsense",
-    "--micro-batch 0": "--micro-batch 0",
+    "--micro-batch 0": "--micro-batch 0", "--text alt alt": "twice",
     "--steps 0": "--steps 0", "--epochs 0.1": "--epochs", "--seed -1": "--seed -1",
     "--lr nan": "--lr nan", "--lr 0": "--lr 0", "--wd -1": "--wd -1", "--eps 0": "--eps 0",
     "--workers -1": "--workers -1", "--save-every 0": "--save-every 0",
